@@ -1,0 +1,670 @@
+"""Solvers, gradients and run helpers for implicit models: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
+
+An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z) with the input u and
+the parameters theta closed over).  Finding h* is the solver's job; this file also holds the gradient's:
+
+    h, result = equilibrium(f, h0, grad="upg", k=5, lam=0.5, solver=broyden, max_iter=22, tol=1e-4)
+    loss(h).backward()                                   # reaches everything f closes over
+
+    grad        backward pass, with J = df/dh at h*, B = lam J + (1 - lam) I, g = dL/dh        memory (graphs of f)
+    "upg"       autograd through k damped steps from h*, Eq. (16), Algorithm 1                  k
+    "npg"       g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g, Eq. (17)                           1
+    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1
+    "bptt"      autograd through every iteration of the forward solve, Eq. (10)                 max_iter
+
+A state h is a tensor whose first dimension is the batch N, or a tuple/list of such tensors.  Every decision is taken per
+sample: a batch gives the same answers as its samples one at a time.  Needs torch only: copy this file into your project.
+"""
+import contextlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+State = Union[Tensor, Sequence[Tensor]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state as one flat (N, D) tensor, and the bookkeeping that the three solvers share
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _require(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+class _Layout:
+    """Maps a state to one flat (N, D) tensor and back, without copying on the way back.
+
+    The flat vectors are float32 (float64 if the state is), also under autocast.  A 4-dimensional part in channels-last
+    memory stays channels-last, so that f's convolutions meet the format that they were tuned for.
+    """
+
+    def __init__(self, h):
+        parts = (h,) if torch.is_tensor(h) else tuple(h)
+        _require(parts and all(torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 for p in parts),
+                 "h0 must be a floating-point tensor, or a tuple or list of them, with the batch as first dimension")
+        self.kind = None if torch.is_tensor(h) else tuple if isinstance(h, tuple) else list
+        self.shapes = [p.shape for p in parts]
+        self.N = self.shapes[0][0]
+        _require(all(s[0] == self.N for s in self.shapes), f"the parts of h0 differ in batch size: {self.shapes}")
+        self.sizes = [math.prod(s[1:]) for s in self.shapes]
+        self.channels_last = [p.dim() == 4 and not p.is_contiguous()
+                              and p.is_contiguous(memory_format=torch.channels_last) for p in parts]
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
+
+    def parts(self, h):
+        """The parts of a state, checked against the shapes of h0."""
+        parts = (h,) if torch.is_tensor(h) else tuple(h)
+        _require([p.shape for p in parts] == self.shapes, "f must return a state of the shape of h0: "
+                 f"{[tuple(s) for s in self.shapes]} expected, {[tuple(p.shape) for p in parts]} returned")
+        return parts
+
+    def split(self, x):
+        """Views of the columns of x (N, D), in the shapes of the parts."""
+        views = []
+        for column, shape, last in zip(x.split(self.sizes, dim=1), self.shapes, self.channels_last):
+            if last:
+                n, c, *hw = shape
+                views.append(column.view(n, *hw, c).permute(0, 3, 1, 2))
+            else:
+                views.append(column.view(shape))
+        return views
+
+    def unpack(self, x):
+        return self.split(x)[0] if self.kind is None else self.kind(self.split(x))
+
+    def pack(self, h):
+        parts = self.parts(h)
+        x = torch.empty(self.N, sum(self.sizes), dtype=self.dtype, device=parts[0].device)
+        for view, part in zip(self.split(x), parts):
+            view.copy_(part)
+        return x
+
+
+class SolverResult(NamedTuple):
+    """What a solver found.  `residual` and `trace` are in the units of its stop mode (relative or absolute)."""
+    h: State                # same structure as h0; per sample, the state with the lowest finite residual seen
+    residual: Tensor        # (N,) its residual; inf where f was never finite
+    n_evals: int            # calls of f
+    trace: Tensor           # (n_evals, N) residual at every evaluation
+    converged: Tensor       # (N,) bool, residual <= tol
+
+
+class _Progress:
+    """Evaluates f, and keeps per sample: residual trace, best residual and where it was, who still moves.
+
+    A sample stops moving when it has converged, or when it is lost: a non-finite residual, or one a million times its
+    first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is the only
+    host synchronisation: at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where the budget is the stop.
+    """
+
+    def __init__(self, f, h0, max_iter, tol, stop_mode):
+        _require(isinstance(max_iter, int) and max_iter >= 1, f"max_iter must be an integer >= 1, got {max_iter!r}")
+        _require(tol >= 0, f"tol must be >= 0, got {tol!r}")
+        _require(stop_mode in ("rel", "abs"), f"stop_mode must be 'rel' or 'abs', got {stop_mode!r}")
+        self.f, self.max_iter, self.tol, self.relative = f, max_iter, tol, stop_mode == "rel"
+        self.layout = _Layout(h0)
+        self.x0 = self.layout.pack(h0)
+        N, device = self.layout.N, self.x0.device
+        self.trace = self.x0.new_empty(max_iter + 1, N)
+        self.best = self.x0.new_full((N,), math.inf)
+        self.best_at = torch.zeros(N, dtype=torch.long, device=device)     # index of the evaluation
+        self.moving = torch.ones(N, dtype=torch.bool, device=device)
+        self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
+
+    def evaluate(self, x, g, f_out=None):
+        """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.  Returns which samples (N,) are the best so far, and ||g|| (N,)."""
+        f_parts = self.layout.parts(self.f(self.layout.unpack(x)))
+        for f_part, x_part, g_part in zip(f_parts, self.layout.split(x), self.layout.split(g)):
+            torch.sub(f_part, x_part, out=g_part)
+        if f_out is not None:
+            for f_part, out in zip(f_parts, self.layout.split(f_out)):
+                out.copy_(f_part)
+        norm = torch.linalg.vector_norm(g, dim=1)
+        residual = norm
+        if self.relative:
+            squares = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) ** 2 if p.dim() > 1
+                       else p.to(g.dtype) ** 2 for p in f_parts]
+            residual = norm / sum(squares).sqrt().clamp_min(1e-12)
+        if self.evals == 0:
+            self.limit = 1e6 * norm
+        self.trace[self.evals] = residual
+        better = residual < self.best                   # False for NaN: a broken evaluation is never the best
+        self.best = torch.where(better, residual, self.best)
+        self.best_at.masked_fill_(better, self.evals)
+        self.moving &= (self.best > self.tol) & (norm <= self.limit)
+        self.evals += 1
+        return better, norm
+
+    def finished(self):
+        if self.evals > self.max_iter:
+            return True
+        return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
+
+    def result(self, x_best):
+        return SolverResult(self.layout.unpack(x_best), self.best, self.evals, self.trace[:self.evals], self.best <= self.tol)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers.  max_iter counts steps, so f is called at most max_iter + 1 times: every state, the last too, has a known residual
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+                lam: float = 1.0) -> SolverResult:
+    """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
+
+    Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| <= tol ("abs") or
+    ||f(h) - h|| / ||f(h)|| <= tol ("rel"): the residual of f, not the length of the damped step.  Never raises for a map
+    that does not converge: look at `converged`.  Raises ValueError for an impossible argument.
+    """
+    _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
+    run = _Progress(f, h0, max_iter, tol, stop_mode)
+    x, x_best, g = run.x0.clone(), run.x0, torch.empty_like(run.x0)
+    while True:
+        better, _ = run.evaluate(x, g)
+        torch.where(better[:, None], x, x_best, out=x_best)
+        if run.finished():
+            return run.result(x_best)
+        x.add_(g.masked_fill_(~run.moving[:, None], 0), alpha=lam)
+
+
+@torch.no_grad()
+def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+             m: int = 6, beta: float = 1.0, ridge: float = 1e-4) -> SolverResult:
+    """Anderson acceleration (type II) over the last m pairs (h_i, f(h_i)), with g_i = f(h_i) - h_i:
+
+        h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
+        alpha = argmin ||sum_i alpha_i g_i||^2 + ridge s ||alpha||^2  subject to  sum_i alpha_i = 1.
+
+    s is the mean of the squared residuals ||g_i||^2: an absolute ridge stops the progress once they have shrunk below it.
+    A sample whose small system cannot be solved takes the plain step h <- f(h).  Stops and reports as `fixed_point` does.
+    Memory 2 m vectors.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    """
+    _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
+    _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
+    _require(ridge >= 0, f"ridge must be >= 0, got {ridge!r}")
+    run = _Progress(f, h0, max_iter, tol, stop_mode)
+    x, x_best = run.x0.clone(), run.x0
+    N, D = x.shape
+    m = min(m, max_iter)
+    fs, gs = x.new_empty(N, m, D), x.new_empty(N, m, D)         # rows are overwritten in turn: their order does not matter
+    gram = x.new_zeros(N, m, m)                                 # gram[i, j] = g_i . g_j
+    ones = x.new_ones(N, m)
+    while True:
+        i = run.evals % m
+        better, norm = run.evaluate(x, gs[:, i], f_out=fs[:, i])
+        torch.where(better[:, None], x, x_best, out=x_best)
+        if run.finished():
+            return run.result(x_best)
+        n = min(run.evals, m)
+        row = torch.bmm(gs[:, i:i + 1], gs[:, :n].transpose(1, 2))[:, 0]            # (N, n): the one new row
+        gram[:, i, :n] = row
+        gram[:, :n, i] = row
+        system = gram[:, :n, :n].clone()
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal += ridge * diagonal.mean(dim=1, keepdim=True)
+        alpha, info = torch.linalg.solve_ex(system, ones[:, :n])                    # the checked variant would synchronise
+        alpha = alpha / alpha.sum(dim=1, keepdim=True)
+        plain = (info != 0) | ~alpha.isfinite().all(dim=1)
+        alpha = alpha.masked_fill(plain[:, None], 0)
+        alpha[:, i] = torch.where(plain, 1.0, alpha[:, i])
+        x_new = torch.bmm(alpha[:, None], fs[:, :n])
+        if beta < 1:
+            x_new.baddbmm_(alpha[:, None], gs[:, :n], alpha=beta - 1)
+        torch.where(run.moving[:, None], x_new[:, 0], x, out=x)
+
+
+@torch.no_grad()
+def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+            memory: int | None = None) -> SolverResult:
+    """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
+
+    The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the steps
+    s_0 .. s_n are kept, with their inner products G_ij = s_i . s_j, and read twice (after Kelley, "Iterative Methods for
+    Linear and Nonlinear Equations", 1995, Sec. 7.3).  With g at the new state and b_j = s_j . g:
+
+        G_jj a_j - sum_{i<j} G_{j,i+1} a_i = b_j,  j < n         n x n, lower triangular
+        z = g + sum_{i<n} a_i s_{i+1},    w_j = s_j . z = b_j + sum_i a_i G_{j,i+1}
+        s_{n+1} = z / (1 - w_n / G_nn)
+
+    memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting the oldest
+    pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample restarts with the plain
+    step.  Stops and reports as `fixed_point` does.  Memory `memory` vectors.
+    """
+    _require(memory is None or isinstance(memory, int) and memory >= 1, f"memory must be an integer >= 1, got {memory!r}")
+    run = _Progress(f, h0, max_iter, tol, stop_mode)
+    x, origin, x_best = run.x0.clone(), run.x0, None
+    g, z = torch.empty_like(x), torch.empty_like(x)
+    N, D = x.shape
+    m = min(memory or max_iter, max_iter)
+    steps = x.new_empty(N, m, D)                    # a step is a contiguous row; the only large buffer, allocated once
+    gram = x.new_zeros(N, m, m)
+    lower = x.new_zeros(N, m, m)                    # the triangular system divided by G_jj: unit diagonal, left implicit
+    valid = torch.ones(N, m, dtype=torch.bool, device=x.device)     # False for the rows before a sample's own restart
+    first = n = 0                                   # evaluation at `origin`; number of steps taken since
+
+    def best_state():
+        """The best state of this stretch is origin + s_0 + ... : costs one product, and nothing during the solve."""
+        upto = (torch.arange(n, device=x.device) < (run.best_at - first)[:, None]).to(x.dtype)      # (N, n)
+        state = torch.bmm(upto[:, None], steps[:, :n])[:, 0].add_(origin)
+        return state if x_best is None else torch.where((run.best_at >= first)[:, None], state, x_best)
+
+    while True:
+        _, norm = run.evaluate(x, g)
+        if run.finished():
+            return run.result(best_state())
+        if n == m:
+            x_best, origin, first, n = best_state(), x.clone(), run.evals - 1, 0
+            valid.fill_(True)
+        g.masked_fill_(~run.moving[:, None], 0)     # masks, never products: 0 x NaN is NaN
+        s = steps[:, n]
+        if n == 0:
+            s.copy_(g)
+        else:
+            old = steps[:, :n]
+            b = torch.bmm(g[:, None], old.transpose(1, 2))[:, 0]                    # (N, n); this orientation is the fast one
+            size = gram.diagonal(dim1=1, dim2=2)[:, :n]                             # (N, n) squared lengths
+            size = torch.where(size > 0, size, 1.0)                                 # a sample at rest has steps of length 0
+            rhs = torch.where(valid[:, :n], b / size, 0.0)
+            a = torch.linalg.solve_triangular(lower[:, :n - 1, :n - 1], rhs[:, :n - 1, None], upper=False, unitriangular=True)
+            w = b + (gram[:, :n, 1:n] @ a)[:, :, 0]
+            a = a[:, :, 0]                                                          # (N, n - 1)
+            divisor = 1 - w[:, -1] / size[:, -1]
+            longest = (norm + (a.abs() * size[:, 1:].sqrt()).sum(1)) / divisor.abs()    # bound on the length of the new step
+            ok = (divisor.abs() > 1e-5) & (longest < 1e15)                          # False for NaN; 1e15 squares within float32
+            c = torch.where(ok, 1 / divisor, 1.0)[:, None]
+            a = torch.where(ok[:, None], a * c, 0.0)
+            w = torch.where(ok[:, None], w, b)
+            valid[:, :n] &= ok[:, None]
+            torch.bmm(a[:, None], old[:, 1:], out=z[:, None])       # not baddbmm: on a CPU it copies the history first
+            torch.addcmul(z, g, c, out=s)
+            gram[:, :n, n] = gram[:, n, :n] = c * w
+        gram[:, n, n] = torch.linalg.vector_norm(s, dim=1) ** 2
+        lower[:, n, :n] = -gram[:, n, 1:n + 1] / gram[:, n, n:n + 1].clamp_min(torch.finfo(x.dtype).tiny)
+        x += s
+        n += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: float = 0.5, solver: Callable = broyden,
+                max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel", backward_solver: Callable = broyden,
+                backward_max_iter: int = 40, backward_tol: float = 1e-4,
+                on_backward: Callable | None = None) -> tuple[State, SolverResult]:
+    """Solve h* = f(h*) without a graph, then attach the gradient `grad` (table at the top of this file).
+
+    Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg"; h* itself for "npg" and
+    "implicit", so that the loss is taken where evaluation will take it (the official implicit code returns f(h*)); the last
+    iterate for "bptt".  Under `torch.no_grad()` it only solves; whether a gradient is attached depends on grad mode alone, never on `.training`.
+
+    k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
+    solver, backward_solver: fixed_point, anderson, broyden, or one of them with further arguments bound by functools.partial.
+    on_backward: called with the SolverResult of the backward solve, in the units of stop_mode ("implicit" only).
+    Cost in calls of f, a vector-Jacobian product counted as one: the solve, and upg 3 k; npg k + 3; implicit backward_max_iter + 4.
+
+    If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and backward_tol = 0.
+    Raises ValueError for an impossible argument.
+    """
+    _require(grad in ("upg", "npg", "implicit", "bptt"), f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
+    for name, value in (("solver", solver), ("backward_solver", backward_solver)):
+        _require(callable(value), f"{name} must be one of the functions fixed_point, anderson, broyden, got {value!r}")
+    if grad == "bptt" and torch.is_grad_enabled():
+        _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration h <- f(h): it needs solver=fixed_point")
+        return _bptt(f, h0, max_iter, tol, stop_mode)
+    _check_phantom(k, lam)
+    result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode)
+    torch.clear_autocast_cache()    # weights that autocast has cast and cached without a graph would get no gradient
+    if not torch.is_grad_enabled():
+        return result.h, result
+    if grad == "upg":
+        return upg(f, result.h, k, lam), result
+    if grad == "npg":
+        return npg(f, result.h, k, lam), result
+    return implicit(f, result.h, solver=backward_solver, max_iter=backward_max_iter, tol=backward_tol, stop_mode=stop_mode,
+                    on_backward=on_backward), result
+
+
+def _check_phantom(k, lam):
+    _require(isinstance(k, int) and k >= 1, f"k must be an integer >= 1 (with k = 0 nothing but the head would learn), got {k!r}")
+    _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
+
+
+def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
+    """Unrolling-based phantom gradient, Eq. (16), Algorithm 1: k steps h <- (1 - lam) h + lam f(h) from h*, graph on; returns h_k.
+
+    Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as back-propagation
+    through time (Sec. 3, "To pretrain, or not to pretrain?").  From h* = 0 with lam = 1 it is the unrolled pretraining network.
+    """
+    _check_phantom(k, lam)
+    h = h_star.detach() if torch.is_tensor(h_star) else type(h_star)(p.detach() for p in h_star)
+    for _ in range(k):
+        f_h = f(h)
+        if torch.is_tensor(h):
+            h = torch.lerp(h, f_h.to(h.dtype), lam)         # saves nothing for its own backward
+        else:
+            h = type(h)(torch.lerp(a, b.to(a.dtype), lam) for a, b in zip(h, f_h))
+    return h
+
+
+def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
+    """Neumann-series phantom gradient, Eq. (17): returns h* with the backward pass
+
+        g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g,  B = lam J + (1 - lam) I,   dL/dz = (df/dz)^T g_hat.
+
+    One graph of f whatever k is.  Tends to the exact gradient as k grows if rho(B) < 1 (Theorem 2); at an exact fixed point it equals UPG.
+    Algorithms 2 and 3 of the paper multiply by lam once more than Eq. (17), as their f already holds one; Theorem 2 needs Eq. (17), which we follow.
+    """
+    _check_phantom(k, lam)
+
+    def neumann(vjp, g):
+        v = g
+        for _ in range(k - 1):                              # Horner's scheme: v <- g + B^T v
+            v = [gi + lam * ji + (1 - lam) * vi for gi, ji, vi in zip(g, vjp(v), v)]
+        return [lam * vi for vi in v]
+
+    return _attach(f, h_star, neumann)
+
+
+def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter: int = 40, tol: float = 1e-4,
+             stop_mode: str = "rel", on_backward: Callable | None = None) -> State:
+    """Implicit differentiation, Eq. (4): returns h* with the backward pass g_hat = J^T g_hat + g, solved from g_hat = g.
+
+    Exact at an exact fixed point and a converged backward solve.  `on_backward` receives the SolverResult of that solve.
+    """
+    def adjoint(vjp, g):
+        result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol, stop_mode=stop_mode)
+        if on_backward is not None:
+            on_backward(result)
+        return result.h
+
+    return _attach(f, h_star, adjoint)
+
+
+def _attach(f, h_star, adjoint):
+    """h*, with a gradient: f is evaluated once with the graph on, and dL/dh goes into that graph as adjoint(vjp, dL/dh).
+
+    Parameters and u get their gradients through the ordinary graph of that evaluation, so DistributedDataParallel, gradient accumulation
+    and autocast work as ever.  No hook and no state on a module: two calls per forward, two backward passes, or none, are all fine.
+    """
+    single = torch.is_tensor(h_star)
+    h = [p.detach().requires_grad_() for p in ((h_star,) if single else h_star)]
+    f_h = f(h[0] if single else type(h_star)(h))
+    f_h = (f_h,) if single else tuple(f_h)
+
+    def vjp(v):
+        """J^T v: what the paper calls a Jacobian-vector product, (df/dh) v in its layout, is a vector-Jacobian product here."""
+        v = [vi.to(fi.dtype) for vi, fi in zip(v, f_h)]
+        j = torch.autograd.grad(f_h, h, v, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(hi) if ji is None else ji for ji, hi in zip(j, h)]
+
+    out = _Adjoint.apply(lambda g: adjoint(vjp, g), *(p.detach() for p in h), *f_h)
+    return out[0] if single else type(h_star)(out)
+
+
+class _Adjoint(torch.autograd.Function):
+    """Forward: (h*, f(h*)) -> h*.  Backward: sends adjoint(dL/dh*) into f(h*)."""
+
+    @staticmethod
+    def forward(ctx, adjoint, *tensors):
+        n = len(tensors) // 2
+        ctx.adjoint, ctx.dtypes = adjoint, [t.dtype for t in tensors[n:]]
+        return tuple(t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    @once_differentiable        # a second derivative would be silently wrong: J itself depends on h
+    def backward(ctx, *g):
+        g_hat = ctx.adjoint(g)
+        return None, *(None for _ in g), *(v.to(dtype) for v, dtype in zip(g_hat, ctx.dtypes))
+
+
+def _bptt(f, h0, max_iter, tol, stop_mode):
+    """Eq. (9) and (10): max_iter plain steps with the graph on, then one evaluation without for the residual of the last state."""
+    states = [h0]
+
+    def step(h):                # the solver only measures: it is handed the states that autograd recorded
+        with torch.set_grad_enabled(len(states) <= max_iter):
+            states.append(f(states[-1]))
+        return states[-1]
+
+    result = fixed_point(step, h0, max_iter=max_iter, tol=0, stop_mode=stop_mode)
+    last = result.trace[-1]
+    return states[-2], result._replace(h=states[-2], residual=last, converged=last <= tol)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diagnostics
+# ---------------------------------------------------------------------------------------------------------------------
+
+def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 100) -> Tensor:
+    """Spectral radius per sample (N,) of J_lam = lam J + (1 - lam) I at h, J = df/dh (lam = 1), by the power method with VJPs.
+
+    Estimates it as the geometric mean of the growth of ||v|| over the last half of the iterations.  That is also right for a complex
+    pair, where a Rayleigh quotient gives rho cos(angle); error O(1 / n_iter) for a defective J.  Costs n_iter + 1 calls of f.
+    """
+    _require(isinstance(n_iter, int) and n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
+    _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
+    layout = _Layout(h)
+    inputs = [p.detach().requires_grad_() for p in layout.parts(h)]
+    with torch.enable_grad():
+        outputs = layout.parts(f(inputs[0] if layout.kind is None else layout.kind(inputs)))
+    v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
+    growth = []
+    for _ in range(n_iter):
+        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+        cotangent = [p.to(o.dtype) for p, o in zip(layout.split(v), outputs)]
+        j = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, allow_unused=True)
+        j = layout.pack([torch.zeros_like(p) if ji is None else ji for ji, p in zip(j, inputs)])
+        v = torch.lerp(v, j, lam)
+        growth.append(torch.linalg.vector_norm(v, dim=1))
+    return torch.stack(growth[n_iter // 2:]).log().mean(dim=0).exp()      # log 0 = -inf: a nilpotent J gives 0
+
+
+def adaptive_damping(rho: Tensor) -> float:
+    """lam = 1 / rho(J) clipped to (0, 1], for the largest rho of the batch (App. D.3).  One host synchronisation."""
+    largest = float(rho.max())
+    _require(math.isfinite(largest), f"rho must be finite, got {largest}")
+    return 1.0 / max(1.0, largest)
+
+
+def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Tensor:
+    """Hutchinson estimate of ||J||_F^2 / (numbers in h), J = df/dh at h (detached), differentiable in what f closes over.
+
+    A scalar, E_v ||v^T J||^2 / (N D) with v standard normal (Bai et al., "Stabilizing Equilibrium Models by Jacobian Regularization", 2021).
+    """
+    _require(isinstance(n_vectors, int) and n_vectors >= 1, f"n_vectors must be an integer >= 1, got {n_vectors!r}")
+    single = torch.is_tensor(h)
+    inputs = [p.detach().requires_grad_() for p in ((h,) if single else h)]
+    outputs = f(inputs[0] if single else type(h)(inputs))
+    outputs = (outputs,) if single else tuple(outputs)
+    total = 0.0
+    for _ in range(n_vectors):
+        j = torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True, allow_unused=True)
+        total = total + sum(ji.float().pow(2).sum() for ji in j if ji is not None)
+    return total / (n_vectors * sum(p.numel() for p in inputs))
+
+
+def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+    """Cosine of the angle between two gradients, each a list over all parameters (None counts as zero): a scalar (Fig. 1, 2)."""
+    _require(len(a) == len(b), f"two gradients over the same parameters are needed, got lists of {len(a)} and {len(b)}")
+    dot = sum((x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None)
+    norms = [sum(x.double().pow(2).sum() for x in grads if x is not None) for grads in (a, b)]
+    return torch.as_tensor(dot / torch.as_tensor(norms[0] * norms[1]).sqrt().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run helpers: what loses somebody's work when it is wrong, so it stands once for all scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+def die(message: str, code: int = 2):
+    """End the run with one clear line on stderr; exit code 2 is for wrong usage or input."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+class Process(NamedTuple):
+    """This process's place in the run."""
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def init_process() -> Process:
+    """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            die(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Process(0, 1, device)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of x over all processes, in place; x itself for a single process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def seed_everything(seed: int):
+    """Seeds torch (all devices) and Python's random.  Seed alike before the model is built, then with seed + rank."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def rng_states() -> list[dict]:
+    """The state of every random number generator of every process, by rank; all processes must call it."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
+def set_rng_state(state: dict):
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict):
+    """Writes `state` so that at every moment `path` is a complete checkpoint; the one before stays as `path`.previous."""
+    path = Path(path)
+    new, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
+    with open(new, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())         # a rename may reach the disk before the data does
+    if path.exists():
+        link = path.with_name(path.name + ".link")
+        link.unlink(missing_ok=True)
+        os.link(path, link)             # a second name, so that `path` itself never goes missing
+        os.replace(link, previous)
+    os.replace(new, path)
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """Reads a checkpoint onto the CPU, tensors and plain values only.  A broken file is named, and the previous one used."""
+    path = Path(path)
+    if not path.is_file():
+        die(f"--resume: there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "weights only" in reason.lower():
+        die(f"--resume: {path} holds more than tensors and plain values, which could run code.  If you trust its source, convert it once: "
+            f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
+    previous = path.with_name(path.name + ".previous")
+    try:
+        state = torch.load(previous, map_location="cpu", weights_only=True)
+    except Exception:
+        die(f"--resume: {path} is truncated or not a checkpoint ({reason}), and there is no usable {previous.name} beside it")
+    print(f"warning: {path} is truncated or not a checkpoint ({reason}); using {previous}", file=sys.stderr, flush=True)
+    return state
+
+
+class MetricsLog:
+    """Appends one JSON object per line to `path`.  A resumed run drops what it is about to repeat: records with step > last_step."""
+
+    def __init__(self, path: str | os.PathLike, last_step: int | None = None):
+        self.path = Path(path)
+        if last_step is not None and self.path.exists():
+            kept = []
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):         # a killed run may leave half a line
+                    if json.loads(line).get("step", 0) <= last_step:
+                        kept.append(line + "\n")
+            new = self.path.with_name(self.path.name + ".new")
+            new.write_text("".join(kept))
+            os.replace(new, self.path)
+
+    def write(self, **record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Meter:
+    """Running means, throughput and peak memory.  `add` costs no synchronisation; `read` synchronises once, and starts afresh."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self):
+        self.sums, self.samples, self.steps, self.start = {}, 0, 0, time.perf_counter()
+
+    def add(self, n: int, **values: Tensor):
+        """values: 0-dimensional tensors on the device, means over n samples."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * n
+        self.samples += n
+        self.steps += 1
+
+    def read(self) -> dict:
+        """Means of the values, ms per step, samples per second of this process, and the process's peak GPU memory in GB."""
+        names = list(self.sums)
+        sums = torch.stack([self.sums[name].double() for name in names]).tolist() if names else []      # the synchronisation
+        seconds = time.perf_counter() - self.start
+        record = {name: total / self.samples for name, total in zip(names, sums)}
+        record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
+        record["samples_per_s"] = self.samples / seconds
+        if self.device.type == "cuda":
+            record["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self.reset()
+        return record
+
+
+def describe_run(device: torch.device, world_size: int) -> dict:
+    """What a reader of a log needs to repeat the run: command line, commit, torch version, device, processes."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"command": " ".join(sys.argv), "commit": commit, "torch": torch.__version__, "device": name, "processes": world_size}
