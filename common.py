@@ -628,6 +628,26 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
 
 
+def reset_peak_memory(device: torch.device):
+    """Starts a new measurement of `peak_memory`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")       # Linux: forget the peak of the resident set
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GB since `reset_peak_memory`: allocated on a GPU; on a CPU the process's resident set (Linux), nan where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return math.nan
+
+
 class Meter:
     """Running means, throughput and peak memory.  `add` costs no synchronisation; `read` synchronises once, and starts afresh."""
 
@@ -654,7 +674,7 @@ class Meter:
         record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
         record["samples_per_s"] = self.samples / seconds
         if self.device.type == "cuda":
-            record["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            record["peak_gb"] = peak_memory(self.device)
         self.reset()
         return record
 
