@@ -1,7 +1,7 @@
-"""Solvers, gradients and run helpers for implicit models: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
+"""Solvers, gradients and run helpers for "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
-An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z) with the input u and
-the parameters theta closed over).  Finding h* is the solver's job; this file also holds the gradient's:
+An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z) with the input u
+and the parameters theta closed over).  Finding h* is the solver's job; this file also holds the gradient's:
 
     h, result = equilibrium(f, h0, grad="upg", k=5, lam=0.5, solver=broyden, max_iter=22, tol=1e-4)
     loss(h).backward()                                   # reaches everything f closes over
@@ -12,8 +12,8 @@ the parameters theta closed over).  Finding h* is the solver's job; this file al
     "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1
     "bptt"      autograd through every iteration of the forward solve, Eq. (10)                 max_iter
 
-A state h is a tensor whose first dimension is the batch N, or a tuple/list of such tensors.  Every decision is taken per
-sample: a batch gives the same answers as its samples one at a time.  Needs torch only: copy this file into your project.
+A state h is a tensor whose first dimension is the batch N, or a tuple/list of such tensors.  Every decision is taken
+per sample: a batch gives the same answers as its samples one at a time.  Needs torch only: copy it into your project.
 """
 import contextlib
 import json
@@ -105,8 +105,9 @@ class _Progress:
     """Evaluates f, and keeps per sample: residual trace, best residual and where it was, who still moves.
 
     A sample stops moving when it has converged, or when it is lost: a non-finite residual, or one a million times its
-    first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is the only
-    host synchronisation: at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where the budget is the stop.
+    first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is
+    the only host synchronisation: at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where
+    the budget is the stop.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode):
@@ -124,7 +125,10 @@ class _Progress:
         self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
 
     def evaluate(self, x, g, f_out=None):
-        """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.  Returns which samples (N,) are the best so far, and ||g|| (N,)."""
+        """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.
+
+        Returns which samples are now at their best, and ||g||, both (N,).
+        """
         f_parts = self.layout.parts(self.f(self.layout.unpack(x)))
         for f_part, x_part, g_part in zip(f_parts, self.layout.split(x), self.layout.split(g)):
             torch.sub(f_part, x_part, out=g_part)
@@ -153,11 +157,12 @@ class _Progress:
         return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
 
     def result(self, x_best):
-        return SolverResult(self.layout.unpack(x_best), self.best, self.evals, self.trace[:self.evals], self.best <= self.tol)
+        return SolverResult(self.layout.unpack(x_best), self.best, self.evals, self.trace[:self.evals],
+                            self.best <= self.tol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Solvers.  max_iter counts steps, so f is called at most max_iter + 1 times: every state, the last too, has a known residual
+# Solvers.  max_iter counts steps, so f is called at most max_iter + 1 times: the last state's residual is known too
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -166,8 +171,8 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
 
     Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| <= tol ("abs") or
-    ||f(h) - h|| / ||f(h)|| <= tol ("rel"): the residual of f, not the length of the damped step.  Never raises for a map
-    that does not converge: look at `converged`.  Raises ValueError for an impossible argument.
+    ||f(h) - h|| / ||f(h)|| <= tol ("rel"): the residual of f, not the length of the damped step.  Never raises for a
+    map that does not converge: look at `converged`.  Raises ValueError for an impossible argument.
     """
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode)
@@ -188,9 +193,10 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
         alpha = argmin ||sum_i alpha_i g_i||^2 + ridge s ||alpha||^2  subject to  sum_i alpha_i = 1.
 
-    s is the mean of the squared residuals ||g_i||^2: an absolute ridge stops the progress once they have shrunk below it.
-    A sample whose small system cannot be solved takes the plain step h <- f(h).  Stops and reports as `fixed_point` does.
-    Memory 2 m vectors.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    s is the mean of the squared residuals ||g_i||^2: an absolute ridge stops the progress once they have shrunk below
+    it.
+    A sample whose small system cannot be solved takes the plain step h <- f(h).  Stops and reports as
+    `fixed_point` does.  Memory 2 m vectors.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
     _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
@@ -199,7 +205,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     x, x_best = run.x0.clone(), run.x0
     N, D = x.shape
     m = min(m, max_iter)
-    fs, gs = x.new_empty(N, m, D), x.new_empty(N, m, D)         # rows are overwritten in turn: their order does not matter
+    fs, gs = x.new_empty(N, m, D), x.new_empty(N, m, D)     # rows are overwritten in turn: order does not matter
     gram = x.new_zeros(N, m, m)                                 # gram[i, j] = g_i . g_j
     ones = x.new_ones(N, m)
     while True:
@@ -215,7 +221,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         system = gram[:, :n, :n].clone()
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal += ridge * diagonal.mean(dim=1, keepdim=True)
-        alpha, info = torch.linalg.solve_ex(system, ones[:, :n])                    # the checked variant would synchronise
+        alpha, info = torch.linalg.solve_ex(system, ones[:, :n])        # the checked variant would synchronise
         alpha = alpha / alpha.sum(dim=1, keepdim=True)
         plain = (info != 0) | ~alpha.isfinite().all(dim=1)
         alpha = alpha.masked_fill(plain[:, None], 0)
@@ -232,18 +238,19 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
     The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the steps
-    s_0 .. s_n are kept, with their inner products G_ij = s_i . s_j, and read twice (after Kelley, "Iterative Methods for
-    Linear and Nonlinear Equations", 1995, Sec. 7.3).  With g at the new state and b_j = s_j . g:
+    s_0 .. s_n are kept, with their inner products G_ij = s_i . s_j, and read twice (after Kelley, "Iterative Methods
+    for Linear and Nonlinear Equations", 1995, Sec. 7.3).  With g at the new state and b_j = s_j . g:
 
         G_jj a_j - sum_{i<j} G_{j,i+1} a_i = b_j,  j < n         n x n, lower triangular
         z = g + sum_{i<n} a_i s_{i+1},    w_j = s_j . z = b_j + sum_i a_i G_{j,i+1}
         s_{n+1} = z / (1 - w_n / G_nn)
 
-    memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting the oldest
-    pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample restarts with the plain
-    step.  Stops and reports as `fixed_point` does.  Memory `memory` vectors.
+    memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting
+    the oldest pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample
+    restarts with the plain step.  Stops and reports as `fixed_point` does.  Memory `memory` vectors.
     """
-    _require(memory is None or isinstance(memory, int) and memory >= 1, f"memory must be an integer >= 1, got {memory!r}")
+    _require(memory is None or isinstance(memory, int) and memory >= 1,
+             f"memory must be an integer >= 1, got {memory!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode)
     x, origin, x_best = run.x0.clone(), run.x0, None
     g, z = torch.empty_like(x), torch.empty_like(x)
@@ -251,7 +258,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     m = min(memory or max_iter, max_iter)
     steps = x.new_empty(N, m, D)                    # a step is a contiguous row; the only large buffer, allocated once
     gram = x.new_zeros(N, m, m)
-    lower = x.new_zeros(N, m, m)                    # the triangular system divided by G_jj: unit diagonal, left implicit
+    lower = x.new_zeros(N, m, m)                    # the triangular system over G_jj; its unit diagonal is implied
     valid = torch.ones(N, m, dtype=torch.bool, device=x.device)     # False for the rows before a sample's own restart
     first = n = 0                                   # evaluation at `origin`; number of steps taken since
 
@@ -274,16 +281,17 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             s.copy_(g)
         else:
             old = steps[:, :n]
-            b = torch.bmm(g[:, None], old.transpose(1, 2))[:, 0]                    # (N, n); this orientation is the fast one
-            size = gram.diagonal(dim1=1, dim2=2)[:, :n]                             # (N, n) squared lengths
-            size = torch.where(size > 0, size, 1.0)                                 # a sample at rest has steps of length 0
+            b = torch.bmm(g[:, None], old.transpose(1, 2))[:, 0]        # (N, n); this orientation is the fast one
+            size = gram.diagonal(dim1=1, dim2=2)[:, :n]                 # (N, n) squared lengths
+            size = torch.where(size > 0, size, 1.0)                     # a sample at rest has steps of length 0
             rhs = torch.where(valid[:, :n], b / size, 0.0)
-            a = torch.linalg.solve_triangular(lower[:, :n - 1, :n - 1], rhs[:, :n - 1, None], upper=False, unitriangular=True)
+            a = torch.linalg.solve_triangular(lower[:, :n - 1, :n - 1], rhs[:, :n - 1, None], upper=False,
+                                              unitriangular=True)
             w = b + (gram[:, :n, 1:n] @ a)[:, :, 0]
-            a = a[:, :, 0]                                                          # (N, n - 1)
+            a = a[:, :, 0]                                              # (N, n - 1)
             divisor = 1 - w[:, -1] / size[:, -1]
-            longest = (norm + (a.abs() * size[:, 1:].sqrt()).sum(1)) / divisor.abs()    # bound on the length of the new step
-            ok = (divisor.abs() > 1e-5) & (longest < 1e15)                          # False for NaN; 1e15 squares within float32
+            longest = (norm + (a.abs() * size[:, 1:].sqrt()).sum(1)) / divisor.abs()    # bound on the new step's length
+            ok = (divisor.abs() > 1e-5) & (longest < 1e15)              # False for NaN; 1e15 squares within float32
             c = torch.where(ok, 1 / divisor, 1.0)[:, None]
             a = torch.where(ok[:, None], a * c, 0.0)
             w = torch.where(ok[:, None], w, b)
@@ -307,23 +315,26 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
                 on_backward: Callable | None = None) -> tuple[State, SolverResult]:
     """Solve h* = f(h*) without a graph, then attach the gradient `grad` (table at the top of this file).
 
-    Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg"; h* itself for "npg" and
-    "implicit", so that the loss is taken where evaluation will take it (the official implicit code returns f(h*)); the last
-    iterate for "bptt".  Under `torch.no_grad()` it only solves; whether a gradient is attached depends on grad mode alone, never on `.training`.
+    Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg"; h* itself for
+    "npg" and "implicit", so that the loss is taken where evaluation will take it (the official implicit code returns
+    f(h*)); the last iterate for "bptt".  Under `torch.no_grad()` it only solves; whether a gradient is attached
+    depends on grad mode alone, never on `.training`.
 
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
-    solver, backward_solver: fixed_point, anderson, broyden, or one of them with further arguments bound by functools.partial.
+    solver, backward_solver: fixed_point, anderson, broyden, or functools.partial of one, binding its own arguments.
     on_backward: called with the SolverResult of the backward solve, in the units of stop_mode ("implicit" only).
-    Cost in calls of f, a vector-Jacobian product counted as one: the solve, and upg 3 k; npg k + 3; implicit backward_max_iter + 4.
+    Cost in calls of f, a vector-Jacobian product (VJP) counted as one, beyond the solve: "upg" 3 k, "npg" k + 2,
+    "implicit" backward_max_iter + 4.
 
-    If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and backward_tol = 0.
-    Raises ValueError for an impossible argument.
+    If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
+    backward_tol = 0.  Raises ValueError for an impossible argument.
     """
-    _require(grad in ("upg", "npg", "implicit", "bptt"), f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
+    _require(grad in ("upg", "npg", "implicit", "bptt"),
+             f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
     for name, value in (("solver", solver), ("backward_solver", backward_solver)):
         _require(callable(value), f"{name} must be one of the functions fixed_point, anderson, broyden, got {value!r}")
     if grad == "bptt" and torch.is_grad_enabled():
-        _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration h <- f(h): it needs solver=fixed_point")
+        _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
         return _bptt(f, h0, max_iter, tol, stop_mode)
     _check_phantom(k, lam)
     result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode)
@@ -334,20 +345,23 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
         return upg(f, result.h, k, lam), result
     if grad == "npg":
         return npg(f, result.h, k, lam), result
-    return implicit(f, result.h, solver=backward_solver, max_iter=backward_max_iter, tol=backward_tol, stop_mode=stop_mode,
-                    on_backward=on_backward), result
+    return implicit(f, result.h, solver=backward_solver, max_iter=backward_max_iter, tol=backward_tol,
+                    stop_mode=stop_mode, on_backward=on_backward), result
 
 
 def _check_phantom(k, lam):
-    _require(isinstance(k, int) and k >= 1, f"k must be an integer >= 1 (with k = 0 nothing but the head would learn), got {k!r}")
+    _require(isinstance(k, int) and k >= 1, f"k must be an integer >= 1 (with 0 only the head would learn), got {k!r}")
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
 
 
 def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
-    """Unrolling-based phantom gradient, Eq. (16), Algorithm 1: k steps h <- (1 - lam) h + lam f(h) from h*, graph on; returns h_k.
+    """Unrolling-based phantom gradient, Eq. (16), Algorithm 1: returns h_k, k steps from h* with the graph on:
+
+        h <- (1 - lam) h + lam f(h)
 
     Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as back-propagation
-    through time (Sec. 3, "To pretrain, or not to pretrain?").  From h* = 0 with lam = 1 it is the unrolled pretraining network.
+    through time (Sec. 3, "To pretrain, or not to pretrain?").  From h* = 0 with lam = 1 it is the unrolled
+    pretraining network.
     """
     _check_phantom(k, lam)
     h = h_star.detach() if torch.is_tensor(h_star) else type(h_star)(p.detach() for p in h_star)
@@ -365,8 +379,9 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
         g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g,  B = lam J + (1 - lam) I,   dL/dz = (df/dz)^T g_hat.
 
-    One graph of f whatever k is.  Tends to the exact gradient as k grows if rho(B) < 1 (Theorem 2); at an exact fixed point it equals UPG.
-    Algorithms 2 and 3 of the paper multiply by lam once more than Eq. (17), as their f already holds one; Theorem 2 needs Eq. (17), which we follow.
+    One graph of f whatever k is.  Tends to the exact gradient as k grows if rho(B) < 1 (Theorem 2); at an exact fixed
+    point it equals UPG.  Algorithms 2 and 3 of the paper multiply by lam once more than Eq. (17), as their f already
+    holds one; Theorem 2 needs Eq. (17), which we follow.
     """
     _check_phantom(k, lam)
 
@@ -381,12 +396,13 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
 def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter: int = 40, tol: float = 1e-4,
              stop_mode: str = "rel", on_backward: Callable | None = None) -> State:
-    """Implicit differentiation, Eq. (4): returns h* with the backward pass g_hat = J^T g_hat + g, solved from g_hat = g.
+    """Implicit differentiation, Eq. (4): returns h* with the backward pass  g_hat = J^T g_hat + g,  solved from g.
 
-    Exact at an exact fixed point and a converged backward solve.  `on_backward` receives the SolverResult of that solve.
+    Exact at an exact fixed point with a converged backward solve; `on_backward` receives that solve's SolverResult.
     """
     def adjoint(vjp, g):
-        result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol, stop_mode=stop_mode)
+        result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
+                        stop_mode=stop_mode)
         if on_backward is not None:
             on_backward(result)
         return result.h
@@ -395,10 +411,11 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter
 
 
 def _attach(f, h_star, adjoint):
-    """h*, with a gradient: f is evaluated once with the graph on, and dL/dh goes into that graph as adjoint(vjp, dL/dh).
+    """h* with a gradient: f is evaluated once with the graph on, and adjoint(vjp, dL/dh*) is sent into that graph.
 
-    Parameters and u get their gradients through the ordinary graph of that evaluation, so DistributedDataParallel, gradient accumulation
-    and autocast work as ever.  No hook and no state on a module: two calls per forward, two backward passes, or none, are all fine.
+    Parameters and u get their gradients through the ordinary graph of that evaluation, so DistributedDataParallel,
+    gradient accumulation and autocast work as ever.  No hook and no state on a module: two calls per forward, two
+    backward passes, or none, are all fine.
     """
     single = torch.is_tensor(h_star)
     h = [p.detach().requires_grad_() for p in ((h_star,) if single else h_star)]
@@ -406,7 +423,7 @@ def _attach(f, h_star, adjoint):
     f_h = (f_h,) if single else tuple(f_h)
 
     def vjp(v):
-        """J^T v: what the paper calls a Jacobian-vector product, (df/dh) v in its layout, is a vector-Jacobian product here."""
+        """J^T v.  The paper's "Jacobian-vector product" (df/dh) v, in its layout, is this vector-Jacobian product."""
         v = [vi.to(fi.dtype) for vi, fi in zip(v, f_h)]
         j = torch.autograd.grad(f_h, h, v, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(hi) if ji is None else ji for ji, hi in zip(j, h)]
@@ -432,7 +449,7 @@ class _Adjoint(torch.autograd.Function):
 
 
 def _bptt(f, h0, max_iter, tol, stop_mode):
-    """Eq. (9) and (10): max_iter plain steps with the graph on, then one evaluation without for the residual of the last state."""
+    """Eq. (9) and (10): max_iter plain steps with the graph on, then an evaluation without for the last residual."""
     states = [h0]
 
     def step(h):                # the solver only measures: it is handed the states that autograd recorded
@@ -450,10 +467,11 @@ def _bptt(f, h0, max_iter, tol, stop_mode):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 100) -> Tensor:
-    """Spectral radius per sample (N,) of J_lam = lam J + (1 - lam) I at h, J = df/dh (lam = 1), by the power method with VJPs.
+    """Spectral radius per sample (N,) of lam J + (1 - lam) I at h, J = df/dh, by the power method with VJPs.
 
-    Estimates it as the geometric mean of the growth of ||v|| over the last half of the iterations.  That is also right for a complex
-    pair, where a Rayleigh quotient gives rho cos(angle); error O(1 / n_iter) for a defective J.  Costs n_iter + 1 calls of f.
+    Estimates it as the geometric mean of the growth of ||v|| over the last half of the iterations.  That is also
+    right for a complex pair, where a Rayleigh quotient gives rho cos(angle); error O(1 / n_iter) for a defective J.
+    Costs n_iter + 1 calls of f.
     """
     _require(isinstance(n_iter, int) and n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
@@ -481,9 +499,10 @@ def adaptive_damping(rho: Tensor) -> float:
 
 
 def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Tensor:
-    """Hutchinson estimate of ||J||_F^2 / (numbers in h), J = df/dh at h (detached), differentiable in what f closes over.
+    """Hutchinson estimate of ||J||_F^2 / (numbers in h), J = df/dh at the detached h.
 
-    A scalar, E_v ||v^T J||^2 / (N D) with v standard normal (Bai et al., "Stabilizing Equilibrium Models by Jacobian Regularization", 2021).
+    A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal.  Bai et al.,
+    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.
     """
     _require(isinstance(n_vectors, int) and n_vectors >= 1, f"n_vectors must be an integer >= 1, got {n_vectors!r}")
     single = torch.is_tensor(h)
@@ -492,13 +511,14 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
     outputs = (outputs,) if single else tuple(outputs)
     total = 0.0
     for _ in range(n_vectors):
-        j = torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True, allow_unused=True)
+        v = [torch.randn_like(o) for o in outputs]
+        j = torch.autograd.grad(outputs, inputs, v, create_graph=True, allow_unused=True)
         total = total + sum(ji.float().pow(2).sum() for ji in j if ji is not None)
     return total / (n_vectors * sum(p.numel() for p in inputs))
 
 
 def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
-    """Cosine of the angle between two gradients, each a list over all parameters (None counts as zero): a scalar (Fig. 1, 2)."""
+    """Cosine of the angle between two gradients (Fig. 1, 2), lists over the same parameters; None counts as zero."""
     _require(len(a) == len(b), f"two gradients over the same parameters are needed, got lists of {len(a)} and {len(b)}")
     dot = sum((x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None)
     norms = [sum(x.double().pow(2).sum() for x in grads if x is not None) for grads in (a, b)]
@@ -552,15 +572,20 @@ def seed_everything(seed: int):
     random.seed(seed)
 
 
-def rng_states() -> list[dict]:
-    """The state of every random number generator of every process, by rank; all processes must call it."""
+def rng_state() -> dict:
+    """The state of every random number generator of this process."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def rng_states() -> list[dict]:
+    """`rng_state` of every process, by rank, for a checkpoint; all processes must call it."""
     if not (dist.is_available() and dist.is_initialized()):
-        return [state]
+        return [rng_state()]
     states = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
+    dist.all_gather_object(states, rng_state())
     return states
 
 
@@ -572,7 +597,7 @@ def set_rng_state(state: dict):
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict):
-    """Writes `state` so that at every moment `path` is a complete checkpoint; the one before stays as `path`.previous."""
+    """Writes `state`; `path` is a complete checkpoint at every moment, and the one before stays as `path`.previous."""
     path = Path(path)
     new, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
     with open(new, "wb") as file:
@@ -588,7 +613,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads a checkpoint onto the CPU, tensors and plain values only.  A broken file is named, and the previous one used."""
+    """Reads a checkpoint onto the CPU, tensors and plain values only; names a broken file and uses the previous one."""
     path = Path(path)
     if not path.is_file():
         die(f"--resume: there is no file {path}")
@@ -597,19 +622,19 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "weights only" in reason.lower():
-        die(f"--resume: {path} holds more than tensors and plain values, which could run code.  If you trust its source, convert it once: "
-            f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
+        die(f"--resume: {path} holds more than tensors and plain values, which could run code.  If you trust its "
+            f"source, convert it once: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
     previous = path.with_name(path.name + ".previous")
     try:
         state = torch.load(previous, map_location="cpu", weights_only=True)
     except Exception:
-        die(f"--resume: {path} is truncated or not a checkpoint ({reason}), and there is no usable {previous.name} beside it")
+        die(f"--resume: {path} is truncated or not a checkpoint ({reason}), and no usable {previous.name} is beside it")
     print(f"warning: {path} is truncated or not a checkpoint ({reason}); using {previous}", file=sys.stderr, flush=True)
     return state
 
 
 class MetricsLog:
-    """Appends one JSON object per line to `path`.  A resumed run drops what it is about to repeat: records with step > last_step."""
+    """Appends one JSON object per line to `path`; a resumed run drops what it will repeat, step > last_step."""
 
     def __init__(self, path: str | os.PathLike, last_step: int | None = None):
         self.path = Path(path)
@@ -638,7 +663,7 @@ def reset_peak_memory(device: torch.device):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak GB since `reset_peak_memory`: allocated on a GPU; on a CPU the process's resident set (Linux), nan where that is not known."""
+    """Peak GB since `reset_peak_memory`: allocated on a GPU; on a CPU the resident set (Linux; nan elsewhere)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(OSError):
@@ -649,7 +674,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Meter:
-    """Running means, throughput and peak memory.  `add` costs no synchronisation; `read` synchronises once, and starts afresh."""
+    """Running means, throughput, peak memory.  `add` costs no synchronisation; `read` costs one, and starts afresh."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -666,9 +691,9 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict:
-        """Means of the values, ms per step, samples per second of this process, and the process's peak GPU memory in GB."""
+        """Means of the values, ms per step, samples per second and peak GPU memory (GB) of this process."""
         names = list(self.sums)
-        sums = torch.stack([self.sums[name].double() for name in names]).tolist() if names else []      # the synchronisation
+        sums = torch.stack([self.sums[name].double() for name in names]).tolist() if names else []      # host sync
         seconds = time.perf_counter() - self.start
         record = {name: total / self.samples for name, total in zip(names, sums)}
         record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
@@ -682,9 +707,10 @@ class Meter:
 def describe_run(device: torch.device, world_size: int) -> dict:
     """What a reader of a log needs to repeat the run: command line, commit, torch version, device, processes."""
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True, check=True).stdout.strip()
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"command": " ".join(sys.argv), "commit": commit, "torch": torch.__version__, "device": name, "processes": world_size}
+    return {"command": " ".join(sys.argv), "commit": commit, "torch": torch.__version__, "device": name,
+            "processes": world_size}
