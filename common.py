@@ -622,8 +622,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "weights only" in reason.lower():
-        die(f"--resume: {path} holds more than tensors and plain values, which could run code.  If you trust its "
-            f"source, convert it once: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
+        die(f"--resume: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
+            f"convert it: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
     previous = path.with_name(path.name + ".previous")
     try:
         state = torch.load(previous, map_location="cpu", weights_only=True)

@@ -735,8 +735,8 @@ def train(args, process, model, train_set, test_set):
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {out}\n{args.model}: {parameters:,} parameters; {N} training and {len(test_set.y)} test images; "
-              f"{args.epochs} epochs of {steps_per_epoch} steps", flush=True)
+              f"writing to {out}\n{args.model}: {parameters:,} parameters; {N} training and {len(test_set.y)} test "
+              f"images; {args.epochs} epochs of {steps_per_epoch} steps", flush=True)
 
     def save():
         rng = rng_states()                                  # all processes take part
@@ -827,7 +827,8 @@ def train(args, process, model, train_set, test_set):
         meter.reset()
     if main:
         print(f"done: test accuracy {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; "
-              f"chosen on the test images, as the paper does); {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+              f"chosen on the test images, as the paper does); {(time.perf_counter() - started) / 60:.1f} minutes",
+              flush=True)
 
 
 def main(args):
