@@ -1,0 +1,482 @@
+"""mdeq_cifar.py as a program: data, wrong input, training, kill and resume, two processes, official checkpoints."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make_mdeq_example as reference
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import mdeq_cifar
+from common import Process
+from mdeq_cifar import main, parse_args, prepare, toy_images
+
+ROOT = Path(mdeq_cifar.__file__).parent
+SCRIPT = ROOT / "mdeq_cifar.py"
+TINY_RUN = ("--data toy --train-size 100 --test-size 50 --batch-size 10 --max-iter 3 --backward-max-iter 3 --k 2 "
+            "--epochs 2 --log-every 1").split()
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """--model tiny with 16 channels, and no benchmark after a toy run: half a minute less."""
+    config = {**mdeq_cifar.MODELS["tiny"], "channels": (16, 16), "head_channels": (8, 8), "final_channels": 64}
+    monkeypatch.setitem(mdeq_cifar.MODELS, "tiny", config)
+    monkeypatch.setattr(mdeq_cifar, "benchmark", lambda *args, **kwargs: None)
+
+
+def run(*flags):
+    """The script in this process."""
+    main(parse_args([str(flag) for flag in flags]))
+
+
+def metrics(out, event):
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == event]
+
+
+def refused(capsys, *flags, code=2):
+    """Runs the script, which must end with this exit code; its last line on stderr, the message."""
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+def test_toy_images_are_the_same_every_time_and_balanced():
+    a, b, other = toy_images(60, seed=1), toy_images(60, seed=1), toy_images(60, seed=2)
+    assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and not torch.equal(a.x, other.x)
+    assert a.x.shape == (60, 3, 16, 16) and a.x.dtype == torch.uint8 and a.y.bincount().tolist() == [6] * 10
+
+
+def test_toy_images_cannot_be_told_apart_by_a_linear_classifier():
+    """Uniform phases give all classes one mean image: logistic regression stays below 25 % (guessing: 10 %)."""
+    train, test = toy_images(1000, seed=1), toy_images(1000, seed=2)
+    x, x_test = (prepare(s.x, False, torch.contiguous_format).flatten(1) for s in (train, test))
+    weight, bias = torch.zeros(10, x.shape[1], requires_grad=True), torch.zeros(10, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.01)
+    for _ in range(300):
+        loss = F.cross_entropy(F.linear(x, weight, bias), train.y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1.0                                                       # it has learnt the training images
+    assert (F.linear(x_test, weight, bias).argmax(1) == test.y).float().mean() < 0.25
+
+
+MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])      # of CIFAR-10's channels
+
+
+def test_images_are_normalised_by_the_statistics_of_CIFAR10():
+    x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    expected = ((x.double() / 255).permute(0, 2, 3, 1) - MEAN) / STD
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        got = prepare(x, False, memory_format)
+        assert got.is_contiguous(memory_format=memory_format) and got.dtype == torch.float32
+        assert (got.permute(0, 2, 3, 1) - expected).abs().max() < 1e-6
+
+
+def test_augmentation_shifts_by_up_to_4_pixels_and_flips():
+    """Every output is one of the 9 x 9 x 2 windows of the image padded by 4 black pixels; all 162 occur alike.
+
+    6480 draws: 40 of each expected; chi^2 of 161 degrees of freedom is below 270 with probability 1 - 1e-7.
+    """
+    torch.manual_seed(0)
+    image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8)
+    got = prepare(image.expand(6480, -1, -1, -1), True, torch.contiguous_format)
+    got = ((got.permute(0, 2, 3, 1) * STD + MEAN) * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+    padded = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    padded[:, 4:12, 4:12] = image
+    windows = [padded[:, i:i + 8, j:j + 8] for i in range(9) for j in range(9)]
+    windows = {w.numpy().tobytes(): n for n, w in enumerate([*windows, *(w.flip(2) for w in windows)])}
+    assert len(windows) == 162
+    counts = torch.zeros(162)
+    for one in got:
+        counts[windows[one.contiguous().numpy().tobytes()]] += 1            # KeyError: not one of the windows
+    assert ((counts - 40) ** 2 / 40).sum() < 270
+
+
+def test_a_subset_takes_the_first_images_of_each_class_equally():
+    images = toy_images(50, seed=0)
+    some = mdeq_cifar.balanced(images, 20, "--train-size")
+    assert some.y.tolist() == sorted(list(range(10)) * 2)
+    for c in range(10):
+        assert torch.equal(some.x[some.y == c], images.x[images.y == c][:2])
+    assert mdeq_cifar.balanced(images, None, "--train-size") is images
+
+
+def make_folder(root, classes=("cat", "dog"), each=3, size=(32, 32), kind="png"):
+    """root/train/CLASS/*, root/test/CLASS/*; returns {path: pixels (3, 32, 32)}."""
+    rng, pixels = torch.Generator().manual_seed(0), {}
+    for split in ("train", "test"):
+        for c in classes:
+            (root / split / c).mkdir(parents=True)
+            for i in range(each):
+                path = root / split / c / f"{i}.{kind}"
+                x = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=rng)
+                Image.fromarray(x.numpy()).save(path)
+                pixels[path] = x.permute(2, 0, 1)
+    return pixels
+
+
+def load(root):
+    return mdeq_cifar.load_images(parse_args(["--data", str(root)]), Process(0, 1, torch.device("cpu")))
+
+
+def test_image_folders_are_read_with_their_labels(tmp_path):
+    pixels = make_folder(tmp_path)
+    for split, images in zip(("train", "test"), load(tmp_path)):
+        assert images.classes == 2 and images.y.tolist() == [0, 0, 0, 1, 1, 1]
+        expected = [p for path, p in sorted(pixels.items()) if path.parts[-3] == split]
+        assert torch.equal(images.x, torch.stack(expected))
+
+
+def test_grey_and_transparent_files_become_three_channels(tmp_path):
+    make_folder(tmp_path)
+    Image.new("L", (32, 32), 77).save(tmp_path / "train" / "cat" / "0.png")
+    Image.new("RGBA", (32, 32), (1, 2, 3, 4)).save(tmp_path / "train" / "cat" / "1.png")
+    train, _ = load(tmp_path)
+    assert (train.x[0] == 77).all() and train.x[1, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
+    """The second load opens no image; a file with another time (bmp: the same size) or a missing one: decoded again."""
+    make_folder(tmp_path, kind="bmp")
+    opened, loader = [], mdeq_cifar.torchvision.datasets.folder.default_loader
+
+    class ImageFolder(mdeq_cifar.torchvision.datasets.ImageFolder):
+        def __init__(self, root):
+            super().__init__(root, loader=lambda path: opened.append(path) or loader(path))
+
+    monkeypatch.setattr(mdeq_cifar.torchvision.datasets, "ImageFolder", ImageFolder)
+    first, _ = load(tmp_path)
+    assert len(opened) == 12
+    again, _ = load(tmp_path)
+    assert len(opened) == 12 and torch.equal(again.x, first.x) and torch.equal(again.y, first.y)
+    changed = tmp_path / "train" / "dog" / "1.bmp"
+    Image.new("RGB", (32, 32), (9, 8, 7)).save(changed)
+    os.utime(changed, ns=(1, 1))
+    train, _ = load(tmp_path)
+    assert len(opened) == 18 and train.x[4, :, 5, 5].tolist() == [9, 8, 7]
+    changed.unlink()
+    assert len(load(tmp_path)[0].y) == 5
+
+
+# --- wrong flags and wrong data --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, named", [
+    ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam 1.5", "--lam"), ("--lam nan", "--lam"),
+    ("--solver newton", "--solver"),
+    ("--max-iter 0", "--max-iter"), ("--backward-max-iter 0", "--backward-max-iter"), ("--epochs 0", "--epochs"),
+    ("--batch-size 0", "--batch-size"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--lr abc", "--lr"),
+    ("--grad bptt --solver broyden", "--grad bptt"), ("--eval", "--resume"), ("--resume auto", "--out"),
+    ("--grad exact", "--grad"), ("--sync-bn", "--sync-bn"), ("--train-size 15", "--train-size 15"),
+    ("--test-size 0", "--test-size 0"), ("--resume nowhere.pt --out unused", "nowhere.pt")])
+def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, narrow):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, *TINY_RUN, *flags.split())
+    assert not list(tmp_path.iterdir())                                     # nothing was written
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(mdeq_cifar, "init_process", lambda: Process(0, 3, torch.device("cpu")))
+    message = refused(capsys, *TINY_RUN, "--out", tmp_path / "run")
+    assert "--batch-size 10" in message and "3 processes" in message
+
+
+def break_test_class(root):
+    (root / "test" / "dog").rename(root / "test" / "dig")
+    return "only in train: ['dog'], only in test: ['dig']"
+
+
+def break_no_classes(root):
+    for split in ("train", "test"):
+        for path in sorted((root / split).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+    return "train"
+
+
+def break_empty_class(root):
+    for path in (root / "train" / "cat").iterdir():
+        path.unlink()
+    return "cat"
+
+
+def break_truncated(root):
+    path = root / "train" / "dog" / "1.jpeg"
+    path.write_bytes(path.read_bytes()[:200])
+    return str(path)
+
+
+def break_not_an_image(root):
+    path = root / "test" / "cat" / "2.jpeg"
+    path.write_text("<html>not found</html>")
+    return str(path)
+
+
+def break_side(root):
+    path = root / "train" / "dog" / "0.jpeg"
+    Image.new("RGB", (32, 31)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("break_it", [break_test_class, break_no_classes, break_empty_class, break_truncated,
+                                      break_not_an_image, break_side])
+def test_broken_data_is_named_before_training(break_it, tmp_path, capsys):
+    """No traceback after an hour: one line that names the folder or the file."""
+    make_folder(tmp_path / "data", kind="jpeg")
+    named = break_it(tmp_path / "data")
+    message = refused(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert "--data" in message and named in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, narrow):
+    """Other flags would change the curve in silence: the difference is named.  Folders of a run are not overwritten."""
+    out = tmp_path / "run"
+    run(*TINY_RUN, "--epochs", 1, "--out", out)
+    before = (out / "metrics.jsonl").read_text()
+    again = [*TINY_RUN, "--epochs", 1, "--out", out]
+    assert "already holds a run" in refused(capsys, *again)
+    for flags, named in (("--lam 0.4", "--lam 0.5 (here 0.4)"), ("--seed 3", "--seed 0 (here 3)"),
+                         ("--grad npg", "--grad upg (here npg)"), ("--epochs 3", "--epochs 1 (here 3)"),
+                         ("--model large", "--model tiny (here large)"), ("--dropout 0.1", "--dropout 0.0 (here 0.1)")):
+        assert named in refused(capsys, *again, "--resume", "auto", *flags.split())
+    message = refused(capsys, "--data", "toy", "--eval", "--model", "large", "--resume", out / "checkpoint.pt")
+    assert "--model tiny (here large)" in message
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_official_checkpoints_can_be_evaluated_but_not_continued(tmp_path, capsys):
+    """{"state_dict": {"module....": tensor}} as the release saves it; --eval prints the accuracy of that model."""
+    torch.manual_seed(0)
+    sd = {k: v.float() if v.is_floating_point() else v for k, v in
+          reference.random_state_dict(channels=(24, 24), head=(8, 16), final=200).items()}
+    saved = {"epoch": 49, "perf": 0.0, "state_dict": {f"module.{k}": v for k, v in reference.with_aliases(sd).items()}}
+    torch.save(saved, tmp_path / "official.pth.tar")
+    flags = [*"--data toy --train-size 10 --test-size 50 --max-iter 3 --resume".split(), tmp_path / "official.pth.tar"]
+    run(*flags, "--eval")
+    printed = capsys.readouterr().out
+    x, y = (t for t in toy_images(50, seed=2)[:2])
+    model = mdeq_cifar.MDEQ(max_iter=3).eval()
+    mdeq_cifar.load_official(model, sd)
+    with torch.no_grad():
+        correct = (model(prepare(x, False, torch.contiguous_format)).argmax(1) == y).sum().item()
+    assert f"test accuracy {2 * correct:.2f} %" in printed and "50 images" in printed
+    assert "--eval" in refused(capsys, *flags, "--out", tmp_path / "out")
+    torch.save({"state_dict": {**saved["state_dict"], "module.surprise": torch.zeros(1)}}, tmp_path / "odd.pth.tar")
+    assert "unknown surprise" in refused(capsys, *flags[:-1], tmp_path / "odd.pth.tar", "--eval")
+    torch.save({"state_dict": {k: v for k, v in sd.items() if not k.endswith("0.blocks.0.conv1.weight_v")}},
+               tmp_path / "less.pth.tar")
+    assert "missing blocks.0" in refused(capsys, *flags[:-1], tmp_path / "less.pth.tar", "--eval")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+def test_a_short_run_learns_what_a_linear_classifier_cannot(tmp_path, narrow):
+    """80 steps reach about 85 % of the gratings; 45 % is far beyond the linear 25 %."""
+    run(*"--data toy --train-size 1000 --test-size 200 --batch-size 25 --epochs 2 --max-iter 4 --k 3".split(),
+        "--log-every", 20, "--out", tmp_path)
+    losses = [record["loss"] for record in metrics(tmp_path, "train")]
+    assert losses[-1] < 0.6 * losses[0]
+    last = metrics(tmp_path, "epoch")[-1]
+    assert last["test_accuracy"] > 45
+    assert last["test_evals"] == 5 and last["step"] == 80
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["last"] == last["test_accuracy"]
+
+
+@pytest.mark.parametrize("grad", ["npg", "implicit", "bptt"])
+def test_every_gradient_trains(grad, tmp_path, narrow):
+    """A few steps of Adam with pretraining, dropout, augmentation, cosines and radii switched on."""
+    solver = ["--solver", "fixed-point"] if grad == "bptt" else []
+    run(*TINY_RUN, *solver, *"--train-size 50 --optimizer adam --pretrain-steps 2 --dropout 0.1 --augment yes".split(),
+        *"--cosine-every 4 --radius-every 5 --epochs 1".split(), "--grad", grad, "--out", tmp_path)
+    assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
+    assert all(0 < r["loss"] < 10 for r in metrics(tmp_path, "train"))
+    assert -1 <= metrics(tmp_path, "cosine")[0]["cosine_upg"] <= 1 and metrics(tmp_path, "radius")[0]["rho_J"] > 0
+
+
+def test_evaluation_counts_every_image_once(narrow):
+    """The last, smaller batch weighs by its images."""
+    args = parse_args([*TINY_RUN, "--batch-size", "8"])
+    process = Process(0, 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    model, images = mdeq_cifar.build_model(args, 10, process), toy_images(19, seed=3)
+    record = mdeq_cifar.evaluate(model, images, args, process)
+    model.eval()
+    with torch.no_grad():
+        logits = model(prepare(images.x, False, mdeq_cifar.memory_format(args)))
+    accuracy = 100 * (logits.argmax(1) == images.y).float().mean().item()
+    assert record["test_accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    assert record["test_loss"] == pytest.approx(F.cross_entropy(logits, images.y).item(), rel=1e-4)
+
+
+def all_finite(state):
+    return all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, narrow):
+    """Exit code 1; the message names the step and the checkpoint, which has finite weights and can be continued."""
+    prepare_once, calls = mdeq_cifar.prepare, []
+
+    def broken(x, augment, memory_format):
+        calls.append(1)
+        return prepare_once(x, augment, memory_format) * (float("nan") if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(mdeq_cifar, "prepare", broken)
+    flags = [*TINY_RUN, "--save-every", 2, "--log-every", 2, "--out", tmp_path / "run"]
+    message = refused(capsys, *flags, code=1)
+    assert "nan" in message and "step 6" in message and str(tmp_path / "run" / "checkpoint.pt") in message
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and all_finite(state)
+    run(*flags, "--resume", "auto")                 # prepare breaks only once
+    assert [r["step"] for r in metrics(tmp_path / "run", "train")] == list(range(2, 21, 2))
+
+
+@pytest.mark.parametrize("lr", ["1e9", "1e38"])
+def test_a_learning_rate_far_too_high_ends_the_run(lr, tmp_path, capsys, narrow):
+    """Exit code 1, and the checkpoint that the message names has finite weights."""
+    flags = [*TINY_RUN, "--lr", lr, "--save-every", 1, "--out", tmp_path / "run"]
+    message = refused(capsys, *flags, code=1)
+    assert "step" in message
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    assert not checkpoint.exists() or all_finite(torch.load(checkpoint, weights_only=True))
+    assert not checkpoint.exists() or str(checkpoint) in message
+
+
+def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, narrow):
+    """A step with a finite loss and a gradient that is not: its weights must not replace the good checkpoint."""
+    build, calls = mdeq_cifar.build_model, []
+
+    def build_model(*args):
+        model = build(*args)
+        model.classifier.bias.register_hook(lambda g: calls.append(1) or g * (float("nan") if len(calls) == 4 else 1))
+        return model
+
+    monkeypatch.setattr(mdeq_cifar, "build_model", build_model)
+    message = refused(capsys, *TINY_RUN, "--save-every", 2, "--out", tmp_path / "run", code=1)
+    assert str(tmp_path / "run" / "checkpoint.pt") in message
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert all_finite(state) and state["step"] == 2
+
+
+# --- kill and resume -------------------------------------------------------------------------------------------------
+
+def start(out, *flags):
+    command = [SCRIPT, *TINY_RUN, *"--save-every 2 --dropout 0.2 --augment yes".split(), "--out", out, *flags]
+    return subprocess.Popen([sys.executable, *map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+    """SIGKILL three times, --resume auto: weights, BatchNorm statistics and momenta equal bit for bit, each step once.
+
+    Data order, augmentation, dropout masks, optimiser and schedule all continue where they were.
+    """
+    undisturbed, killed, rng = start(tmp_path / "a"), 0, random.Random(0)
+    for _ in range(3):
+        process = start(tmp_path / "b", "--resume", "auto")
+        path, size = tmp_path / "b" / "metrics.jsonl", 0
+        size = path.stat().st_size if path.exists() else 0
+        while process.poll() is None and (not path.exists() or path.stat().st_size <= size):
+            time.sleep(0.01)                                                # until it has written its first line
+            size = min(size, path.stat().st_size) if path.exists() else 0   # it first drops what it will repeat
+        time.sleep(rng.uniform(0.1, 0.7))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    assert killed == 3
+    process = start(tmp_path / "b", "--resume", "auto")
+    for p in (process, undisturbed):
+        error = p.communicate(timeout=120)[1].decode()
+        assert p.returncode == 0, error
+    a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in "ab")
+    assert a["step"] == b["step"] == 20 and a["last"] == b["last"]
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*momenta)) and len(momenta[0]) > 50
+    assert len(metrics(tmp_path / "b", "start")) > 1                        # it was resumed
+    for event, steps in (("train", list(range(1, 21))), ("epoch", [10, 20])):
+        for d in "ab":
+            assert [r["step"] for r in metrics(tmp_path / d, event)] == steps
+    losses = [[r["loss"] for r in metrics(tmp_path / d, "train")] for d in "ab"]
+    assert losses[0] == losses[1]
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+def torchrun(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*launcher, *map(str, command)], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+                            capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+DRIVER = '''
+import sys
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from common import init_process
+from mdeq_cifar import MDEQ
+
+def step(grad, rank, world):
+    torch.manual_seed(0)
+    model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, grad=grad, max_iter=4, backward_max_iter=4)
+    model.double().eval()                   # with batch statistics two halves would differ from the whole
+    net = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    x, y = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.arange(8)
+    x, y = x.tensor_split(world)[rank], y.tensor_split(world)[rank]
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    return [p.detach() - b for p, b in zip(model.parameters(), before)]
+
+if __name__ == "__main__":
+    process = init_process()
+    steps = {grad: step(grad, process.rank, process.world_size) for grad in ("upg", "npg", "implicit")}
+    torch.save(steps, f"{sys.argv[1]}.{process.rank}")
+'''
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """DistributedDataParallel of two halves = one process on the whole batch, to 1e-9: float64 rounding.
+
+    In eval mode, as BatchNorm's batch statistics are per process.
+    """
+    (tmp_path / "driver.py").write_text(DRIVER)
+    torchrun(tmp_path / "driver.py", tmp_path / "steps")
+    namespace = {"__name__": "driver"}
+    exec(DRIVER, namespace)
+    for grad in ("upg", "npg", "implicit"):
+        alone = namespace["step"](grad, 0, 1)
+        for rank in (0, 1):
+            together = torch.load(f"{tmp_path / 'steps'}.{rank}", weights_only=True)[grad]
+            for a, b in zip(alone, together):
+                assert (a - b).abs().max() <= 1e-9 * max(a.abs().max(), 1e-6)
+
+
+def test_the_script_runs_on_two_processes_and_writes_once(tmp_path):
+    """Also a smaller last batch: 14 and 6 images, half of them in each process.  Evaluation counts every image once."""
+    sizes = "--train-size 20 --test-size 30 --batch-size 14 --epochs 1".split()
+    out = torchrun(SCRIPT, *TINY_RUN, *sizes, "--out", tmp_path)
+    assert len(metrics(tmp_path, "start")) == 1 and metrics(tmp_path, "start")[0]["processes"] == 2
+    assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2]
+    (epoch,) = metrics(tmp_path, "epoch")
+    assert (epoch["test_accuracy"] * 30 / 100) % 1 == pytest.approx(0, abs=1e-6)
+    assert out.count("done: ") == 1
+    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["rng"]) == 2
