@@ -16,6 +16,7 @@ A state h is a tensor whose first dimension is the batch N, or a tuple/list of s
 per sample: a batch gives the same answers as its samples one at a time.  Needs torch only: copy it into your project.
 """
 import contextlib
+import functools
 import json
 import math
 import os
@@ -165,7 +166,21 @@ class _Progress:
 # Solvers.  max_iter counts steps, so f is called at most max_iter + 1 times: the last state's residual is known too
 # ---------------------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
+def _solver(method):
+    """Runs a solver without a graph, and its own products in full precision also under autocast: only f sees it."""
+    @functools.wraps(method)
+    def solve(f, h0, **options):
+        device = (h0 if torch.is_tensor(h0) else h0[0]).device.type
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return method(f, h0, **options)
+            f = torch.autocast(device, dtype=torch.get_autocast_dtype(device))(f)
+            with torch.autocast(device, enabled=False):
+                return method(f, h0, **options)
+    return solve
+
+
+@_solver
 def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
                 lam: float = 1.0) -> SolverResult:
     """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
@@ -185,7 +200,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
         x.add_(g.masked_fill_(~run.moving[:, None], 0), alpha=lam)
 
 
-@torch.no_grad()
+@_solver
 def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
              m: int = 6, beta: float = 1.0, ridge: float = 1e-4) -> SolverResult:
     """Anderson acceleration (type II) over the last m pairs (h_i, f(h_i)), with g_i = f(h_i) - h_i:
@@ -232,7 +247,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         torch.where(run.moving[:, None], x_new[:, 0], x, out=x)
 
 
-@torch.no_grad()
+@_solver
 def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
             memory: int | None = None) -> SolverResult:
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.

@@ -146,7 +146,7 @@ def fig4(args, iterations=30):
     act, rows, verdicts = ACTIVATIONS[args.activation], [], []
     columns = (1, 2, 3, 5, 10, 15, 20, 30)
     print(f"\nFig. 4.  {args.activation}; h after 100 fixed-point iterations; Broyden on g_hat = J^T g_hat + g against "
-          "the\nphantom gradient (Neumann, lam = 1, k = iteration); means over 32 samples; l1: norm over the exact one's")
+          "the\nphantom gradient (Neumann, lam = 1, k = iteration); means over 32 samples; l1: norm over the exact one")
     print("L_h     iteration            " + "".join(f"{t:>9d}" for t in columns) + "   exact L1")
     unit = symmetric_weight(D, 1.0, device=args.device)
     u, y = (torch.randn(N, D, device=args.device) for _ in range(2))
@@ -203,8 +203,8 @@ def fig4(args, iterations=30):
               f"norm {over['broyden']:.2f} x the exact one\n        phantom: {max(0, fall['phantom']):.3f}, "
               f"{over['phantom']:.2f} x.  Broyden's best state after all: cosine {stats['best'][0]['cosine']:.4f}")
     seen = [f"{lip}" for lip, v in zip((0.9, 0.99, 0.999, 0.9999), verdicts) if v]
-    print("\"Broyden's gradient oscillates or explodes where the phantom gradient stays bounded\" (a fall above 0.01, or "
-          f"more\nthan 1.1 x the exact norm): {'seen at L_h = ' + ', '.join(seen) if seen else 'not seen here'}.")
+    print("\"Broyden's gradient oscillates or explodes where the phantom gradient stays bounded\" (a fall above 0.01, "
+          f"or more\nthan 1.1 x the exact norm): {'seen at L_h = ' + ', '.join(seen) if seen else 'not seen here'}.")
     return rows
 
 

@@ -107,7 +107,8 @@ def parse_args(argv=None):
                    help="of images, weights and states (default GPU contiguous, CPU channels-last)")
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (GPUs only)")
     # run
-    p.add_argument("--out", help="folder of checkpoint.pt and metrics.jsonl (default runs/MODEL-GRAD-TIME)")
+    p.add_argument("--out", help="folder of checkpoint.pt and metrics.jsonl (default --resume's, or "
+                   "runs/MODEL-GRAD-TIME)")
     p.add_argument("--resume", metavar="FILE",
                    help="continue from this checkpoint; 'auto': from --out's, if there is one")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; each epoch ends with one "
@@ -150,8 +151,10 @@ def parse_args(argv=None):
         p.error("--eval needs --resume FILE, the checkpoint to evaluate")
     if args.benchmark and "RANK" in os.environ:
         p.error("--benchmark measures one process: run it without torchrun")
-    if args.resume == "auto" and not args.out:
-        p.error("--resume auto needs --out DIR, the folder to look in")
+    if args.resume == "auto" and (not args.out or args.eval):
+        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
+    if not (0 < args.lr < math.inf):
+        p.error(f"--lr must be positive and finite, got {args.lr}")
     return args
 
 
@@ -489,18 +492,18 @@ def load_official(model, state_dict):
         found[key] = value
 
     own = model.state_dict()
-    for key in [k for k in found if k.endswith(".weight_g")]:
+    for key in [k for k in found if k.endswith(".weight_g") and k.removesuffix("g") + "v" in found]:
         stem, g, v = key.removesuffix("_g"), found.pop(key), found.pop(key.removesuffix("g") + "v")
         name = stem.removesuffix("weight") + "parametrizations.weight.original"
         if name + "0" in own:
             found[name + "0"], found[name + "1"] = g, v
         else:
-            found[stem] = g * v / v.norm(dim=(1, 2, 3), keepdim=True)
+            found[stem] = g * v / torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
     for name in [k.removesuffix("original0") for k in own if k.endswith("original0")]:
         plain = name.replace("parametrizations.weight.", "weight")
         if plain in found:
             found[name + "original1"] = found.pop(plain)
-            found[name + "original0"] = found[name + "original1"].norm(dim=(1, 2, 3), keepdim=True)
+            found[name + "original0"] = torch.linalg.vector_norm(found[name + "original1"], dim=(1, 2, 3), keepdim=True)
     if not any(k.startswith("post_gn.") for k in found):        # locuslab/deq: this norm has no affine parameters
         found.update({k: torch.full_like(v, k.endswith("weight")) for k, v in own.items() if k.startswith("post_gn.")})
 
@@ -703,7 +706,7 @@ def train(args, process, model, train_set, test_set):
     checkpoint = out / "checkpoint.pt"
     if args.resume == "auto":
         args.resume = str(checkpoint) if checkpoint.exists() else None
-    if not args.resume and checkpoint.exists():
+    if checkpoint.exists() and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
         die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
     N = len(train_set.y)
     steps_per_epoch = math.ceil(N / args.batch_size)        # the last, incomplete batch is kept
@@ -787,9 +790,12 @@ def train(args, process, model, train_set, test_set):
                                f"{radius['rho_J_lam']:.3f}")
             if step % args.log_every == 0 or saving or epoch_ends:
                 record = meter.read()                                   # host sync
-                if not math.isfinite(record["loss"]):
+                broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
+                if not broken and (saving or epoch_ends) and not all(p.isfinite().all() for p in model.parameters()):
+                    broken = "a weight became infinite or not a number"     # the loss would show it one step late
+                if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
-                    die(f"the loss became {record['loss']} by step {step}: try a lower --lr or --lam; {kept}", code=1)
+                    die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
                 if main:
                     lr, seconds = scheduler.get_last_lr()[0], time.perf_counter() - started
                     log.write(event="train", step=step, epoch=epoch + 1, lr=lr, seconds=seconds, **record)
@@ -832,7 +838,9 @@ def train(args, process, model, train_set, test_set):
 
 
 def main(args):
-    if not args.out:
+    if not args.out and args.resume:
+        args.out = str(Path(args.resume).parent)
+    elif not args.out:
         args.out = f"runs/{args.model}-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}"
     process = init_process()
     if args.batch_size % process.world_size:

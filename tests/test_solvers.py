@@ -1,0 +1,375 @@
+"""The three solvers: what every one of them promises, and what each alone does."""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import anderson, broyden, fixed_point
+
+SOLVERS = [fixed_point, anderson, broyden]
+
+
+def tanh_layer(lip=0.9, N=5, D=12, seed=0, dtype=torch.float64):
+    """h -> tanh(h W + u), contraction with Lipschitz constant lip."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(D, D, generator=g, dtype=dtype)
+    w = lip * w / torch.linalg.matrix_norm(w, 2)
+    u = torch.randn(N, D, generator=g, dtype=dtype)
+    return lambda h: torch.tanh(h @ w + u), torch.zeros(N, D, dtype=dtype)
+
+
+def linear_map(spectrum, N=3, seed=0):
+    """h -> h A + u with the given eigenvalues, A symmetric."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=g, dtype=torch.float64)).Q
+    a = q @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ q.T
+    u = torch.randn(N, len(spectrum), generator=g, dtype=torch.float64)
+    return lambda h: h @ a + u, torch.zeros_like(u)
+
+
+def conv_cell(N=2, seed=0):
+    """A state of two resolutions, as in the MDEQ."""
+    g = torch.Generator().manual_seed(seed)
+    w = [0.15 * torch.randn(4, 4, 3, 3, generator=g, dtype=torch.float64) for _ in range(2)]
+    u = [torch.randn(N, 4, s, s, generator=g, dtype=torch.float64) for s in (8, 4)]
+
+    def f(h):
+        low = F.avg_pool2d(h[0], 2) + F.conv2d(h[1], w[1], padding=1)
+        high = F.conv2d(h[0], w[0], padding=1) + 0.3 * F.interpolate(h[1], scale_factor=2.0)
+        return torch.tanh(high + u[0]), torch.tanh(low + u[1])
+
+    return f, tuple(torch.zeros_like(x) for x in u)
+
+
+def residual(f, h):
+    """||f(h) - h|| per sample over all parts, and ||f(h)||."""
+    parts = [(a, b) for a, b in zip(f(h), h)] if isinstance(h, (tuple, list)) else [(f(h), h)]
+    square = sum((a - b).flatten(1).square().sum(1) for a, b in parts)
+    return square.sqrt(), sum(a.flatten(1).square().sum(1) for a, _ in parts).sqrt()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mode", ["rel", "abs"])
+def test_residual_is_that_of_the_returned_state(solver, mode):
+    """Also where the budget ends the solve, and whatever the damping: f's residual, not the damped step's length."""
+    f, h0 = tanh_layer()
+    kwargs = {"lam": 0.1} if solver is fixed_point else {}
+    result = solver(f, h0, max_iter=7, tol=0, stop_mode=mode, **kwargs)
+    absolute, size = residual(f, result.h)
+    torch.testing.assert_close(result.residual, absolute / size if mode == "rel" else absolute, rtol=1e-9, atol=1e-15)
+    assert result.n_evals == 8 and result.trace.shape == (8, 5)
+    torch.testing.assert_close(result.residual, result.trace.min(0).values)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_converges_and_says_so(solver):
+    f, h0 = tanh_layer()
+    result = solver(f, h0, max_iter=200, tol=1e-9)
+    absolute, size = residual(f, result.h)
+    assert result.converged.all() and (absolute <= 1.01e-9 * size).all() and result.n_evals < 200
+    assert not solver(f, h0, max_iter=2, tol=1e-9).converged.any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_batch_gives_the_answers_of_its_samples_one_at_a_time(solver):
+    """Norms, stops and the best iterate are per sample; 1e-12: products of another batch size round differently."""
+    for make in (tanh_layer, conv_cell):
+        f, h0 = make()
+        single = torch.is_tensor(h0)
+        whole = solver(f, h0, max_iter=12, tol=1e-4)
+        parts = (whole.h,) if single else whole.h
+        for i in range(len(parts[0])):
+            def f_i(h):             # the map of sample i alone
+                full = [p.clone() for p in ((h0,) if single else h0)]
+                for a, b in zip(full, (h,) if single else h):
+                    a[i:i + 1] = b
+                out = f(full[0] if single else tuple(full))
+                return out[i:i + 1] if single else tuple(p[i:i + 1] for p in out)
+            alone = solver(f_i, h0[i:i + 1] if single else tuple(p[i:i + 1] for p in h0), max_iter=12, tol=1e-4)
+            for a, b in zip(parts, (alone.h,) if single else alone.h):
+                torch.testing.assert_close(a[i:i + 1], b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_sample_that_breaks_keeps_its_best_state_and_its_neighbours(solver, poison):
+    """A NaN or Inf in a later iterate reaches neither the caller nor another sample (0 x NaN is NaN: use masks)."""
+    f, h0 = tanh_layer()
+    calls = []
+
+    def broken(h):
+        calls.append(None)
+        out = f(h)
+        if len(calls) > 4:
+            out = out.clone()
+            out[1] = poison
+        return out
+
+    good, bad = (solver(g, h0, max_iter=10, tol=0, stop_mode="abs") for g in (f, broken))
+    assert bad.h.isfinite().all() and bad.residual.isfinite().all()
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(bad.h[others], good.h[others], rtol=0, atol=0)
+    torch.testing.assert_close(bad.residual[1], good.trace[:4, 1].min())
+    torch.testing.assert_close(residual(f, bad.h)[0][1], bad.residual[1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_that_is_broken_from_the_start_is_reported(solver):
+    f, h0 = tanh_layer()
+    h0[2] = math.nan
+    result = solver(lambda h: f(h), h0, max_iter=6, tol=1e-3)
+    assert result.residual[2] == math.inf and not result.converged[2]
+    assert result.h[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_diverging_map_returns_its_lowest_residual(solver):
+    """f(h) = 3 h + 1 elementwise and cubed: iterates overflow; what comes back is the best state seen, and finite."""
+    h0 = torch.full((2, 4), 0.5)
+    result = solver(lambda h: 40 * h ** 3 + h + 1, h0, max_iter=60, tol=1e-6)
+    assert result.h.isfinite().all() and (result.residual <= result.trace[0] + 1e-6).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_converged_samples_stay_where_they_are(solver):
+    """Their update is zero from then on: the trace of an early sample is constant while the others go on."""
+    f, h0 = tanh_layer()
+    h0[0] = fixed_point(f, h0, max_iter=500, tol=1e-15).h[0]
+    result = solver(f, h0, max_iter=15, tol=1e-6)
+    assert (result.trace[1:, 0] == result.trace[0, 0]).all() and (result.h[0] == h0[0]).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_structure_dtype_and_inputs_are_kept(solver):
+    f, h0 = conv_cell()
+    before = [p.clone() for p in h0]
+    for kind in (tuple, list):
+        result = solver(lambda h: kind(f(h)), kind(h0), max_iter=5, tol=0)
+        assert type(result.h) is kind and [p.shape for p in result.h] == [p.shape for p in h0]
+        assert all(p.dtype == torch.float64 and not p.requires_grad for p in result.h)
+    assert all((a == b).all() for a, b in zip(before, h0))
+    half = torch.zeros(3, 4, dtype=torch.bfloat16)
+    seen = []
+    result = solver(lambda h: seen.append(h.dtype) or torch.cos(h).bfloat16(), half, max_iter=3, tol=0)
+    assert result.h.dtype == torch.float32 and set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_graph_is_recorded(solver):
+    w = torch.eye(4, requires_grad=True)
+    result = solver(lambda h: torch.tanh(h @ w + 1), torch.zeros(2, 4), max_iter=4, tol=0)
+    assert not result.h.requires_grad and result.h.grad_fn is None
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_channels_last_states_give_the_same_result_and_stay_channels_last(solver):
+    f, h0 = conv_cell()
+    formats = []
+
+    def watched(h):
+        formats.append(h[0].stride(1))
+        return f(h)
+
+    expected = solver(f, h0, max_iter=10, tol=0)
+    result = solver(watched, tuple(p.contiguous(memory_format=torch.channels_last) for p in h0), max_iter=10, tol=0)
+    assert set(formats) == {1}
+    for a, b in zip(result.h, expected.h):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_zero_tolerance_spends_the_whole_budget(solver):
+    """All processes of a job must call f equally often where f holds a collective, so nothing may stop the solve."""
+    assert solver(lambda h: h * 0, torch.zeros(2, 3), max_iter=9, tol=0).n_evals == 10
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_that_is_a_root_needs_one_evaluation(solver):
+    result = solver(lambda h: h * 0, torch.zeros(2, 3), max_iter=9, tol=1e-6, stop_mode="abs")
+    assert result.n_evals == 1 and result.converged.all() and (result.h == 0).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_budget_of_one_takes_one_step(solver):
+    """Public Anderson codes return the start untouched; the first step of each is h <- f(h)."""
+    f, h0 = tanh_layer()
+    result = solver(f, h0, max_iter=1, tol=0)
+    torch.testing.assert_close(result.h, f(h0))
+    assert result.n_evals == 2
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kwargs, name", [({"max_iter": 0}, "max_iter"), ({"max_iter": 2.5}, "max_iter"),
+                                          ({"tol": -1.0}, "tol"), ({"stop_mode": "norm"}, "stop_mode")])
+def test_impossible_arguments_are_named(solver, kwargs, name):
+    with pytest.raises(ValueError, match=name):
+        solver(torch.cos, torch.zeros(1, 2), **kwargs)
+
+
+@pytest.mark.parametrize("solver, kwargs", [
+    (fixed_point, {"lam": 0.0}), (fixed_point, {"lam": 1.5}), (anderson, {"m": 0}), (anderson, {"beta": 0.0}),
+    (anderson, {"ridge": -1.0}), (broyden, {"memory": 0})])
+def test_each_solver_names_its_own_impossible_arguments(solver, kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        solver(torch.cos, torch.zeros(1, 2), **kwargs)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_states_that_are_none_are_refused(solver):
+    with pytest.raises(ValueError, match="shape"):
+        solver(lambda h: h[:, :1], torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="batch size"):
+        solver(lambda h: h, (torch.zeros(2, 3), torch.zeros(3, 3)))
+    with pytest.raises(ValueError, match="floating-point"):
+        solver(lambda h: h, torch.zeros(2, 3, dtype=torch.long))
+
+
+def textbook_broyden(f, h0, steps, memory=None):
+    """Broyden's good method in the U V^T form: B^-1 <- B^-1 + (s - B^-1 y) s^T B^-1 / (s^T B^-1 y).  The trace.
+
+    memory: the pairs of a limited-memory code, the oldest overwritten when they are used up.
+    """
+    shape, x = h0.shape, h0.flatten(1).clone()
+    N, D = x.shape
+    pairs = []
+
+    def inverse(v, transposed=False):
+        out = -v
+        for p, q in pairs:
+            out = out + ((q * (p * v).sum(1, keepdim=True)) if transposed else (p * (q * v).sum(1, keepdim=True)))
+        return out
+
+    def g(x):
+        return f(x.view(shape)).flatten(1) - x
+
+    gx, trace = g(x), []
+    trace.append(gx.norm(dim=1))
+    for t in range(steps):
+        s = -inverse(gx)
+        x = x + s
+        new = g(x)
+        y, gx = new - gx, new
+        trace.append(gx.norm(dim=1))
+        q = inverse(s, transposed=True)
+        p = (s - inverse(y)) / (q * y).sum(1, keepdim=True)
+        if memory is None or len(pairs) < memory:
+            pairs.append((p, q))
+        else:
+            pairs[t % memory] = (p, q)
+    return torch.stack(trace)
+
+
+def flattened(f, h0):
+    """A tuple problem as one on flat vectors, for the textbook."""
+    sizes = [p[0].numel() for p in h0]
+
+    def flat(x):
+        parts = [c.reshape(p.shape) for c, p in zip(x.split(sizes, dim=1), h0)]
+        return torch.cat([p.flatten(1) for p in f(tuple(parts))], dim=1)
+
+    return flat, torch.cat([p.flatten(1) for p in h0], dim=1)
+
+
+@pytest.mark.parametrize("name, problem, steps", [
+    ("tanh layer, L_h = 0.9", tanh_layer(0.9), 12), ("tanh layer, L_h = 0.99", tanh_layer(0.99, D=40), 14),
+    ("linear, spectrum up to 0.99", linear_map([0.99, 0.9, 0.5, 0.2, -0.3, -0.8, -0.95]), 9),
+    ("no contraction", linear_map([3.0, -2.0, 1.7, 0.5, 0.1, -0.4]), 8), ("two resolutions", conv_cell(), 14)])
+def test_broyden_makes_the_textbook_iterates(name, problem, steps):
+    """The steps-only form with the Gram matrix is the U V^T form: the same residual trace to 3 digits or better."""
+    f, h0 = problem
+    result = broyden(f, h0, max_iter=steps, tol=0, stop_mode="abs")
+    trace = textbook_broyden(*((f, h0) if torch.is_tensor(h0) else flattened(f, h0)), steps)
+    above = trace > 1e-9 * trace[0]                 # below, both only show their rounding
+    assert above.float().mean() > 0.8
+    assert ((result.trace / trace - 1).abs()[above] < 1e-3).all()
+
+
+def test_broyden_ends_a_linear_system_in_at_most_2n_steps():
+    """Gay's theorem: n = 6, so 12 steps; 1e-10 for the rounding of an ill-conditioned update."""
+    f, h0 = linear_map([3.0, -2.0, 1.7, 0.5, 0.1, -0.4])
+    assert (broyden(f, h0, max_iter=12, tol=0, stop_mode="abs").residual < 1e-10).all()
+
+
+def test_broyden_with_a_full_memory_restarts_where_overwriting_stalls():
+    """Ten pairs, 80 steps, an ill-conditioned map."""
+    f, h0 = linear_map([0.999 * math.cos(math.pi * i / 60) for i in range(60)], N=2)
+    overwriting = textbook_broyden(f, h0, 80, memory=10)[-1]
+    result = broyden(f, h0, max_iter=80, tol=0, stop_mode="abs", memory=10)
+    assert (result.residual < 0.1 * result.trace[0]).all()
+    assert (result.residual < 0.1 * overwriting).all()
+    torch.testing.assert_close(residual(f, result.h)[0], result.residual, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3])
+def test_the_best_state_survives_restarts(memory):
+    f, h0 = tanh_layer(0.99)
+    result = broyden(f, h0, max_iter=20, tol=0, stop_mode="abs", memory=memory)
+    torch.testing.assert_close(result.residual, result.trace.min(0).values)
+    torch.testing.assert_close(residual(f, result.h)[0], result.residual, rtol=1e-6, atol=1e-13)
+
+
+def test_broyden_guards_the_division_by_almost_zero():
+    """f(h) = h + 1 has no fixed point, and the update divides by 1 - 1; f(h) = 2 h - 1 needs a step backwards."""
+    result = broyden(lambda h: h + 1, torch.zeros(2, 3), max_iter=10, tol=0, stop_mode="abs")
+    assert result.h.isfinite().all() and result.trace.isfinite().all()
+    assert (broyden(lambda h: 2 * h - 1, torch.zeros(2, 3), max_iter=3, tol=0, stop_mode="abs").residual < 1e-6).all()
+
+
+def plain_anderson(f, h0, steps, m, beta):
+    """Type II by least squares on the differences, one sample, no ridge."""
+    hs, trace = [h0], []
+    gs = []
+    for _ in range(steps + 1):
+        gs.append(f(hs[-1]) - hs[-1])
+        trace.append(gs[-1].norm())
+        h, g = torch.stack(hs[-m:]), torch.stack(gs[-m:])
+        if len(h) == 1:
+            alpha = torch.ones(1, dtype=h.dtype)
+        else:
+            gamma = torch.linalg.lstsq((g[:-1] - g[-1]).T, -g[-1]).solution
+            alpha = torch.cat([gamma, 1 - gamma.sum(0, keepdim=True)])
+        hs.append((alpha[:, None] * (h + beta * g)).sum(0))
+    return torch.stack(trace)
+
+
+@pytest.mark.parametrize("m, beta", [(3, 1.0), (5, 1.0), (4, 0.6)])
+def test_anderson_solves_the_constrained_least_squares_problem(m, beta):
+    f, h0 = tanh_layer(N=1)
+    trace = plain_anderson(lambda h: f(h[None])[0], h0[0], 9, m, beta)
+    result = anderson(f, h0, max_iter=9, tol=0, stop_mode="abs", m=m, beta=beta, ridge=1e-14)
+    torch.testing.assert_close(result.trace[:, 0], trace, rtol=1e-3, atol=1e-10)
+
+
+def test_anderson_with_memory_one_is_the_plain_iteration():
+    f, h0 = tanh_layer()
+    plain = fixed_point(f, h0, max_iter=6, tol=0)
+    torch.testing.assert_close(anderson(f, h0, max_iter=6, tol=0, m=1).trace, plain.trace)
+
+
+def test_andersons_ridge_does_not_stop_progress_as_the_residuals_shrink():
+    """An absolute ridge of 1e-4 outweighs residuals below 1e-2: the rate falls back to the plain iteration's."""
+    f, h0 = linear_map([0.99, 0.97, 0.9, 0.5, -0.3, -0.8])
+    plain = fixed_point(f, h0, max_iter=60, tol=0, stop_mode="abs").residual
+    assert (anderson(f, h0, max_iter=60, tol=0, stop_mode="abs").residual < 1e-3 * plain).all()
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.0])
+def test_fixed_point_is_equation_12(lam):
+    f, h0 = tanh_layer()
+    h = h0
+    for _ in range(5):
+        h = (1 - lam) * h + lam * f(h)
+    torch.testing.assert_close(fixed_point(f, h0, max_iter=5, tol=0, lam=lam).h, h)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gpu_solves_do_not_synchronise_with_zero_tolerance(solver):
+    w, h0 = 0.1 * torch.randn(64, 64, device="cuda"), torch.zeros(8, 64, device="cuda")
+    solver(lambda h: torch.tanh(h @ w + 1), h0, max_iter=10, tol=0)         # warm-up: libraries synchronise once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        solver(lambda h: torch.tanh(h @ w + 1), h0, max_iter=10, tol=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
