@@ -30,7 +30,6 @@ from typing import Callable, NamedTuple, Sequence, Union
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 State = Union[Tensor, Sequence[Tensor]]
 
@@ -453,14 +452,32 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, adjoint, *tensors):
         n = len(tensors) // 2
-        ctx.adjoint, ctx.dtypes = adjoint, [t.dtype for t in tensors[n:]]
+        ctx.adjoint = adjoint
+        ctx.save_for_backward(*tensors[n:])
         return tuple(t.view_as(t) for t in tensors[:n])
 
     @staticmethod
-    @once_differentiable        # a second derivative would be silently wrong: J itself depends on h
     def backward(ctx, *g):
-        g_hat = ctx.adjoint(g)
-        return None, *(None for _ in g), *(v.to(dtype) for v, dtype in zip(g_hat, ctx.dtypes))
+        with torch.no_grad():
+            g_hat = [v.to(f.dtype) for v, f in zip(ctx.adjoint(g), ctx.saved_tensors)]
+        if torch.is_grad_enabled():     # create_graph=True
+            g_hat = _Undifferentiable.apply(len(g), *g_hat, *g, *ctx.saved_tensors)
+        return None, *(None for _ in g), *g_hat
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """g_hat as it is, but a second derivative through it raises: it would silently miss dJ/dh and dg/dh.
+
+    once_differentiable is not enough: its error node is not on the way to u, and autograd.grad(..., u) passes it by.
+    """
+
+    @staticmethod
+    def forward(ctx, n, *tensors):
+        return tuple(t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("no second derivative through grad='npg' or 'implicit': use 'upg' or 'bptt', which have one")
 
 
 def _bptt(f, h0, max_iter, tol, stop_mode):
@@ -528,7 +545,8 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
     for _ in range(n_vectors):
         v = [torch.randn_like(o) for o in outputs]
         j = torch.autograd.grad(outputs, inputs, v, create_graph=True, allow_unused=True)
-        total = total + sum(ji.float().pow(2).sum() for ji in j if ji is not None)
+        total = total + sum(ji.to(torch.promote_types(ji.dtype, torch.float32)).square().sum()
+                            for ji in j if ji is not None)
     return total / (n_vectors * sum(p.numel() for p in inputs))
 
 

@@ -1,0 +1,445 @@
+"""The gradients UPG, NPG, implicit and BPTT against dense algebra, the engine they live in, and the diagnostics."""
+import copy
+import functools
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import nn
+
+from common import (adaptive_damping, anderson, broyden, cosine_similarity, equilibrium, fixed_point, implicit,
+                    jacobian_regularization, npg, spectral_radius, upg)
+
+GRADS = ["upg", "npg", "implicit"]
+EXACT = dict(max_iter=300, tol=1e-14, backward_max_iter=300, backward_tol=1e-14)
+
+
+def problem(lip=0.8, N=1, D=6, seed=0):
+    """A tanh layer: f, w, u, h0, and its equilibrium to rounding.  w and u want gradients."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(D, D, generator=g, dtype=torch.float64)
+    w = (lip * w / torch.linalg.matrix_norm(w, 2)).requires_grad_()
+    u = torch.randn(N, D, generator=g, dtype=torch.float64, requires_grad=True)
+
+    def f(h):
+        return torch.tanh(h @ w + u)
+
+    h0 = torch.zeros(N, D, dtype=torch.float64)
+    return f, w, u, h0, fixed_point(f, h0, max_iter=1000, tol=1e-16).h
+
+
+def dense(f, w, h):
+    """J[i, j] = df_i/dh_j and P[i, :] = df_i/dw, both at the single sample h."""
+    j = torch.autograd.functional.jacobian(f, h)[0, :, 0]
+    out = f(h.detach())[0]
+    p = torch.stack([torch.autograd.grad(o, w, retain_graph=True)[0].flatten() for o in out])
+    return j, p
+
+
+def pull(h, w, g):
+    return torch.autograd.grad(h, w, g, retain_graph=True)[0].flatten()
+
+
+@pytest.mark.parametrize("k, lam", [(1, 1.0), (1, 0.5), (3, 0.5), (5, 0.8), (20, 0.1)])
+def test_npg_is_equation_17(k, lam):
+    """lam (I + B^T + ... + (B^T)^(k-1)) with a dense Jacobian, at any state; Algorithms 2 and 3 give lam times it."""
+    f, w, _, _, _ = problem()
+    h = torch.randn(1, 6, dtype=torch.float64)
+    g = torch.randn(1, 6, dtype=torch.float64)
+    j, p = dense(f, w, h)
+    b = lam * j + (1 - lam) * torch.eye(6, dtype=j.dtype)
+    g_hat = lam * sum(torch.linalg.matrix_power(b.T, i) @ g[0] for i in range(k))
+    torch.testing.assert_close(pull(npg(f, h, k, lam), w, g), p.T @ g_hat, rtol=1e-10, atol=1e-12)
+
+
+def test_what_npg_misses_is_exactly_b_to_the_k_of_the_exact_gradient():
+    """exact - NPG = P^T (B^T)^k (I - J^T)^-1 g."""
+    f, w, _, _, h = problem()
+    g = torch.randn(1, 6, dtype=torch.float64)
+    j, p = dense(f, w, h)
+    eye = torch.eye(6, dtype=j.dtype)
+    exact = torch.linalg.solve(eye - j.T, g[0])
+    for k, lam in ((2, 0.5), (7, 0.9)):
+        b = lam * j + (1 - lam) * eye
+        missing = p.T @ (torch.linalg.matrix_power(b.T, k) @ exact)
+        torch.testing.assert_close(p.T @ exact - pull(npg(f, h, k, lam), w, g), missing, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, lam", [(1, 1.0), (4, 0.5), (6, 0.9)])
+def test_upg_is_equation_16(k, lam):
+    """Explicit matrices along the trajectory, from a start far away from h*."""
+    f, w, _, _, _ = problem()
+    h = 2 * torch.randn(1, 6, dtype=torch.float64)
+    g = torch.randn(1, 6, dtype=torch.float64)
+    state, trajectory = h, []
+    for _ in range(k):
+        trajectory.append(state)
+        state = ((1 - lam) * state + lam * f(state)).detach()
+    expected, v = 0, g[0]
+    for state_t in reversed(trajectory):
+        j, p = dense(f, w, state_t)
+        expected = expected + lam * p.T @ v
+        v = lam * j.T @ v + (1 - lam) * v
+    out = upg(f, h, k, lam)
+    torch.testing.assert_close(out.detach(), state)
+    torch.testing.assert_close(pull(out, w, g), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_upg_and_npg_agree_at_a_fixed_point_and_not_elsewhere():
+    f, w, _, _, h = problem()
+    g = torch.randn(1, 6, dtype=torch.float64)
+    torch.testing.assert_close(pull(upg(f, h, 5, 0.5), w, g), pull(npg(f, h, 5, 0.5), w, g), rtol=1e-9, atol=1e-12)
+    away = h + 1
+    assert (pull(upg(f, away, 5, 0.5), w, g) - pull(npg(f, away, 5, 0.5), w, g)).norm() > 1e-3
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("grad", ["upg", "npg"])
+def test_phantom_gradients_tend_to_the_exact_one(grad, lam):
+    """Theorem 2, for every lam in (0, 1]; ||B|| <= 1 - lam + 0.8 lam <= 0.98, and 0.98^1500 < 1e-13."""
+    f, w, u, h0, h = problem()
+    j, p = dense(f, w, h)
+    expected = p.T @ torch.linalg.solve(torch.eye(6, dtype=j.dtype) - j.T, 2 * h[0])
+    out, _ = equilibrium(f, h0, grad=grad, k=1500, lam=lam, **EXACT)
+    torch.testing.assert_close(pull(out.square().sum(), w, None), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", [fixed_point, anderson, broyden])
+def test_implicit_is_the_dense_solve(solver):
+    f, w, _, h0, h = problem()
+    j, p = dense(f, w, h)
+    expected = p.T @ torch.linalg.solve(torch.eye(6, dtype=j.dtype) - j.T, 2 * h[0])
+    out, _ = equilibrium(f, h0, grad="implicit", solver=solver, backward_solver=solver, **EXACT)
+    torch.testing.assert_close(pull(out.square().sum(), w, None), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_implicit_passes_gradcheck():
+    """Finite differences through the whole solve, in w and u."""
+    _, w, u, h0, _ = problem(D=3)
+
+    def solve(w, u):
+        return equilibrium(lambda h: torch.tanh(h @ w + u), h0, grad="implicit", **EXACT)[0]
+
+    assert torch.autograd.gradcheck(solve, (w, u), eps=1e-6, atol=1e-6)
+
+
+def test_bptt_is_plain_autograd_through_the_iteration():
+    f, w, _, h0, _ = problem()
+    out, result = equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=7, stop_mode="abs")
+    h = h0
+    for _ in range(7):
+        h = f(h)
+    torch.testing.assert_close(out, h, rtol=0, atol=0)
+    torch.testing.assert_close(pull(out.square().sum(), w, None), pull(h.square().sum(), w, None), rtol=1e-12, atol=0)
+    assert result.n_evals == 8
+    torch.testing.assert_close(result.residual, (f(h) - h).norm(dim=1).detach())
+
+
+def test_the_one_step_gradient_is_k_1_lam_1():
+    """Jacobian-free back-propagation: P^T g."""
+    f, w, _, _, h = problem()
+    g = torch.randn(1, 6, dtype=torch.float64)
+    for phantom in (upg, npg):
+        torch.testing.assert_close(pull(phantom(f, h, 1, 1.0), w, g), dense(f, w, h)[1].T @ g[0])
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("grad", GRADS)
+def test_states_of_several_tensors_get_the_gradient_of_their_concatenation(grad, kind):
+    f, w, u, h0, _ = problem(N=3)
+
+    def split(h):
+        return kind(f(torch.cat(tuple(h), dim=1)).split([2, 4], dim=1))
+
+    options = dict(grad=grad, k=4, lam=0.7, **EXACT)
+    whole, _ = equilibrium(f, h0, **options)
+    parts, _ = equilibrium(split, kind(h0.split([2, 4], dim=1)), **options)
+    assert type(parts) is kind
+    for a, b in zip(torch.autograd.grad(whole.pow(3).sum(), (w, u)),
+                    torch.autograd.grad(sum(p.pow(3).sum() for p in parts), (w, u))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+class Layer(nn.Module):
+    """A small equilibrium layer, as a user would write it."""
+
+    def __init__(self, grad="upg", D=5, lip=0.5, **options):
+        super().__init__()
+        self.linear, self.unused, self.options = nn.Linear(D, D), nn.Linear(D, D), dict(grad=grad, k=3, **options)
+        with torch.no_grad():
+            self.linear.weight *= lip / torch.linalg.matrix_norm(self.linear.weight, 2)
+
+    def forward(self, u):
+        return equilibrium(lambda h: torch.tanh(self.linear(h) + u), torch.zeros_like(u), **self.options)[0]
+
+
+def layer(grad, **options):
+    torch.manual_seed(0)
+    return Layer(grad, **{**dict(max_iter=60, tol=1e-12, backward_max_iter=60, backward_tol=1e-12), **options}).double()
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_two_calls_in_one_forward_and_two_backwards_over_one_graph(grad):
+    """Public codes hang on the first and silently return the one-step gradient on the second."""
+    model, u, v = layer(grad), *torch.randn(2, 3, 5, dtype=torch.float64)
+    params = list(model.linear.parameters())
+    loss = model(u).square().sum() + model(v).sum()
+    once = torch.autograd.grad(loss, params, retain_graph=True)
+    twice = torch.autograd.grad(loss, params)
+    alone = [torch.autograd.grad(x, params) for x in (model(u).square().sum(), model(v).sum())]
+    for a, b, c, d in zip(once, twice, *alone):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, c + d, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_a_forward_without_a_backward_frees_its_memory(grad):
+    """By reference counts alone: no cycle waits for the garbage collector."""
+    w = torch.full((1, 5), 0.3, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        u = torch.ones(3, 5).requires_grad_() * 1       # kept by the product in f, and by nothing else
+        alive = weakref.ref(u)
+        h, result = equilibrium(lambda h, u=u: torch.tanh(h * w) * u, torch.zeros(3, 5), grad=grad, max_iter=4)
+        del u
+        assert alive() is not None
+        del h, result
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_memory_is_flat_over_50_steps(grad):
+    model = layer(grad, max_iter=5, backward_max_iter=5, tol=0, backward_tol=0)
+    optimizer = torch.optim.SGD(model.linear.parameters(), lr=1e-3)
+
+    def step():
+        model(torch.randn(3, 5, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return sum(torch.is_tensor(o) for o in gc.get_objects())
+
+    step()
+    counts = [step() for _ in range(50)]
+    assert counts[-1] <= counts[0]
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda h: h.square().sum()])
+@pytest.mark.parametrize("grad", ["npg", "implicit"])
+def test_a_second_derivative_is_refused(grad, loss):
+    """It would be silently wrong: J depends on h, and the backward solve is not differentiated.
+
+    Also where the loss is linear and dL/dh a constant, and where autograd.grad asks for u alone.
+    """
+    model, u = layer(grad), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    first = torch.autograd.grad(loss(model(u)), u, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(first.sum(), u)
+
+
+def test_upg_has_a_second_derivative():
+    """That of its k-step graph, h* held fixed."""
+    _, w, u, h0, h = problem(D=3)
+    assert torch.autograd.gradgradcheck(lambda u: upg(lambda h: torch.tanh(h @ w.detach() + u), h, 3, 0.5), (u,))
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_the_gradient_depends_on_grad_mode_alone(grad):
+    """Fine-tuning in eval mode gets a gradient; under no_grad only the solver runs, without an unrolled step."""
+    calls = []
+
+    def f(h):
+        calls.append(torch.is_grad_enabled())
+        return torch.tanh(0.5 * h + w)
+
+    w = torch.ones(1, 4, requires_grad=True)
+    with torch.no_grad():
+        h, result = equilibrium(f, torch.zeros(2, 4), grad=grad, k=3, max_iter=6, tol=0)
+    assert not h.requires_grad and len(calls) == result.n_evals == 7 and not any(calls)
+    calls.clear()
+    h, result = equilibrium(f, torch.zeros(2, 4), grad=grad, k=3, max_iter=6, tol=0)
+    assert h.requires_grad and sum(calls) == (3 if grad == "upg" else 1)
+    model = layer(grad).eval()
+    model(torch.randn(2, 5, dtype=torch.float64)).sum().backward()
+    assert model.linear.weight.grad.abs().sum() > 0 and model.unused.weight.grad is None
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_the_value_is_the_state_of_the_same_solve(grad):
+    """h* for npg and implicit, where evaluation takes the loss; the k-th damped step from h* for upg."""
+    f, _, _, h0, _ = problem()
+    with torch.no_grad():
+        h_star, _ = equilibrium(f, h0, max_iter=3, tol=0)
+        expected = h_star
+        for _ in range(2 if grad == "upg" else 0):
+            expected = 0.5 * expected + 0.5 * f(expected)
+    h, _ = equilibrium(f, h0, grad=grad, k=2, lam=0.5, max_iter=3, tol=0)
+    torch.testing.assert_close(h.detach(), expected)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_bf16_autocast_reaches_every_weight(grad):
+    """The trap: a leaf weight cast under no_grad sits in autocast's cache without a graph, and would get no gradient.
+
+    bf16 has 8 bits of mantissa, 0.4 % per operation; a few operations in a row: cosine above 0.999, norm to 3 %.
+    """
+    torch.manual_seed(0)
+    model = Layer(grad, D=32, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
+    u = torch.randn(16, 32)
+    params = list(model.linear.parameters())
+    exact = torch.autograd.grad(model(u).square().sum(), params)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = model(u)
+    assert h.dtype == torch.float32
+    rough = torch.autograd.grad(h.square().sum(), params)
+    assert cosine_similarity(rough, exact) > 0.999
+    for a, b in zip(rough, exact):
+        assert abs(a.norm() / b.norm() - 1) < 0.03
+
+
+def saved_bytes(make):
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = make()
+    return sum(kept.values()), out
+
+
+def test_npgs_memory_does_not_grow_with_k_and_upgs_does():
+    """Table 2: one graph of f against k graphs."""
+    f, _, _, _, h = problem(N=64, D=32)
+    memory = {(p, k): saved_bytes(lambda: p(f, h, k, 0.5))[0] for p in (upg, npg) for k in (1, 10, 20)}
+    assert memory[npg, 20] == memory[npg, 1]
+    step = memory[upg, 10] - memory[upg, 1]
+    assert step > 0 and abs((memory[upg, 20] - memory[upg, 10]) / step - 10 / 9) < 0.05
+
+
+def test_the_backward_solve_starts_at_g_and_reports_itself():
+    f, w, _, h0, h = problem()
+    seen, results = [], []
+
+    def solver(f_b, start, **kwargs):
+        seen.append([p.clone() for p in start])
+        return broyden(f_b, start, **kwargs)
+
+    g = torch.randn_like(h)
+    out = implicit(f, h, solver=solver, max_iter=4, tol=0, stop_mode="abs", on_backward=results.append)
+    out.backward(g)
+    torch.testing.assert_close(seen[0][0], g)
+    j, _ = dense(f, w, h)
+    g_hat = results[0].h[0][0]
+    torch.testing.assert_close(results[0].residual[0], (j.T @ g_hat + g[0] - g_hat).norm())
+    assert results[0].n_evals == 5
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(grad="ift"), "grad must be"), (dict(k=0), "k must be"), (dict(k=2.0), "k must be"),
+    (dict(lam=0), "lam must be"), (dict(lam=1.1), "lam must be"), (dict(solver="broyden"), "solver must be"),
+    (dict(backward_solver="x"), "backward_solver must be"), (dict(grad="bptt", solver=broyden), "solver=fixed_point"),
+    (dict(max_iter=0), "max_iter"), (dict(tol=-1), "tol"), (dict(stop_mode="l2"), "stop_mode")])
+def test_impossible_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        equilibrium(torch.cos, torch.zeros(1, 2), **kwargs)
+
+
+def test_a_solvers_own_arguments_are_bound_by_partial():
+    f, _, _, h0, h = problem()
+    out, _ = equilibrium(f, h0, solver=functools.partial(broyden, memory=4), max_iter=100, tol=1e-13)
+    torch.testing.assert_close(out.detach(), h, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_gradient_accumulation_adds_up(grad):
+    model, u = layer(grad), torch.randn(4, 5, dtype=torch.float64)
+    whole = torch.autograd.grad(model(u).square().sum(), model.linear.weight)[0]
+    for part in u.split(2):
+        model(part).square().sum().backward()
+    torch.testing.assert_close(model.linear.weight.grad, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_checkpointing_functional_call_and_deepcopy_give_the_same_gradient(grad):
+    model, u = layer(grad), torch.randn(4, 5, dtype=torch.float64)
+    expected = torch.autograd.grad(model(u).square().sum(), model.linear.weight)[0]
+    out = torch.utils.checkpoint.checkpoint(model, u, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), model.linear.weight)[0], expected)
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, params, (u,))
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), params["linear.weight"])[0], expected)
+    clone = copy.deepcopy(model)
+    torch.testing.assert_close(torch.autograd.grad(clone(u).square().sum(), clone.linear.weight)[0], expected)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_a_compiled_f_gives_the_same_gradient(grad):
+    """npg and implicit run the backward of one graph repeatedly: compiled graphs must not donate their buffers."""
+    f, w, u, h0, _ = problem(N=3)
+    options = dict(grad=grad, k=3, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
+    expected = torch.autograd.grad(equilibrium(f, h0, **options)[0].square().sum(), (w, u))
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled = torch.compile(f, backend="aot_eager")
+        got = torch.autograd.grad(equilibrium(compiled, h0, **options)[0].square().sum(), (w, u))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# --- diagnostics -----------------------------------------------------------------------------------------------------
+
+def linear(a):
+    a = torch.as_tensor(a, dtype=torch.float64)
+    return lambda h: h @ a.T
+
+
+@pytest.mark.parametrize("matrix, rho, rtol", [
+    ([[0.5, 0.2], [0.2, -0.7]], 0.1 + 0.4 ** 0.5, 1e-6),                                        # symmetric
+    ([[0.9 * math.cos(1), -0.9 * math.sin(1)], [0.9 * math.sin(1), 0.9 * math.cos(1)]], 0.9, 1e-9),   # not 0.9 cos 1
+    ([[0.9, 1.0], [0.0, 0.9]], 0.9, 0.02),                                               # defective: O(1 / n_iter)
+    ([[0.0, 1.0], [0.0, 0.0]], 0.0, 1e-9), ([[0.0, 0.0], [0.0, 0.0]], 0.0, 1e-9)])
+def test_spectral_radius_of_known_matrices(matrix, rho, rtol):
+    torch.manual_seed(0)
+    got = spectral_radius(linear(matrix), torch.zeros(3, 2, dtype=torch.float64), n_iter=100)
+    torch.testing.assert_close(got, torch.full((3,), rho, dtype=torch.float64), rtol=rtol, atol=1e-12)
+
+
+def test_spectral_radius_is_per_sample_damped_and_takes_tuples():
+    scale = torch.tensor([[0.5], [-2.0]], dtype=torch.float64)
+    h = torch.ones(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(spectral_radius(lambda h: scale * h, h), torch.tensor([0.5, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(spectral_radius(lambda h: scale * h, h, lam=0.5),
+                               torch.tensor([0.75, 0.5], dtype=torch.float64))
+    swap = spectral_radius(lambda h: (0.5 * h[1], 0.5 * h[0]), (h, h))
+    torch.testing.assert_close(swap, torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_adaptive_damping_is_one_over_rho_clipped():
+    assert adaptive_damping(torch.tensor([0.3, 0.9])) == 1.0
+    assert adaptive_damping(torch.tensor([0.3, 4.0])) == 0.25
+    with pytest.raises(ValueError, match="finite"):
+        adaptive_damping(torch.tensor([math.nan]))
+
+
+def test_jacobian_regularization_estimates_the_frobenius_norm_and_is_differentiable():
+    """20000 vectors; the estimate's relative deviation is below sqrt(2 / 20000) = 1 %, times 4."""
+    torch.manual_seed(0)
+    a = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    h = torch.zeros(1, 4, dtype=torch.float64)
+    value = sum(jacobian_regularization(lambda h: h @ a.T, h, n_vectors=200) for _ in range(100)) / 100
+    torch.testing.assert_close(value, a.square().sum() / 4, rtol=0.04, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(value, a)[0], a / 2, rtol=0.2, atol=0.1)
+
+
+def test_cosine_similarity_is_over_all_parameters():
+    a, b = [torch.tensor([1.0, 0.0]), torch.tensor([[2.0]]), None], [torch.tensor([1.0, 1.0]), None, torch.ones(2)]
+    torch.testing.assert_close(cosine_similarity(a, b).item(), 1 / (math.sqrt(5) * math.sqrt(4)))
+    assert cosine_similarity([torch.ones(2)], [-torch.ones(2)]).item() == pytest.approx(-1)
+    with pytest.raises(ValueError, match="lists of 1 and 2"):
+        cosine_similarity([None], [None, None])

@@ -1,0 +1,113 @@
+"""deq_synthetic.py: the paper's theorems, as its own functions measure them."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deq_synthetic
+from common import seed_everything
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(part, *flags):
+    args = deq_synthetic.parse_args(["--only", part, *flags])
+    seed_everything(args.seed)
+    return getattr(deq_synthetic, part)(args)
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_fig1_the_cosine_grows_with_k_and_falls_with_damping(activation):
+    """Sec. 3; and the two exact gradients agree above 0.9999.  Standard error of a mean of 4 pairs: a few 1e-3."""
+    exact, *grid = rows("fig1", "--pairs", "4", "--activation", activation)
+    assert exact["cosine_min"] > 0.9999 and exact["residual_max"] < 1e-5
+    mean = {(r["grad"], r["lam"], r["k"]): r["mean"] for r in grid}
+    assert len(mean) == 2 * 10 * 20
+    for grad in ("upg", "npg"):
+        for lam in (0.1, 0.5, 1.0):
+            assert all(mean[grad, lam, k + 1] > mean[grad, lam, k] - 1e-6 for k in range(1, 20))
+        assert mean[grad, 0.1, 5] < mean[grad, 0.5, 5] < mean[grad, 1.0, 5]
+    assert max(abs(mean["upg", lam, k] - mean["npg", lam, k]) for _, lam, k in mean) < 1e-4       # h* is accurate
+
+
+def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded():
+    """App. D.4, at L_h = 0.9999: Broyden's cosine falls and its norm passes the exact one's; the phantom's never."""
+    table = [r for r in rows("fig4") if r["lip"] == 0.9999]
+    line = {name: [r for r in table if r["grad"] == name] for name in ("broyden", "phantom")}
+    assert all(len(r) == 30 for r in line.values())
+    fall = {name: max(a["cosine"] - b["cosine"] for a, b in zip(r, r[1:])) for name, r in line.items()}
+    assert fall["broyden"] > 0.05 and fall["phantom"] < 1e-6
+    assert max(r["l1"] for r in line["broyden"]) > 1.1 and max(r["l1"] for r in line["phantom"]) < 1
+
+
+def test_the_weight_is_symmetric_with_the_given_norm_and_a_positive_top_eigenvalue():
+    for seed in range(6):
+        torch.manual_seed(seed)
+        w = deq_synthetic.symmetric_weight(16, 0.7, dtype=torch.float64)
+        eigenvalues = torch.linalg.eigvalsh(w)
+        assert torch.equal(w, w.T)
+        torch.testing.assert_close(eigenvalues[-1].item(), 0.7)
+        assert eigenvalues[0] > -0.7
+
+
+def test_theorem_1_the_condition_implies_ascent():
+    table = rows("theorem1")
+    holds = [r for r in table if r["left"] <= r["right"]]
+    assert 0 < len(holds) < len(table) and all(r["cosine_min"] >= 0 for r in holds)
+
+
+def test_theorem_1s_left_side_is_that_of_b_to_the_k():
+    """For NPG, A (I - J) - dF/dtheta = -dF/dtheta B^k."""
+    args = deq_synthetic.parse_args([])
+    torch.manual_seed(0)
+    f, w, h = deq_synthetic.small_problem(args)
+    df, j, _ = deq_synthetic.exact_matrices(f, w, h)
+    eye = torch.eye(len(j), dtype=j.dtype)
+    a = deq_synthetic.gradient_matrix(deq_synthetic.npg(f, h, 4, 0.6), w)
+    b = 0.6 * j + 0.4 * eye
+    torch.testing.assert_close(a @ (eye - j) - df, -df @ torch.linalg.matrix_power(b, 4), rtol=1e-9, atol=1e-11)
+
+
+def test_theorem_2_the_rate_is_the_spectral_radius():
+    for r in rows("theorem2"):
+        assert r["error_80"] < 0.01 * r["error_1"]
+        assert r["rho_power"] == pytest.approx(r["rho"], rel=0.01)
+        if r["grad"] == "npg":
+            assert r["rate"] == pytest.approx(r["rho"], rel=0.02)
+
+
+def test_theorem_3_the_floor_falls_with_epsilon_and_stays_below_the_bound():
+    table = rows("theorem3")
+    for family in (table[:4], table[4:]):
+        assert all(a["epsilon"] > b["epsilon"] and a["mean"] > b["mean"] for a, b in zip(family, family[1:]))
+    assert all(r["added"] <= r["bound"] + 1e-12 for r in table)
+    assert table[0]["mean"] > 4 * table[-1]["mean"] and table[4]["mean"] > 4 * table[-1]["mean"]
+
+
+def test_table_2_npgs_memory_is_flat_and_upgs_linear():
+    args = deq_synthetic.parse_args([])
+    torch.manual_seed(0)
+    table = deq_synthetic.table2(args, rows_n=8, size=64, repeats=1)
+    mb = {(r["grad"], r["steps"]): r["mb"] for r in table}
+    assert mb["npg", 20] == pytest.approx(mb["npg", 1], rel=0.05)
+    assert mb["implicit", 40] == pytest.approx(mb["implicit", 10], rel=0.05)
+    assert mb["upg", 20] == pytest.approx(20 * mb["upg", 1], rel=0.05)
+
+
+def test_the_script_writes_its_rows(tmp_path):
+    run = subprocess.run([sys.executable, "deq_synthetic.py", "--only", "theorem1", "--out", str(tmp_path)], cwd=ROOT,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 9
+    assert "0 exceptions" in run.stdout
+
+
+@pytest.mark.parametrize("flags", [["--pairs", "1"], ["--lip", "1"], ["--only", "fig2"], ["--activation", "gelu"],
+                                   ["--plot", "x", "--only", "fig1"]])
+def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        deq_synthetic.parse_args(flags)
+    assert end.value.code == 2 and flags[0] in capsys.readouterr().err
