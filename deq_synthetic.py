@@ -330,8 +330,8 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
         rows.append({"part": "theorem3", "oracle": name, "epsilon": epsilon, "mean": weighted / total,
                      "bound": largest * epsilon, "last": full.square().sum().item()})
     base = rows[-1]["mean"]
-    print(f"\nTheorem 3.  {steps} SGD steps, eta_n = 0.5 / sqrt(n), a tanh layer fitted to another one's equilibria; means of "
-          "the second half")
+    print(f"\nTheorem 3.  {steps} SGD steps, eta_n = 0.5 / sqrt(n), a tanh layer fitted to another one's equilibria; "
+          "means of the second half")
     print("oracle                  epsilon   weighted mean ||grad R||^2   last step   added by it   bound G epsilon")
     for r in rows:
         r["added"] = r["mean"] - base
