@@ -207,8 +207,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
         alpha = argmin ||sum_i alpha_i g_i||^2 + ridge s ||alpha||^2  subject to  sum_i alpha_i = 1.
 
-    s is the mean of the squared residuals ||g_i||^2: an absolute ridge stops the progress once they have shrunk below
-    it.
+    s is the mean of the squared residuals ||g_i||^2: an absolute ridge stalls once they have shrunk below it.
     A sample whose small system cannot be solved takes the plain step h <- f(h).  Stops and reports as
     `fixed_point` does.  Memory 2 m vectors.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """

@@ -224,8 +224,9 @@ def folder_images(root, split):
 
 
 def load_images(args, process):
-    """(train, test) on the device.  The first process downloads and decodes while the others wait."""
-    if process.world_size > 1 and process.rank > 0:
+    """(train, test) on the device.  The first process of each machine downloads and decodes while the others wait."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if process.world_size > 1 and not first:
         torch.distributed.barrier()
     root = Path(args.data)
     if args.data == "toy":
@@ -244,7 +245,7 @@ def load_images(args, process):
                 "--data toy")
         train, test = (Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), 10)
                        for s in sets)
-    if process.world_size > 1 and process.rank == 0:
+    if process.world_size > 1 and first:
         torch.distributed.barrier()
     train, test = balanced(train, args.train_size, "--train-size"), balanced(test, args.test_size, "--test-size")
     return tuple(Images(s.x.to(process.device), s.y.to(process.device), s.classes) for s in (train, test))
@@ -668,7 +669,8 @@ def build_model(args, classes, process):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
-        torch._functorch.config.donated_buffer = False
+        from torch._functorch import config as functorch_config
+        functorch_config.donated_buffer = False
         model.f, model.head = torch.compile(model.f), torch.compile(model.head)
     return model
 
