@@ -138,6 +138,29 @@ def test_bptt_is_plain_autograd_through_the_iteration():
     torch.testing.assert_close(result.residual, (f(h) - h).norm(dim=1).detach())
 
 
+def test_bptt_tends_to_the_exact_gradient():
+    """Lipschitz constant 0.8: what 200 steps leave out is below 200 x 0.8^200 = 1e-17 of it."""
+    f, w, _, h0, h = problem()
+    j, p = dense(f, w, h)
+    expected = p.T @ torch.linalg.solve(torch.eye(6, dtype=j.dtype) - j.T, 2 * h[0])
+    out, _ = equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=200)
+    torch.testing.assert_close(pull(out.square().sum(), w, None), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_gradient_of_a_batch_is_that_of_its_samples():
+    """Also while the backward solve is far from converged: 4 iterations."""
+    f, w, u, h0, _ = problem(N=4, lip=0.95)
+    results = []
+    options = dict(grad="implicit", max_iter=60, tol=0, backward_max_iter=4, backward_tol=0)
+    whole = equilibrium(f, h0, **options, on_backward=results.append)[0]
+    whole = torch.autograd.grad(whole.pow(3).sum(), u)[0]
+    assert results[0].residual.max() > 1e-3
+    for i in range(4):
+        alone = equilibrium(lambda h: torch.tanh(h @ w + u[i:i + 1]), h0[i:i + 1], **options)[0]
+        alone = torch.autograd.grad(alone.pow(3).sum(), u)[0]
+        torch.testing.assert_close(alone[i], whole[i], rtol=1e-9, atol=1e-12)
+
+
 def test_the_one_step_gradient_is_k_1_lam_1():
     """Jacobian-free back-propagation: P^T g."""
     f, w, _, _, h = problem()
@@ -160,6 +183,62 @@ def test_states_of_several_tensors_get_the_gradient_of_their_concatenation(grad,
     assert type(parts) is kind
     for a, b in zip(torch.autograd.grad(whole.pow(3).sum(), (w, u)),
                     torch.autograd.grad(sum(p.pow(3).sum() for p in parts), (w, u))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_a_loss_may_look_at_one_part_of_the_state(grad):
+    """The others' incoming gradient is zero, and reaches u through the part that is looked at."""
+    f, w, u, h0, _ = problem(N=3)
+
+    def split(h):
+        return tuple(f(torch.cat(tuple(h), dim=1)).split([2, 4], dim=1))
+
+    options = dict(grad=grad, k=4, lam=0.7, **EXACT)
+    whole, _ = equilibrium(f, h0, **options)
+    parts, _ = equilibrium(split, tuple(h0.split([2, 4], dim=1)), **options)
+    for a, b in zip(torch.autograd.grad(whole[:, 2:].pow(3).sum(), (w, u)),
+                    torch.autograd.grad(parts[1].pow(3).sum(), (w, u))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_a_parameter_that_f_cancels_receives_exactly_zero_and_the_start_nothing(grad):
+    f, w, _, h0, _ = problem(N=3)
+    cancelled = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    h0.requires_grad_()
+    h, _ = equilibrium(lambda h: f(h) + 0 * cancelled, h0, grad=grad)
+    h.square().sum().backward()
+    assert (cancelled.grad == 0).all() and w.grad.abs().sum() > 0 and h0.grad is None
+
+
+@pytest.mark.parametrize("phantom", [upg, npg, implicit])
+def test_the_state_that_a_gradient_starts_from_is_held_fixed(phantom):
+    """Eq. (16) and (17) are gradients to u and theta; h* is where they are taken."""
+    f, w, _, _, h = problem()
+    h.requires_grad_()
+    phantom(f, h).sum().backward()
+    assert h.grad is None and w.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("grad, expected", [("upg", 0.875), ("npg", 0.875), ("implicit", 1.0)])
+def test_a_map_that_ignores_the_state_has_j_zero(grad, expected):
+    """J = 0: lam (1 + (1 - lam) + (1 - lam)^2) = 1 - (1 - lam)^3 of the exact gradient, which is that of 2 u."""
+    u = torch.ones(2, 3, requires_grad=True)
+    h, _ = equilibrium(lambda h: 2 * u, torch.zeros(2, 3), grad=grad, k=3, lam=0.5)
+    torch.testing.assert_close(torch.autograd.grad(h.sum(), u)[0], torch.full((2, 3), 2 * expected))
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_a_part_of_the_state_may_be_a_constant(grad):
+    """f returns a tensor without a graph for it: its row of J is zero; the rest is the problem with that constant."""
+    f, w, u, h0, _ = problem(N=3)
+    c = torch.full_like(h0, 0.3)
+    options = dict(grad=grad, k=4, lam=0.7, **EXACT)
+    whole, _ = equilibrium(lambda h: torch.tanh(h @ w + u + c), h0, **options)
+    parts, _ = equilibrium(lambda h: (torch.tanh(h[0] @ w + u + h[1]), c), (h0, h0), **options)
+    for a, b in zip(torch.autograd.grad(whole.pow(3).sum(), (w, u)),
+                    torch.autograd.grad(parts[0].pow(3).sum(), (w, u))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -195,8 +274,9 @@ def test_two_calls_in_one_forward_and_two_backwards_over_one_graph(grad):
         torch.testing.assert_close(a, c + d, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("grad", GRADS)
-def test_a_forward_without_a_backward_frees_its_memory(grad):
+def test_a_forward_with_or_without_a_backward_frees_its_memory(grad, backward):
     """By reference counts alone: no cycle waits for the garbage collector."""
     w = torch.full((1, 5), 0.3, requires_grad=True)
     gc.collect()
@@ -207,6 +287,8 @@ def test_a_forward_without_a_backward_frees_its_memory(grad):
         h, result = equilibrium(lambda h, u=u: torch.tanh(h * w) * u, torch.zeros(3, 5), grad=grad, max_iter=4)
         del u
         assert alive() is not None
+        if backward:
+            h.sum().backward()
         del h, result
         assert alive() is None
     finally:
@@ -307,6 +389,40 @@ def test_bf16_autocast_reaches_every_weight(grad):
         assert abs(a.norm() / b.norm() - 1) < 0.03
 
 
+@pytest.mark.parametrize("grad", GRADS)
+def test_bf16_autocast_reaches_convolutions_and_several_resolutions(grad):
+    """Weights are leaves, cast and cached by autocast; backward inside of it too.  Bounds as above."""
+    torch.manual_seed(0)
+    convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        for conv in convs:
+            conv.weight *= 0.3
+
+    def f(h):
+        high = convs[0](h[0]) + 0.2 * nn.functional.interpolate(h[1], scale_factor=2.0)
+        return torch.tanh(high + x), torch.tanh(convs[1](h[1]) + 0.5 * nn.functional.avg_pool2d(h[0], 2))
+
+    def gradient(starts):
+        def watched(f_b, start, **options):
+            starts.extend(start)
+            return broyden(f_b, start, **options)
+
+        h, _ = equilibrium(f, (torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 4, 4)), grad=grad, max_iter=12, tol=0,
+                           backward_solver=watched, backward_max_iter=12, backward_tol=0)
+        assert all(p.dtype == torch.float32 for p in h)
+        return torch.autograd.grad(sum(p.square().sum() for p in h), list(convs.parameters()))
+
+    exact = gradient([])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert convs[0](x).dtype == torch.bfloat16
+        rough = gradient(starts := [])
+    assert len(starts) == (2 if grad == "implicit" else 0) and all(p.dtype == torch.float32 for p in starts)
+    assert cosine_similarity(rough, exact) > 0.999
+    for a, b in zip(rough, exact):
+        assert abs(a.norm() / b.norm() - 1) < 0.03
+
+
 def saved_bytes(make):
     kept = {}
 
@@ -324,8 +440,35 @@ def test_npgs_memory_does_not_grow_with_k_and_upgs_does():
     f, _, _, _, h = problem(N=64, D=32)
     memory = {(p, k): saved_bytes(lambda: p(f, h, k, 0.5))[0] for p in (upg, npg) for k in (1, 10, 20)}
     assert memory[npg, 20] == memory[npg, 1]
+    assert saved_bytes(lambda: implicit(f, h))[0] == memory[npg, 1]
     step = memory[upg, 10] - memory[upg, 1]
     assert step > 0 and abs((memory[upg, 20] - memory[upg, 10]) / step - 10 / 9) < 0.05
+
+
+class Counted(torch.autograd.Function):
+    """The identity, counting the backward passes through it."""
+
+    @staticmethod
+    def forward(ctx, h, count):
+        ctx.count = count
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.count.append(None)
+        return g, None
+
+
+def test_the_backward_pass_costs_what_the_docstring_says():
+    """NPG: k - 1 products, and one into the parameters.  Implicit: one per evaluation of its solver, and one."""
+    f, w, _, h0, _ = problem()
+    for k in (1, 5):
+        count = []
+        npg(lambda h: f(Counted.apply(h, count)), h0, k, 0.5).sum().backward()
+        assert len(count) == k - 1 + 1
+    count, results = [], []
+    implicit(lambda h: f(Counted.apply(h, count)), h0, max_iter=7, tol=0, on_backward=results.append).sum().backward()
+    assert len(count) == results[0].n_evals + 1 == 9
 
 
 def test_the_backward_solve_starts_at_g_and_reports_itself():
@@ -386,15 +529,43 @@ def test_checkpointing_functional_call_and_deepcopy_give_the_same_gradient(grad)
 
 @pytest.mark.parametrize("grad", GRADS)
 def test_a_compiled_f_gives_the_same_gradient(grad):
-    """npg and implicit run the backward of one graph repeatedly: compiled graphs must not donate their buffers."""
     f, w, u, h0, _ = problem(N=3)
     options = dict(grad=grad, k=3, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
     expected = torch.autograd.grad(equilibrium(f, h0, **options)[0].square().sum(), (w, u))
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled = torch.compile(f, backend="aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aot_eager")
+    for _ in range(2):
         got = torch.autograd.grad(equilibrium(compiled, h0, **options)[0].square().sum(), (w, u))
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_f_must_not_donate_its_buffers():
+    """npg and implicit run the backward of one graph repeatedly; a donated buffer may be overwritten by the first run.
+
+    torch gives none away if a graph's first backward keeps it, so npg alone works.  After upg's, or with the compile
+    cache of a run of upg, it refuses: torch._functorch.config.donated_buffer has to be False before f is compiled.
+    """
+    _, w, u, h0, _ = problem(N=3)
+
+    def f(h):                               # several operations, so that there is an intermediate to donate
+        return torch.tanh(torch.relu(torch.sigmoid(h @ w) * h.sin() + u) @ w + u)
+
+    def gradient(f, grad):
+        h, _ = equilibrium(f, h0, grad=grad, k=3, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
+        return torch.autograd.grad(h.square().sum(), (w, u))
+
+    for donate in (True, False):
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(donated_buffer=donate):
+            compiled = torch.compile(f, backend="aot_eager")
+            for grad in GRADS:
+                if donate and grad != "upg":
+                    with pytest.raises(RuntimeError, match="donated buffers"):
+                        gradient(compiled, grad)
+                    continue
+                for a, b in zip(gradient(compiled, grad), gradient(f, grad)):
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # --- diagnostics -----------------------------------------------------------------------------------------------------
@@ -423,6 +594,27 @@ def test_spectral_radius_is_per_sample_damped_and_takes_tuples():
                                torch.tensor([0.75, 0.5], dtype=torch.float64))
     swap = spectral_radius(lambda h: (0.5 * h[1], 0.5 * h[0]), (h, h))
     torch.testing.assert_close(swap, torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_diagnostics_take_a_constant_part_and_a_map_that_ignores_the_state():
+    """Their rows of J are zero.  ||J||_F^2 = 6 x 0.25 over 12 numbers, up to 3 sigma of 2000 vectors."""
+    torch.manual_seed(0)
+    h = torch.ones(2, 3, dtype=torch.float64)
+    u = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(2, dtype=torch.float64)
+    torch.testing.assert_close(spectral_radius(lambda _: 2 * u, h), zero)
+    assert jacobian_regularization(lambda _: 2 * u, h) == 0
+    halved = (lambda parts: (0.5 * parts[0], h), (h, h))
+    torch.testing.assert_close(spectral_radius(*halved), zero + 0.5)
+    assert jacobian_regularization(*halved, n_vectors=2000).item() == pytest.approx(0.125, rel=3 * (2 / 12000) ** 0.5)
+
+
+def test_jacobian_regularization_counts_every_part_and_every_sample_once():
+    """E ||v^T J||^2 / (N D): J = 2 on the first part, 3 on the second.  4000 vectors of 2 x 6 normal numbers."""
+    torch.manual_seed(0)
+    h = [torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)]
+    value = jacobian_regularization(lambda parts: [2 * parts[0], 3 * parts[1]], h, n_vectors=4000).item()
+    assert value == pytest.approx((2 * 4 + 4 * 9) / 6, rel=4 * (2 / (4000 * 12)) ** 0.5 * 9 / 7.3)
 
 
 def test_adaptive_damping_is_one_over_rho_clipped():

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import common
-from common import (Meter, MetricsLog, init_process, load_checkpoint, peak_memory, reset_peak_memory, rng_state,
-                    rng_states, save_checkpoint, set_rng_state)
+from common import (Meter, MetricsLog, all_reduce_sum, describe_run, die, init_process, load_checkpoint, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +51,35 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_complete_checkpoint(tmp_path, 
     assert load_checkpoint(path)["step"] == 4
 
 
+@pytest.mark.parametrize("saves", [0, 2])
+def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path, monkeypatch, saves):
+    """Half a file is written and the rest refused: `path` still holds the last checkpoint, or does not exist yet."""
+    path = tmp_path / "checkpoint.pt"
+    for step in range(1, saves + 1):
+        save_checkpoint(path, state(step))
+
+    def full(_, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, state(3))
+    monkeypatch.undo()
+    assert load_checkpoint(path)["step"] == 2 if saves else not path.exists()
+
+
+def test_the_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """fsync of the whole new file first, then the renames: after a power cut the name must not point at nothing."""
+    path, order = tmp_path / "checkpoint.pt", []
+    save_checkpoint(path, state(1))
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_size), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
+    save_checkpoint(path, state(2))
+    assert order == [path.stat().st_size, "checkpoint.pt.previous", "checkpoint.pt"]
+
+
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, state(1))
@@ -69,7 +98,8 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(tmp_path, cap
 def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         load_checkpoint(tmp_path / "none.pt")
-    assert end.value.code == 2 and "none.pt" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "there is no file" in message and "none.pt" in message
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(SystemExit) as end:
         load_checkpoint(tmp_path / "model.pt")
@@ -97,6 +127,18 @@ def test_metrics_are_appended_and_a_resumed_run_repeats_none(tmp_path):
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
 
 
+def test_a_new_log_appends_and_a_resumed_one_keeps_what_has_no_step(tmp_path):
+    """A record of the start has none; a complete last line without its line break is a record as well."""
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, last_step=7).write(event="start")          # nothing to resume from is no error
+    MetricsLog(path).write(step=5)
+    with open(path, "a") as file:
+        file.write('{"step": 6}')
+    MetricsLog(path, last_step=6).write(step=7)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"event": "start"}, {"step": 5}, {"step": 6}, {"step": 7}]
+
+
 def test_meter_weighs_by_samples_and_starts_afresh(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
@@ -105,9 +147,29 @@ def test_meter_weighs_by_samples_and_starts_afresh(monkeypatch):
     meter.add(1, loss=torch.tensor(5.0))
     now[0] = 2.0
     assert meter.read() == {"loss": 2.0, "ms_per_step": 1000.0, "samples_per_s": 2.0}
-    meter.add(1, loss=torch.tensor(math.nan))
+    meter.add(1, loss=torch.tensor(7.0))
     now[0] = 3.0
+    assert meter.read() == {"loss": 7.0, "ms_per_step": 1000.0, "samples_per_s": 1.0}
+    meter.add(1, loss=torch.tensor(math.nan))
+    now[0] = 4.0
     assert math.isnan(meter.read()["loss"])
+
+
+def test_meter_averages_a_value_over_the_samples_it_was_added_with():
+    """A figure measured at every tenth step only, such as rho, is not divided by the samples of the other nine."""
+    meter = Meter(torch.device("cpu"))
+    meter.add(2, loss=torch.tensor(1.0), rho=torch.tensor(3.0))
+    meter.add(6, loss=torch.tensor(5.0))
+    record = meter.read()
+    assert record["loss"] == 4.0 and record["rho"] == 3.0
+
+
+def test_meter_keeps_no_graph():
+    w = torch.ones(1, requires_grad=True)
+    meter = Meter(torch.device("cpu"))
+    meter.add(1, loss=(2 * w).sum())
+    assert not any(value.requires_grad for value in meter.sums.values())
+    assert meter.read()["loss"] == 2.0
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -129,8 +191,36 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     assert (process.rank, process.world_size) == (0, 1) and not torch.distributed.is_initialized()
 
 
+def test_a_single_process_sums_over_itself_in_place():
+    x = torch.ones(2)
+    assert all_reduce_sum(x) is x and (x == 1).all()
+
+
+def test_a_seed_repeats_torch_and_python():
+    def draw():
+        seed_everything(3)
+        return random.random(), torch.rand(2).tolist()
+
+    assert draw() == draw()
+
+
+def test_die_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        die("--lam: must be in (0, 1]")
+    assert end.value.code == 2 and capsys.readouterr().err == "error: --lam: must be in (0, 1]\n"
+
+
+def test_a_run_describes_itself_with_or_without_git(monkeypatch):
+    keys = {"command", "commit", "torch", "device", "processes"}
+    assert set(describe_run(torch.device("cpu"), 2)) == keys
+    monkeypatch.setenv("PATH", "")
+    about = describe_run(torch.device("cpu"), 2)
+    assert about["commit"] == "unknown" and about["processes"] == 2 and json.dumps(about)
+
+
 TWO = """
 import sys
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -140,7 +230,10 @@ process = init_process()
 seed_everything(process.rank)
 states = rng_states()
 assert len(states) == 2 and not (states[0]["torch"] == states[1]["torch"]).all()
-assert all_reduce_sum(torch.tensor(float(process.rank + 1))).item() == 3.0
+assert (states[process.rank]["torch"] == torch.get_rng_state()).all()           # by rank
+assert (process.rank, process.world_size) == (torch.distributed.get_rank(), 2)
+x = torch.tensor(float(process.rank + 1))
+assert all_reduce_sum(x) is x and x.item() == 3.0                               # in place
 
 
 class Layer(torch.nn.Module):
@@ -165,7 +258,7 @@ for grad in ("upg", "npg", "implicit"):
         together(u.chunk(2)[process.rank]).square().mean().backward()
         for a, b in zip(alone.parameters(), together.parameters()):
             assert (a.grad - b.grad).abs().max() < 1e-5 * a.grad.abs().max(), grad
-print("rank", process.rank, "fine", flush=True)
+Path(sys.argv[1], f"rank{{process.rank}}").touch()           # two processes may print into each other's lines
 torch.distributed.destroy_process_group()
 """
 
@@ -175,7 +268,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO.format(root=str(ROOT)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=200,
+    run = subprocess.run([*torchrun, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200,
                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "rank 0 fine" in run.stdout and "rank 1 fine" in run.stdout
+    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()

@@ -1,4 +1,5 @@
 """The three solvers: what every one of them promises, and what each alone does."""
+import functools
 import math
 
 import pytest
@@ -62,6 +63,33 @@ def test_residual_is_that_of_the_returned_state(solver, mode):
     torch.testing.assert_close(result.residual, result.trace.min(0).values)
 
 
+@pytest.mark.parametrize("solver", [*SOLVERS, functools.partial(broyden, memory=3), functools.partial(anderson, m=2)])
+def test_the_best_state_may_lie_in_the_middle_of_the_solve(solver):
+    """Per sample at another evaluation: f is disturbed after its call number `last`, and what came later is worse."""
+    f, h0 = tanh_layer()
+    last, calls = torch.tensor([[0], [2], [4], [7], [10]]), []
+    g = torch.Generator().manual_seed(1)
+
+    def disturbed(h):
+        calls.append(None)
+        return f(h) + torch.where(len(calls) - 1 > last, 5 * torch.randn(h.shape, generator=g, dtype=h.dtype), 0.0)
+
+    result = solver(disturbed, h0, max_iter=10, tol=0, stop_mode="abs")
+    clean = result.trace.masked_fill(torch.arange(11)[:, None] > last.T, math.inf)
+    assert (clean.min(0).values == result.trace.min(0).values).all()            # the disturbance does what it should
+    assert (result.residual == clean.min(0).values).all()
+    torch.testing.assert_close(residual(f, result.h)[0], result.residual, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("tol", [1e-3, 1e-6])
+def test_a_cpu_solve_ends_at_the_first_evaluation_that_finds_every_sample_converged(solver, tol):
+    f, h0 = tanh_layer()
+    full = solver(f, h0, max_iter=60, tol=tol).trace
+    best = full.cummin(0).values
+    assert len(full) < 61 and (best[-1] <= tol).all() and not (best[-2] <= tol).all()
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_converges_and_says_so(solver):
     f, h0 = tanh_layer()
@@ -114,6 +142,45 @@ def test_a_sample_that_breaks_keeps_its_best_state_and_its_neighbours(solver, po
     torch.testing.assert_close(residual(f, bad.h)[0][1], bad.residual[1])
 
 
+WILD = {"cubic": lambda h: 40 * h ** 3 + h + 1 + h.abs(), "translation": lambda h: h + 1, "exponential": torch.exp,
+        "nan": lambda h: h * math.nan}
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, functools.partial(broyden, memory=3),
+                                    functools.partial(anderson, ridge=0)])
+@pytest.mark.parametrize("wild", WILD)
+def test_a_sample_without_a_fixed_point_changes_no_neighbour(solver, wild):
+    """Divergence, a singular update and NaN each stay in their row: the others come out bit for bit."""
+    f, h0 = tanh_layer()
+
+    def mixed(h):
+        out = f(h).clone()
+        out[1] = WILD[wild](h[1])
+        return out
+
+    tame, mixed = (solver(g, h0, max_iter=12, tol=1e-6) for g in (f, mixed))
+    others = [0, 2, 3, 4]
+    assert (mixed.h[others] == tame.h[others]).all() and (mixed.residual[others] == tame.residual[others]).all()
+    assert mixed.h.isfinite().all() and not mixed.converged[1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_map_that_is_never_finite_leaves_the_start_and_says_so(solver):
+    f, h0 = tanh_layer()
+    h0[2] = 0.3
+    broken = torch.tensor([0.0, 0.0, math.nan, 0.0, 0.0], dtype=h0.dtype)[:, None]
+    result = solver(lambda h: f(h) + broken, h0, max_iter=6, tol=1e-3)
+    assert (result.h[2] == 0.3).all() and result.residual[2] == math.inf and not result.converged[2]
+
+
+def test_a_sample_a_million_times_off_its_start_is_given_up():
+    """It stays where it is, and a solve whose samples are all lost or converged ends before the budget does."""
+    result = fixed_point(lambda h: 2e3 * h + 1, torch.zeros(2, 3), max_iter=50, tol=1e-6, stop_mode="abs")
+    assert result.n_evals == 3 and (result.h == 0).all() and not result.converged.any()       # 1, 2e3, 4e6
+    trace = fixed_point(lambda h: 2e3 * h + 1, torch.zeros(2, 3), max_iter=50, tol=0, stop_mode="abs").trace
+    assert (trace[3:] == trace[2]).all()
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_that_is_broken_from_the_start_is_reported(solver):
     f, h0 = tanh_layer()
@@ -153,6 +220,32 @@ def test_structure_dtype_and_inputs_are_kept(solver):
     seen = []
     result = solver(lambda h: seen.append(h.dtype) or torch.cos(h).bfloat16(), half, max_iter=3, tol=0)
     assert result.h.dtype == torch.float32 and set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_float64_part_makes_the_solve_float64(solver):
+    h0 = (torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.float64))
+    result = solver(lambda h: tuple(torch.cos(p) for p in h), h0, max_iter=100, tol=1e-12)
+    assert all(p.dtype == torch.float64 for p in result.h) and result.converged.all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_autocast_reaches_f_and_not_the_solvers_own_products(solver):
+    """In bf16 a Gram matrix has 3 digits.  With an f that opts out nothing may differ from a solve without autocast."""
+    w, u = 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 16)
+    seen = []
+
+    def f(h):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return torch.tanh(h @ w + u)
+
+    expected = solver(f, torch.zeros(3, 16), max_iter=8, tol=0)
+    assert not any(seen)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = solver(f, torch.zeros(3, 16), max_iter=8, tol=0)
+    assert all(seen) and (result.trace == expected.trace).all() and (result.h == expected.h).all()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -200,8 +293,27 @@ def test_a_budget_of_one_takes_one_step(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_a_small_budget_is_the_beginning_of_a_large_one(solver, budget):
+    f, h0 = tanh_layer()
+    small, large = solver(f, h0, max_iter=budget, tol=0), solver(f, h0, max_iter=5, tol=0)
+    torch.testing.assert_close(small.trace, large.trace[:budget + 1], rtol=1e-12, atol=0)
+    assert small.n_evals == budget + 1 and (small.residual < small.trace[0]).all()
+
+
+@pytest.mark.parametrize("solver", [functools.partial(anderson, ridge=1e-14), broyden])
+def test_a_budget_of_two_is_a_secant_step(solver):
+    """On a linear map of one number the second step ends it: (f(h_1) - f(h_0)) / (h_1 - h_0) is the slope."""
+    h0 = torch.zeros(3, 1, dtype=torch.float64)
+    slope = torch.tensor([[0.9], [-2.0], [3.0]], dtype=torch.float64)
+    result = solver(lambda h: slope * h + 1, h0, max_iter=2, tol=0, stop_mode="abs")
+    torch.testing.assert_close(result.h, 1 / (1 - slope), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kwargs, name", [({"max_iter": 0}, "max_iter"), ({"max_iter": 2.5}, "max_iter"),
-                                          ({"tol": -1.0}, "tol"), ({"stop_mode": "norm"}, "stop_mode")])
+                                          ({"tol": -1.0}, "tol"), ({"tol": math.nan}, "tol"),
+                                          ({"stop_mode": "norm"}, "stop_mode")])
 def test_impossible_arguments_are_named(solver, kwargs, name):
     with pytest.raises(ValueError, match=name):
         solver(torch.cos, torch.zeros(1, 2), **kwargs)
@@ -221,8 +333,11 @@ def test_states_that_are_none_are_refused(solver):
         solver(lambda h: h[:, :1], torch.zeros(2, 3))
     with pytest.raises(ValueError, match="batch size"):
         solver(lambda h: h, (torch.zeros(2, 3), torch.zeros(3, 3)))
-    with pytest.raises(ValueError, match="floating-point"):
-        solver(lambda h: h, torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="shape"):
+        solver(lambda h: h[0], (torch.zeros(2, 3), torch.zeros(2, 3)))
+    for state in (torch.zeros(2, 3, dtype=torch.long), torch.tensor(0.5), (), [0.5]):
+        with pytest.raises(ValueError, match="floating-point"):
+            solver(lambda h: h, state)
 
 
 def textbook_broyden(f, h0, steps, memory=None):
@@ -274,7 +389,8 @@ def flattened(f, h0):
 @pytest.mark.parametrize("name, problem, steps", [
     ("tanh layer, L_h = 0.9", tanh_layer(0.9), 12), ("tanh layer, L_h = 0.99", tanh_layer(0.99, D=40), 14),
     ("linear, spectrum up to 0.99", linear_map([0.99, 0.9, 0.5, 0.2, -0.3, -0.8, -0.95]), 9),
-    ("no contraction", linear_map([3.0, -2.0, 1.7, 0.5, 0.1, -0.4]), 8), ("two resolutions", conv_cell(), 14)])
+    ("no contraction", linear_map([3.0, -2.0, 1.7, 0.5, 0.1, -0.4]), 8), ("two resolutions", conv_cell(), 14),
+    ("cos", (torch.cos, torch.tensor([[0.0, 1.0, 2.0], [-3.0, 0.5, 4.0]], dtype=torch.float64)), 10)])
 def test_broyden_makes_the_textbook_iterates(name, problem, steps):
     """The steps-only form with the Gram matrix is the U V^T form: the same residual trace to 3 digits or better."""
     f, h0 = problem
@@ -301,6 +417,14 @@ def test_broyden_with_a_full_memory_restarts_where_overwriting_stalls():
     torch.testing.assert_close(residual(f, result.h)[0], result.residual, rtol=1e-6, atol=1e-12)
 
 
+def test_broyden_with_a_full_memory_still_converges_on_a_map_that_is_no_contraction():
+    """Eigenvalues -3 to 0.84, 10 pairs, 80 steps: 2e-9 with restarts, above 1e-5 at best with overwritten pairs."""
+    f, h0 = linear_map([-3 + 3.9 * i / 60 for i in range(60)], N=2)
+    overwriting = textbook_broyden(f, h0, 80, memory=10).min(0).values
+    assert (broyden(f, h0, max_iter=80, tol=0, stop_mode="abs", memory=10).residual < 1e-8).all()
+    assert (overwriting > 1e-5).all()
+
+
 @pytest.mark.parametrize("memory", [1, 2, 3])
 def test_the_best_state_survives_restarts(memory):
     f, h0 = tanh_layer(0.99)
@@ -314,6 +438,30 @@ def test_broyden_guards_the_division_by_almost_zero():
     result = broyden(lambda h: h + 1, torch.zeros(2, 3), max_iter=10, tol=0, stop_mode="abs")
     assert result.h.isfinite().all() and result.trace.isfinite().all()
     assert (broyden(lambda h: 2 * h - 1, torch.zeros(2, 3), max_iter=3, tol=0, stop_mode="abs").residual < 1e-6).all()
+
+
+def test_after_the_guard_a_sample_goes_on_as_if_it_had_started_there():
+    """f translates by 1 for the first calls, so the second step would divide by 0.  It is a plain one, and the past
+    before it is dropped; the neighbour, an ordinary sample, keeps its own.
+    """
+    f, _ = tanh_layer(N=2)
+    h0 = torch.zeros(2, 12, dtype=torch.float64)
+
+    def translating(first):
+        calls = []
+
+        def g(h):
+            calls.append(None)
+            out = f(h).clone()
+            if len(calls) <= first:
+                out[1] = h[1] + 1
+            return out
+        return g
+
+    options = dict(max_iter=10, tol=0, stop_mode="abs")
+    late = broyden(translating(2), h0, **options).trace
+    torch.testing.assert_close(late[1:, 1], broyden(translating(1), h0 + 1, **options).trace[:-1, 1], rtol=1e-9, atol=0)
+    torch.testing.assert_close(late[:, 0], broyden(f, h0, **options).trace[:, 0], rtol=1e-9, atol=0)
 
 
 def plain_anderson(f, h0, steps, m, beta):
@@ -352,6 +500,13 @@ def test_andersons_ridge_does_not_stop_progress_as_the_residuals_shrink():
     f, h0 = linear_map([0.99, 0.97, 0.9, 0.5, -0.3, -0.8])
     plain = fixed_point(f, h0, max_iter=60, tol=0, stop_mode="abs").residual
     assert (anderson(f, h0, max_iter=60, tol=0, stop_mode="abs").residual < 1e-3 * plain).all()
+
+
+def test_anderson_takes_the_plain_step_where_its_small_system_is_singular():
+    """f(h) = h + 1 gives the same g each time: without a ridge the Gram matrix has rank one; the step is h <- f(h)."""
+    states = []
+    result = anderson(lambda h: states.append(h.clone()) or h + 1, torch.zeros(2, 3), max_iter=8, tol=0, ridge=0.0)
+    assert torch.stack(states)[:, 0, 0].tolist() == list(range(9)) and result.trace.isfinite().all()
 
 
 @pytest.mark.parametrize("lam", [0.3, 1.0])
