@@ -333,7 +333,7 @@ def test_states_that_are_none_are_refused(solver):
         solver(lambda h: h[:, :1], torch.zeros(2, 3))
     with pytest.raises(ValueError, match="batch size"):
         solver(lambda h: h, (torch.zeros(2, 3), torch.zeros(3, 3)))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="f must return"):
         solver(lambda h: h[0], (torch.zeros(2, 3), torch.zeros(2, 3)))
     for state in (torch.zeros(2, 3, dtype=torch.long), torch.tensor(0.5), (), [0.5]):
         with pytest.raises(ValueError, match="floating-point"):
