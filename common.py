@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -51,12 +52,13 @@ class _Layout:
     """
 
     def __init__(self, h):
-        parts = (h,) if torch.is_tensor(h) else tuple(h)
-        _require(parts and all(torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 for p in parts),
+        parts = (h,) if torch.is_tensor(h) else h
+        _require(type(parts) in (tuple, list) and parts
+                 and all(torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 for p in parts),
                  "h0 must be a floating-point tensor, or a tuple or list of them, with the batch as first dimension")
         self.kind = None if torch.is_tensor(h) else tuple if isinstance(h, tuple) else list
         self.shapes = [p.shape for p in parts]
-        self.N = self.shapes[0][0]
+        self.N, self.device = self.shapes[0][0], parts[0].device
         _require(all(s[0] == self.N for s in self.shapes), f"the parts of h0 differ in batch size: {self.shapes}")
         self.sizes = [math.prod(s[1:]) for s in self.shapes]
         self.channels_last = [p.dim() == 4 and not p.is_contiguous()
@@ -86,7 +88,7 @@ class _Layout:
 
     def pack(self, h):
         parts = self.parts(h)
-        x = torch.empty(self.N, sum(self.sizes), dtype=self.dtype, device=parts[0].device)
+        x = torch.empty(self.N, sum(self.sizes), dtype=self.dtype, device=self.device)
         for view, part in zip(self.split(x), parts):
             view.copy_(part)
         return x
@@ -129,7 +131,10 @@ class _Progress:
 
         Returns which samples are now at their best, and ||g||, both (N,).
         """
-        f_parts = self.layout.parts(self.f(self.layout.unpack(x)))
+        f_x = self.f(self.layout.unpack(x))
+        _require(torch.is_tensor(f_x) == (self.layout.kind is None),
+                 "f must return a state of the shape of h0: a tensor if h0 is one, else a tuple or list of them")
+        f_parts = self.layout.parts(f_x)
         for f_part, x_part, g_part in zip(f_parts, self.layout.split(x), self.layout.split(g)):
             torch.sub(f_part, x_part, out=g_part)
         if f_out is not None:
@@ -138,9 +143,10 @@ class _Progress:
         norm = torch.linalg.vector_norm(g, dim=1)
         residual = norm
         if self.relative:
-            squares = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) ** 2 if p.dim() > 1
-                       else p.to(g.dtype) ** 2 for p in f_parts]
-            residual = norm / sum(squares).sqrt().clamp_min(1e-12)
+            sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) if p.dim() > 1
+                     else p.to(g.dtype).abs() for p in f_parts]
+            size = torch.linalg.vector_norm(torch.stack(sizes), dim=0)
+            residual = torch.where(size.isfinite(), norm / size.clamp_min(1e-12), math.inf)     # x / inf is no root
         if self.evals == 0:
             self.limit = 1e6 * norm
         self.trace[self.evals] = residual
@@ -169,7 +175,7 @@ def _solver(method):
     """Runs a solver without a graph, and its own products in full precision also under autocast: only f sees it."""
     @functools.wraps(method)
     def solve(f, h0, **options):
-        device = (h0 if torch.is_tensor(h0) else h0[0]).device.type
+        device = _Layout(h0).device.type
         with torch.no_grad():
             if not torch.is_autocast_enabled(device):
                 return method(f, h0, **options)
@@ -208,7 +214,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         alpha = argmin ||sum_i alpha_i g_i||^2 + ridge s ||alpha||^2  subject to  sum_i alpha_i = 1.
 
     s is the mean of the squared residuals ||g_i||^2: an absolute ridge stalls once they have shrunk below it.
-    A sample whose small system cannot be solved takes the plain step h <- f(h).  Stops and reports as
+    A sample whose small system cannot be solved uses its newest pair alone.  Stops and reports as
     `fixed_point` does.  Memory 2 m vectors.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
@@ -335,7 +341,9 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
 
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
     solver, backward_solver: fixed_point, anderson, broyden, or functools.partial of one, binding its own arguments.
-    on_backward: called with the SolverResult of the backward solve, in the units of stop_mode ("implicit" only).
+    on_backward: called with the SolverResult of the backward solve of "implicit".  That solve stops at a relative
+    residual: an absolute one would depend on the scale of the loss.
+    f is handed float32 states (float64 if h0 is float64), also where h0 is of lower precision: use autocast inside.
     Cost in calls of f, a vector-Jacobian product (VJP) counted as one, beyond the solve: "upg" 3 k, "npg" k + 2,
     "implicit" backward_max_iter + 4.
 
@@ -349,7 +357,8 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     if grad == "bptt" and torch.is_grad_enabled():
         _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
         return _bptt(f, h0, max_iter, tol, stop_mode)
-    _check_phantom(k, lam)
+    if grad in ("upg", "npg"):
+        _check_phantom(k, lam)
     result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode)
     torch.clear_autocast_cache()    # weights that autocast has cast and cached without a graph would get no gradient
     if not torch.is_grad_enabled():
@@ -359,7 +368,7 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     if grad == "npg":
         return npg(f, result.h, k, lam), result
     return implicit(f, result.h, solver=backward_solver, max_iter=backward_max_iter, tol=backward_tol,
-                    stop_mode=stop_mode, on_backward=on_backward), result
+                    on_backward=on_backward), result
 
 
 def _check_phantom(k, lam):
@@ -423,6 +432,16 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter
     return _attach(f, h_star, adjoint)
 
 
+def _vjp(outputs, inputs, v, create_graph=False):
+    """J^T v for lists of tensors; v in any precision, zeros where an output does not depend on an input."""
+    pairs = [(o, vi.to(o.dtype)) for o, vi in zip(outputs, v) if o.requires_grad]
+    j = [None] * len(inputs)
+    if pairs:
+        j = torch.autograd.grad([o for o, _ in pairs], inputs, [vi for _, vi in pairs], retain_graph=True,
+                                create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(x) if ji is None else ji for ji, x in zip(j, inputs)]
+
+
 def _attach(f, h_star, adjoint):
     """h* with a gradient: f is evaluated once with the graph on, and adjoint(vjp, dL/dh*) is sent into that graph.
 
@@ -437,9 +456,7 @@ def _attach(f, h_star, adjoint):
 
     def vjp(v):
         """J^T v.  The paper's "Jacobian-vector product" (df/dh) v, in its layout, is this vector-Jacobian product."""
-        v = [vi.to(fi.dtype) for vi, fi in zip(v, f_h)]
-        j = torch.autograd.grad(f_h, h, v, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(hi) if ji is None else ji for ji, hi in zip(j, h)]
+        return _vjp(f_h, h, v)
 
     out = _Adjoint.apply(lambda g: adjoint(vjp, g), *(p.detach() for p in h), *f_h)
     return out[0] if single else type(h_star)(out)
@@ -489,7 +506,13 @@ def _bptt(f, h0, max_iter, tol, stop_mode):
         return states[-1]
 
     result = fixed_point(step, h0, max_iter=max_iter, tol=0, stop_mode=stop_mode)
-    last = result.trace[-1]
+    layout = _Layout(h0)
+    with torch.no_grad():       # measured anew: the solver has let go of samples that diverge
+        f_h, h = layout.pack(states[-1]), layout.pack(states[-2])
+        last = torch.linalg.vector_norm(f_h - h, dim=1)
+        if stop_mode == "rel":
+            last = last / torch.linalg.vector_norm(f_h, dim=1).clamp_min(1e-12)
+        last = last.nan_to_num(nan=math.inf)
     return states[-2], result._replace(h=states[-2], residual=last, converged=last <= tol)
 
 
@@ -514,9 +537,7 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     growth = []
     for _ in range(n_iter):
         v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-        cotangent = [p.to(o.dtype) for p, o in zip(layout.split(v), outputs)]
-        j = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, allow_unused=True)
-        j = layout.pack([torch.zeros_like(p) if ji is None else ji for ji, p in zip(j, inputs)])
+        j = layout.pack(_vjp(outputs, inputs, layout.split(v)))
         v = torch.lerp(v, j, lam)
         growth.append(torch.linalg.vector_norm(v, dim=1))
     return torch.stack(growth[n_iter // 2:]).log().mean(dim=0).exp()      # log 0 = -inf: a nilpotent J gives 0
@@ -538,23 +559,23 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
     _require(isinstance(n_vectors, int) and n_vectors >= 1, f"n_vectors must be an integer >= 1, got {n_vectors!r}")
     single = torch.is_tensor(h)
     inputs = [p.detach().requires_grad_() for p in ((h,) if single else h)]
-    outputs = f(inputs[0] if single else type(h)(inputs))
-    outputs = (outputs,) if single else tuple(outputs)
-    total = 0.0
-    for _ in range(n_vectors):
-        v = [torch.randn_like(o) for o in outputs]
-        j = torch.autograd.grad(outputs, inputs, v, create_graph=True, allow_unused=True)
-        total = total + sum(ji.to(torch.promote_types(ji.dtype, torch.float32)).square().sum()
-                            for ji in j if ji is not None)
+    total = torch.zeros((), device=inputs[0].device)
+    with torch.enable_grad():
+        outputs = f(inputs[0] if single else type(h)(inputs))
+        outputs = (outputs,) if single else tuple(outputs)
+        for _ in range(n_vectors):
+            j = _vjp(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True)
+            total = total + sum(ji.to(torch.promote_types(ji.dtype, torch.float32)).square().sum() for ji in j)
     return total / (n_vectors * sum(p.numel() for p in inputs))
 
 
 def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
     """Cosine of the angle between two gradients (Fig. 1, 2), lists over the same parameters; None counts as zero."""
     _require(len(a) == len(b), f"two gradients over the same parameters are needed, got lists of {len(a)} and {len(b)}")
-    dot = sum((x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None)
-    norms = [sum(x.double().pow(2).sum() for x in grads if x is not None) for grads in (a, b)]
-    return torch.as_tensor(dot / torch.as_tensor(norms[0] * norms[1]).sqrt().clamp_min(torch.finfo(torch.float64).tiny))
+    zero = torch.zeros((), dtype=torch.float64)
+    dot = sum(((x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None), zero)
+    squares = [sum((x.double().square().sum() for x in grads if x is not None), zero) for grads in (a, b)]
+    return dot / (squares[0].sqrt() * squares[1].sqrt()).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,7 +660,10 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
     if path.exists():
         link = path.with_name(path.name + ".link")
         link.unlink(missing_ok=True)
-        os.link(path, link)             # a second name, so that `path` itself never goes missing
+        try:
+            os.link(path, link)         # a second name, so that `path` itself never goes missing
+        except OSError:                 # a file system without hard links
+            shutil.copyfile(path, link)
         os.replace(link, previous)
     os.replace(new, path)
 
@@ -689,16 +713,15 @@ def reset_peak_memory(device: torch.device):
     """Starts a new measurement of `peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")       # Linux: forget the peak of the resident set
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")           # Linux: forget the peak of the resident set
 
 
 def peak_memory(device: torch.device) -> float:
     """Peak GB since `reset_peak_memory`: allocated on a GPU; on a CPU the resident set (Linux; nan elsewhere)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(OSError):
+    if os.access("/proc/self/clear_refs", os.W_OK):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024 / 1e9
@@ -713,21 +736,22 @@ class Meter:
         self.reset()
 
     def reset(self):
-        self.sums, self.samples, self.steps, self.start = {}, 0, 0, time.perf_counter()
+        self.sums, self.counts, self.samples, self.steps, self.start = {}, {}, 0, 0, time.perf_counter()
 
     def add(self, n: int, **values: Tensor):
         """values: 0-dimensional tensors on the device, means over n samples."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() * n
+            self.counts[name] = self.counts.get(name, 0) + n
         self.samples += n
         self.steps += 1
 
     def read(self) -> dict:
-        """Means of the values, ms per step, samples per second and peak GPU memory (GB) of this process."""
+        """Means of the values, ms per step, samples per second and the run's peak GPU memory (GB) of this process."""
         names = list(self.sums)
         sums = torch.stack([self.sums[name].double() for name in names]).tolist() if names else []      # host sync
         seconds = time.perf_counter() - self.start
-        record = {name: total / self.samples for name, total in zip(names, sums)}
+        record = {name: total / self.counts[name] for name, total in zip(names, sums)}
         record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
         record["samples_per_s"] = self.samples / seconds
         if self.device.type == "cuda":

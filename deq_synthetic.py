@@ -3,7 +3,7 @@ arXiv:2111.05177), Figs. 1 and 4, Theorems 1 to 3, Table 2 (Sec. 2 and 3, App. D
 
     python deq_synthetic.py                            # all tables, about a minute on two CPU cores
     python deq_synthetic.py --plot assets              # and fig1.png, fig4.png (needs matplotlib)
-    python deq_synthetic.py --only fig1 --activation tanh --pairs 1000
+    python deq_synthetic.py --only fig1 --activation tanh --pairs 256
 
 Setting (App. D.1): h* = F(h* + u), F(x) = act(x W), W symmetric with spectral norm L_h, u and y standard normal
 matrices of N x D = 32 x 128, loss the mean squared error between h* and y, gradient dL/du, h* by 100 fixed-point
@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from common import (MetricsLog, broyden, die, equilibrium, fixed_point, implicit, npg, seed_everything, spectral_radius,
-                    upg)
+from common import (MetricsLog, broyden, describe_run, die, equilibrium, fixed_point, implicit, npg, seed_everything,
+                    spectral_radius, upg)
 
 N, D = 32, 128
 ACTIVATIONS = {"identity": lambda x: x, "tanh": torch.tanh, "relu": torch.relu}
@@ -39,7 +39,8 @@ def parse_args(argv=None):
                    help="of Figs. 1 and 4 and Table 2; the theorems use tanh (default identity)")
     p.add_argument("--lip", type=float, default=0.9, help="Lipschitz constant L_h in Fig. 1, in (0, 1) (default 0.9)")
     p.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
-    p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                   help="of Figs. 1 and 4 and Table 2; the theorems run on the CPU (default cpu)")
     p.add_argument("--plot", metavar="DIR", help="draw fig1.png and fig4.png into this folder (needs matplotlib)")
     p.add_argument("--out", metavar="DIR", help="write every row of every table to DIR/metrics.jsonl")
     args = p.parse_args(argv)
@@ -47,7 +48,7 @@ def parse_args(argv=None):
         p.error(f"--pairs must be at least 2, for a standard deviation, got {args.pairs}")
     if not 0 < args.lip < 1:
         p.error(f"--lip must be in (0, 1), got {args.lip}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         p.error(f"--device {args.device}: there is no GPU here")
     args.only = args.only or list(PARTS)
     if args.plot and not {"fig1", "fig4"} <= set(args.only):
@@ -131,7 +132,7 @@ def fig1(args):
     error = max(r["std"] for r in rows[1:]) / pairs ** 0.5
     print(f"The cosine {'grows' if growing else 'does not always grow'} with k; at k = 5 a smaller lam is "
           f"{'always' if slower else 'not always'} further from the exact gradient.\nUPG and NPG differ by at most "
-          f"{apart:.1e}.  Largest standard error of a mean: {error:.1e}, so more pairs do not change the figure.")
+          f"{apart:.1e}.  Largest standard error of a mean: {error:.1e}.")
     return rows
 
 
@@ -179,7 +180,7 @@ def fig4(args, iterations=30):
         stats = {}
         for name, sequence in (("broyden", iterates), ("phantom", phantom), ("best", [best])):
             stats[name] = []
-            for t, v in enumerate(sequence, start=1):
+            for t, v in enumerate(sequence, start=iterations if name == "best" else 1):
                 v = v.double()
                 objective = torch.linalg.vector_norm((matrix @ v[:, :, None])[:, :, 0] - g, dim=1)
                 row = {"part": "fig4", "lip": lip, "grad": name, "iteration": t, "objective": objective.mean().item(),
@@ -210,7 +211,7 @@ def fig4(args, iterations=30):
 
 # --- Theorems 1 and 2: dense, in float64 -----------------------------------------------------------------------------
 
-def small_problem(args, size=8, lip=0.9, scale=0.3):
+def small_problem(size=8, lip=0.9, scale=0.3):
     """f, W and the state of a tanh layer with one sample, solved to rounding; `scale` of u: how far tanh saturates."""
     w = symmetric_weight(size, lip, dtype=torch.float64).requires_grad_()
     u = scale * torch.randn(1, size, dtype=torch.float64)
@@ -233,7 +234,7 @@ def exact_matrices(f, w, h):
 
 def theorem1(args):
     """Eq. (6), ||A (I - J) - dF/dtheta|| <= sigma_min^2 / sigma_max, against the measured ascent, Eq. (7)."""
-    f, w, h = small_problem(args)
+    f, w, h = small_problem()
     df, j, exact = exact_matrices(f, w, h)
     sigma = torch.linalg.svdvals(df)
     right = (sigma[-1] ** 2 / sigma[0]).item()
@@ -258,7 +259,7 @@ def theorem1(args):
 
 def theorem2(args):
     """NPG's and UPG's matrix tend to the exact one, NPG's error as B^k: rate rho(B), B = lam J + (1 - lam) I."""
-    f, w, h = small_problem(args)
+    f, w, h = small_problem()
     df, j, exact = exact_matrices(f, w, h)
     start = h + 0.5 * torch.randn_like(h)           # UPG from here: limit (ii) does not need h*
     ks, rows = (1, 5, 10, 20, 40, 80), []
@@ -308,7 +309,7 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
     exact = partial(implicit, solver=fixed_point, max_iter=60, tol=1e-7)
     everything = torch.arange(samples)
 
-    def pulled(g, epsilon):                 # points away from descent until the gradient is epsilon long
+    def pulled(g, epsilon):                 # shortened by epsilon, at most to zero: the worst error of that length
         return g * (1 - min(1.0, epsilon / g.norm().item()))
 
     oracles = [(f"NPG k = {k}, lam = 0.5", partial(npg, k=k, lam=0.5), 0.0) for k in (1, 2, 4, 8)]
@@ -369,7 +370,7 @@ def table2(args, rows_n=64, size=1024, repeats=3):
             storage = tensor.untyped_storage()
             if storage.data_ptr() != w.untyped_storage().data_ptr():
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()          # an output that kept itself would never be freed
 
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -463,6 +464,7 @@ def main(args):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         log = MetricsLog(Path(args.out) / "metrics.jsonl", last_step=-1)
+        log.write(part="start", args=vars(args), **describe_run(torch.device(args.device), 1))
         for row in rows:
             log.write(**row)
     if args.plot:

@@ -43,7 +43,7 @@ from typing import NamedTuple
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F       # in prose F is the equilibrium module, MDEQ.f
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -136,6 +136,9 @@ def parse_args(argv=None):
                  "log_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("train_size", "test_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("tol", "pretrain_steps", "weight_decay", "cosine_every", "radius_every"):
         if getattr(args, name) < 0:
             p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
@@ -149,6 +152,8 @@ def parse_args(argv=None):
         p.error("--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
     if args.eval and not args.resume:
         p.error("--eval needs --resume FILE, the checkpoint to evaluate")
+    if args.benchmark and args.eval:
+        p.error("--benchmark and --eval are two different things to do: choose one")
     if args.benchmark and "RANK" in os.environ:
         p.error("--benchmark measures one process: run it without torchrun")
     if args.resume == "auto" and (not args.out or args.eval):
@@ -198,7 +203,8 @@ def folder_images(root, split):
     except FileNotFoundError as error:
         die(f"--data {root}: {error}")
     stats = [(path, os.stat(path)) for path, _ in folder.samples]
-    fingerprint = hashlib.sha1(repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()).hexdigest()[:16]
+    key = [(os.path.relpath(p, root), s.st_size, s.st_mtime_ns) for p, s in stats]
+    fingerprint = hashlib.sha1(repr(key).encode()).hexdigest()[:16]
     cache = root / f".decoded-{split}-{fingerprint}.pt"
     if cache.is_file():
         return Images(*torch.load(cache, weights_only=True), len(folder.classes))
@@ -232,7 +238,7 @@ def load_images(args, process):
     if args.data == "toy":
         train, test = toy_images(args.train_size or 2000, seed=1), toy_images(args.test_size or 1000, seed=2)
     elif (root / "train").is_dir() or (root / "test").is_dir():
-        a, b = ({d.name for d in (root / split).glob("*/")} for split in ("train", "test"))
+        a, b = ({d.name for d in (root / split).glob("*") if d.is_dir()} for split in ("train", "test"))
         if not a or a != b:
             die(f"--data {root}: train/ and test/ must hold the same class folders; only in train: {sorted(a - b)}, "
                 f"only in test: {sorted(b - a)}")
@@ -247,6 +253,8 @@ def load_images(args, process):
                        for s in sets)
     if process.world_size > 1 and first:
         torch.distributed.barrier()
+    if len(test.y) < process.world_size:
+        die(f"--data {root}: {len(test.y)} test images are too few for {process.world_size} processes")
     train, test = balanced(train, args.train_size, "--train-size"), balanced(test, args.test_size, "--test-size")
     return tuple(Images(s.x.to(process.device), s.y.to(process.device), s.classes) for s in (train, test))
 
@@ -256,8 +264,9 @@ def balanced(images, size, flag):
     if size is None:
         return images
     each = size // images.classes
-    if size < 1 or size % images.classes or each > images.y.bincount(minlength=images.classes).min():
-        die(f"{flag} {size}: must be a multiple of the {images.classes} classes, and at most {len(images.y)}")
+    smallest = int(images.y.bincount(minlength=images.classes).min())
+    if size % images.classes or each > smallest:
+        die(f"{flag} {size}: must be a multiple of {images.classes} classes, and at most {images.classes * smallest}")
     index = torch.cat([(images.y == c).nonzero()[:each, 0] for c in range(images.classes)])
     return Images(images.x[index], images.y[index], images.classes)
 
@@ -534,7 +543,7 @@ def health(name, residuals, tol):
 def evaluate(model, images, args, process):
     """Accuracy (%) and loss over all images, each counted once, by the solver alone; this process's health."""
     model.eval()
-    sums, residuals = torch.zeros(3, dtype=torch.float64, device=process.device), []
+    sums, residuals, evals = torch.zeros(3, dtype=torch.float64, device=process.device), [], 0
     own = torch.arange(process.rank, len(images.y), process.world_size, device=process.device)
     for index in own.split(args.batch_size):
         x, y = prepare(images.x[index], False, memory_format(args)), images.y[index]
@@ -545,9 +554,10 @@ def evaluate(model, images, args, process):
         sums[1] += F.cross_entropy(logits, y, reduction="sum")
         sums[2] += len(y)
         residuals.append(result.residual)
+        evals += len(y) * result.n_evals
     model.train()
     correct, loss, count = all_reduce_sum(sums).tolist()
-    return {"test_accuracy": 100 * correct / count, "test_loss": loss / count, "test_evals": result.n_evals,
+    return {"test_accuracy": 100 * correct / count, "test_loss": loss / count, "test_evals": evals / len(own),
             **health("test", residuals, args.tol)}
 
 
@@ -556,7 +566,10 @@ def f_parameters(model):
 
 
 def gradient_cosines(model, x, y, args):
-    """Fig. 2: cosine, over the parameters of F, of UPG's and NPG's gradient to the exact one; leaves no trace."""
+    """Fig. 2: cosine, over the parameters of F, of UPG's and NPG's gradient to the exact one, on this process's images.
+
+    Leaves no trace: the training goes on as if it had not been called.
+    """
     buffers, rng, grads = [b.clone() for b in model.buffers()], rng_state(), {}
     for grad in ("implicit", "upg", "npg"):
         set_rng_state(rng)                                  # the same dropout masks
@@ -572,14 +585,17 @@ def gradient_cosines(model, x, y, args):
 
 
 @torch.no_grad()
-def radii(model, x, lam):
-    """App. D.2: mean spectral radius of J and of J_lam = lam J + (1 - lam) I at h*, in evaluation mode; no trace."""
+def radii(model, images, args):
+    """App. D.2: mean spectral radius of J and of lam J + (1 - lam) I at h* of 64 images, evaluation mode; no trace."""
     rng = rng_state()
     model.eval()
-    u = model.inject(x)
-    f = functools.partial(model.f, u=u, weights=model.weights())
-    h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol).h
-    rho, rho_lam = (spectral_radius(f, h, lam=value, n_iter=50).mean().item() for value in (1.0, lam))
+    spread = images.x[::max(1, len(images.y) // 64)][:64]       # over all classes: the images may be sorted by class
+    x = prepare(spread, False, memory_format(args))
+    with autocast(args, x.device):
+        u = model.inject(x)
+        f = functools.partial(model.f, u=u, weights=model.weights())
+        h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol).h
+        rho, rho_lam = (spectral_radius(f, h, lam=value, n_iter=50).mean().item() for value in (1.0, args.lam))
     model.train()
     set_rng_state(rng)
     return {"rho_J": rho, "rho_J_lam": rho_lam}
@@ -640,17 +656,14 @@ def benchmark(model, x, y, args, repeats=3):
     print("gradient   forward ms  backward ms  step ms  peak GB  images/s  backward    step  (ratios: implicit / this)")
     base = median["implicit"]
     for grad in grads:
-        f, b, s, gb = median[grad]
-        print(f"{grad:9s} {f:11.1f} {b:12.1f} {s:8.1f} {gb:8.3f} {1e3 * len(y) / s:9.1f} {base[1] / b:8.2f}x "
-              f"{base[2] / s:6.2f}x")
+        forward, backward, whole, gb = median[grad]
+        print(f"{grad:9s} {forward:11.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} {1e3 * len(y) / whole:9.1f} "
+              f"{base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
     ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
     print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
     memory = {k: step("npg", k)[3] for k in (1, 20)}
     print(f"NPG peak memory: k = 1 {memory[1]:.3f} GB, k = 20 {memory[20]:.3f} GB, ratio {memory[20] / memory[1]:.3f}")
     model.grad, model.k = args.grad, args.k
-    steps = {f"{grad}_{name}": value for grad in grads
-             for name, value in zip(("forward_ms", "backward_ms", "step_ms", "peak_gb"), median[grad])}
-    return {"f_ms": f_ms, "solver_overhead": ratio, "npg_peak_ratio": memory[20] / memory[1], **steps}
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -682,10 +695,15 @@ def restore(args, model, optimizer=None, scheduler=None):
     if not ours and not args.eval:
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "not continued")
+    if ours and args.eval:
+        for name in ("solver", "max_iter", "tol"):
+            if state["args"][name] != getattr(args, name):
+                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
+                      f"{getattr(args, name)}", flush=True)
     if ours:
         free = {"data", "out", "resume", "eval", "benchmark", "save_every", "log_every", "cosine_every", "radius_every"}
         if args.eval:
-            free |= set(vars(args)) - {"model"}             # in training, every other flag changes the curve
+            free |= set(vars(args)) - {"model"}             # in training, the others can change the curve
         differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
                   for name, value in state["args"].items() if name not in free and value != getattr(args, name, None)]
         if differ:
@@ -720,7 +738,7 @@ def train(args, process, model, train_set, test_set):
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * steps_per_epoch, eta_min=1e-6)
-    state = {"step": 0, "best": 0.0, "best_epoch": 0, "last": 0.0}
+    state = {"step": 0, "best": 0.0, "best_epoch": 0, "last": 0.0, "seconds": 0.0}
     if args.resume:
         state = restore(args, model, optimizer, scheduler)
     step, best, best_epoch, last = (state[k] for k in ("step", "best", "best_epoch", "last"))
@@ -748,10 +766,11 @@ def train(args, process, model, train_set, test_set):
         if main:
             save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                          "scheduler": scheduler.state_dict(), "rng": rng, "step": step, "best": best,
-                                         "best_epoch": best_epoch, "last": last, "args": vars(args)})
+                                         "best_epoch": best_epoch, "last": last, "args": vars(args),
+                                         "seconds": time.perf_counter() - started})
 
     meter, residuals, backward_residuals = Meter(device), [], []
-    started = time.perf_counter()
+    started = time.perf_counter() - state["seconds"]
     for epoch in range(step // steps_per_epoch, args.epochs):
         order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))          # the same on all processes
         batches = torch.randperm(N, generator=order).to(device).split(args.batch_size)
@@ -778,6 +797,7 @@ def train(args, process, model, train_set, test_set):
             # --- the step ends here; what follows is logging, diagnostics and saving ---
             epoch_ends = b == steps_per_epoch - 1
             saving = step % args.save_every == 0 and not epoch_ends     # an epoch's end saves after its evaluation
+            paused = time.perf_counter()
             if args.cosine_every and step % args.cosine_every == 0:
                 cosines = gradient_cosines(model, x, y, args)
                 if main:
@@ -785,16 +805,18 @@ def train(args, process, model, train_set, test_set):
                     tqdm.write(f"step {step}: cosine to the exact gradient: UPG {cosines['cosine_upg']:.4f}, NPG "
                                f"{cosines['cosine_npg']:.4f}")
             if args.radius_every and step % args.radius_every == 0:
-                radius = radii(model, prepare(test_set.x[:64], False, memory_format(args)), args.lam)
+                radius = radii(model, test_set, args)
                 if main:
                     log.write(event="radius", step=step, **radius)
                     tqdm.write(f"step {step}: spectral radius of J {radius['rho_J']:.3f}, of J_lam "
                                f"{radius['rho_J_lam']:.3f}")
+            meter.start += time.perf_counter() - paused                 # diagnostics do not count as training time
             if step % args.log_every == 0 or saving or epoch_ends:
                 record = meter.read()                                   # host sync
                 broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
-                if not broken and (saving or epoch_ends) and not all(p.isfinite().all() for p in model.parameters()):
-                    broken = "a weight became infinite or not a number"     # the loss would show it one step late
+                if not broken and (saving or epoch_ends):                   # the loss would show it one step late
+                    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+                    broken = "" if finite else "a weight became infinite or not a number"       # host sync
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
@@ -807,6 +829,7 @@ def train(args, process, model, train_set, test_set):
                                f"{world * record['samples_per_s']:.0f} images/s{gb}")
             if saving:
                 save()
+                meter.reset()
 
         if world > 1:
             for buffer in model.buffers():          # evaluate the first process's BatchNorm statistics on all
@@ -830,7 +853,7 @@ def train(args, process, model, train_set, test_set):
                 "{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
                     name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
                 for name in ("train", "test", "backward") if f"{name}_solved" in record)
-                + f"; {record['test_evals']} calls of F per solve")
+                + f"; {record['test_evals']:g} calls of F per solve")
         save()
         meter.reset()
     if main:
@@ -840,21 +863,23 @@ def train(args, process, model, train_set, test_set):
 
 
 def main(args):
+    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
     if not args.out and args.resume:
         args.out = str(Path(args.resume).parent)
     elif not args.out:
-        args.out = f"runs/{args.model}-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}"
+        args.out = f"runs/{args.model}-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
     if args.batch_size % process.world_size:
         die(f"--batch-size {args.batch_size} is not divisible by the {process.world_size} processes")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True      # convolutions; the solver's own products stay in float32
     torch.backends.cudnn.benchmark = True
     seed_everything(args.seed)          # the same weights on all processes
     if args.benchmark:
         side = 16 if args.data == "toy" else 32
         x = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=process.device)
         y = torch.arange(args.batch_size, device=process.device) % 10
-        return benchmark(build_model(args, 10, process), prepare(x, False, memory_format(args)), y, args)
+        benchmark(build_model(args, 10, process), prepare(x, False, memory_format(args)), y, args)
+        return
     train_set, test_set = load_images(args, process)
     model = build_model(args, train_set.classes, process)
     if args.eval:
@@ -863,15 +888,14 @@ def main(args):
         if process.rank == 0:
             print(f"{args.resume}: test accuracy {record['test_accuracy']:.2f} %, test loss {record['test_loss']:.4f}, "
                   f"{len(test_set.y)} images; median relative residual {record['test_residual_p50']:.1e} after "
-                  f"{record['test_evals']} calls of F")
-        return None
-    train(args, process, model, train_set, test_set)
-    if args.data == "toy" and process.rank == 0:
+                  f"{record['test_evals']:g} calls of F")
+    else:
+        train(args, process, model, train_set, test_set)
+    if args.data == "toy" and not args.eval and process.world_size == 1:
         x, y = train_set.x[:args.batch_size], train_set.y[:args.batch_size]
         benchmark(model, prepare(x, False, memory_format(args)), y, args)
     if process.world_size > 1:
         torch.distributed.destroy_process_group()
-    return None
 
 
 if __name__ == "__main__":

@@ -61,9 +61,8 @@ def test_theorem_1_the_condition_implies_ascent():
 
 def test_theorem_1s_left_side_is_that_of_b_to_the_k():
     """For NPG, A (I - J) - dF/dtheta = -dF/dtheta B^k."""
-    args = deq_synthetic.parse_args([])
     torch.manual_seed(0)
-    f, w, h = deq_synthetic.small_problem(args)
+    f, w, h = deq_synthetic.small_problem()
     df, j, _ = deq_synthetic.exact_matrices(f, w, h)
     eye = torch.eye(len(j), dtype=j.dtype)
     a = deq_synthetic.gradient_matrix(deq_synthetic.npg(f, h, 4, 0.6), w)
@@ -101,7 +100,7 @@ def test_the_script_writes_its_rows(tmp_path):
     run = subprocess.run([sys.executable, "deq_synthetic.py", "--only", "theorem1", "--out", str(tmp_path)], cwd=ROOT,
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 9
+    assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 1 + 9
     assert "0 exceptions" in run.stdout
 
 
