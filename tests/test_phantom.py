@@ -640,3 +640,13 @@ def test_cosine_similarity_is_over_all_parameters():
     assert cosine_similarity([torch.ones(2)], [-torch.ones(2)]).item() == pytest.approx(-1)
     with pytest.raises(ValueError, match="lists of 1 and 2"):
         cosine_similarity([None], [None, None])
+
+
+def test_the_backward_solves_stop_does_not_depend_on_the_scale_of_the_loss():
+    """The forward stop is absolute here; an absolute backward stop would accept g itself once the loss is small."""
+    f, w, _, h0, _ = problem()
+    grads = []
+    for scale in (1.0, 1e-8):
+        h, _ = equilibrium(f, h0, grad="implicit", max_iter=100, tol=1e-6, stop_mode="abs", backward_tol=1e-6)
+        grads.append(torch.autograd.grad(scale * h.square().sum(), w)[0] / scale)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)

@@ -528,3 +528,19 @@ def test_gpu_solves_do_not_synchronise_with_zero_tolerance(solver):
         solver(lambda h: torch.tanh(h @ w + 1), h0, max_iter=10, tol=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_tensor_for_a_tuple_is_refused(solver):
+    """zip over a tuple and over a tensor's batch looks alike: the gradient was silently that of sample 0."""
+    with pytest.raises(ValueError, match="a tensor if h0 is one"):
+        solver(lambda h: h[0], (torch.zeros(2, 3),))
+    with pytest.raises(ValueError, match="a tensor if h0 is one"):
+        solver(lambda h: (h,), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_norm_that_overflows_is_not_a_root(solver):
+    """||f(h)|| beyond float32's largest square: finite / inf would be a residual of 0."""
+    result = solver(lambda h: torch.exp(50 * h), torch.ones(1, 1), max_iter=5, tol=1e-4)
+    assert not (result.converged & (torch.exp(50 * result.h)[:, 0] > 1e18)).any()
