@@ -1,7 +1,7 @@
 """Phantom gradients of a one-layer implicit model against theory: "On Training Implicit Models" (NeurIPS 2021,
 arXiv:2111.05177), Figs. 1 and 4, Theorems 1 to 3, Table 2 (Sec. 2 and 3, App. D.1 and D.4).  Generated data only.
 
-    python deq_synthetic.py                            # all tables, a minute and a half on two CPU cores
+    python deq_synthetic.py                            # all tables, under a minute on two CPU cores
     python deq_synthetic.py --plot assets              # and fig1.png, fig4.png (needs matplotlib)
     python deq_synthetic.py --only fig1 --activation tanh --pairs 256
 
