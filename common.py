@@ -22,6 +22,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -650,43 +651,91 @@ def set_rng_state(state: dict):
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict):
-    """Writes `state`; `path` is a complete checkpoint at every moment, and the one before stays as `path`.previous."""
+    """Writes `state`; `path` is a complete checkpoint at every moment, and the one before stays as `path`.previous.
+
+    Where it cannot be written (a full disk, no permission), both stay as they are and the run ends with exit code 1.
+    """
     path = Path(path)
     new, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
-    with open(new, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())         # a rename may reach the disk before the data does
-    if path.exists():
-        link = path.with_name(path.name + ".link")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)         # a second name, so that `path` itself never goes missing
-        except OSError:                 # a file system without hard links
-            shutil.copyfile(path, link)
-        os.replace(link, previous)
-    os.replace(new, path)
+    try:
+        with open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())         # a rename may reach the disk before the data does
+        if path.exists():
+            link = path.with_name(path.name + ".link")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)         # a second name, so that `path` itself never goes missing
+            except OSError:                 # a file system without hard links
+                shutil.copyfile(path, link)
+            os.replace(link, previous)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:            # torch.save turns a full disk into a RuntimeError
+        die(f"--out: cannot write {new} ({str(error).splitlines()[0]}); what was saved before is untouched", code=1)
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads a checkpoint onto the CPU, tensors and plain values only; names a broken file and uses the previous one."""
+def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
+    """Reads a checkpoint onto the CPU, tensors and plain values only; names a broken file and uses the previous one.
+
+    flag: what the user gave the path with, for the messages.
+    """
     path = Path(path)
     if not path.is_file():
-        die(f"--resume: there is no file {path}")
+        die(f"{flag}: there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "weights only" in reason.lower():
-        die(f"--resume: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
+        die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
             f"convert it: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
     previous = path.with_name(path.name + ".previous")
     try:
         state = torch.load(previous, map_location="cpu", weights_only=True)
     except Exception:
-        die(f"--resume: {path} is truncated or not a checkpoint ({reason}), and no usable {previous.name} is beside it")
+        die(f"{flag}: {path} is truncated or not a checkpoint ({reason}), and no usable {previous.name} is beside it")
     print(f"warning: {path} is truncated or not a checkpoint ({reason}); using {previous}", file=sys.stderr, flush=True)
     return state
+
+
+class SaveTimer:
+    """Says when to save: every `minutes`, and as soon as one process was sent SIGTERM, which also ends the run.
+
+    SIGTERM is what a cluster sends some seconds before it kills a job; without this the work since the last
+    checkpoint is lost.  Of one process per run; it takes over the process's SIGTERM.
+    """
+
+    def __init__(self, minutes: float):
+        self.minutes, self.last, self.stopping, self.nothing_to_lose = minutes, time.monotonic(), False, False
+        self.group = None
+        if dist.is_available() and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo")         # between the hosts: a GPU is not waited for
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_):
+        self.stopping = True
+        if self.nothing_to_lose:
+            raise SystemExit(0)
+
+    def poll(self) -> tuple[bool, bool]:
+        """(save now, then stop): the same answer on all processes, which must all call it, after every step."""
+        wishes = torch.tensor([time.monotonic() - self.last >= 60 * self.minutes, self.stopping], dtype=torch.int32)
+        if self.group is not None:
+            dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
+        due, stop = (bool(wish) for wish in wishes.tolist())
+        if due or stop:
+            self.last = time.monotonic()
+        return due or stop, stop
+
+    @contextlib.contextmanager
+    def saved(self):
+        """While all is saved and `poll` is not called, as in an evaluation: SIGTERM ends the process at once, code 0."""
+        self.nothing_to_lose = True
+        try:
+            yield
+        finally:
+            self.nothing_to_lose = False
 
 
 class MetricsLog:

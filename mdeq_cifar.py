@@ -105,6 +105,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of weights, data order, augmentation and dropout (default 0)")
     # speed
     p.add_argument("--amp", action="store_true", help="bf16 autocast; the solver's own vectors stay float32")
+    p.add_argument("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
     p.add_argument("--compile", action="store_true", help="torch.compile F and the head")
     p.add_argument("--memory-format", choices=["contiguous", "channels-last"],
                    help="of images, weights and states (default GPU contiguous, CPU channels-last)")
@@ -653,9 +654,9 @@ def benchmark(model, x, y, args, repeats=3):
         overheads.append(overhead())
     median = {grad: [statistics.median(column) for column in zip(*times[grad])] for grad in grads}
     about = describe_run(device, 1)
-    print(f"\n{args.model}, images {tuple(x.shape)}, {args.solver}: {model.max_iter} forward, "
-          f"{model.backward_max_iter} backward iterations, k = {args.k}; {about['device']}, torch {about['torch']}, "
-          f"commit {about['commit']}")
+    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, images {tuple(x.shape)}, {args.solver}: "
+          f"{model.max_iter} forward, {model.backward_max_iter} backward iterations, k = {args.k}; {about['device']}, "
+          f"torch {about['torch']}, commit {about['commit']}")
     print("gradient   forward ms  backward ms  step ms  peak GB  images/s  backward    step  (ratios: implicit / this)")
     base = median["implicit"]
     for grad in grads:
@@ -874,7 +875,7 @@ def main(args):
     process = init_process()
     if args.batch_size % process.world_size:
         die(f"--batch-size {args.batch_size} is not divisible by the {process.world_size} processes")
-    torch.backends.cudnn.allow_tf32 = True      # convolutions; the solver's own products stay in float32
+    torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's own products stay in float32
     torch.backends.cudnn.benchmark = True
     seed_everything(args.seed)          # the same weights on all processes
     if args.benchmark:
