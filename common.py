@@ -730,7 +730,7 @@ class SaveTimer:
 
     @contextlib.contextmanager
     def saved(self):
-        """While all is saved and `poll` is not called, as in an evaluation: SIGTERM ends the process at once, code 0."""
+        """While all is saved and `poll` is not called, as in an evaluation: SIGTERM ends the process, with code 0."""
         self.nothing_to_lose = True
         try:
             yield

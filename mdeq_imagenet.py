@@ -1,14 +1,17 @@
-"""MDEQ-Small on ImageNet with phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177), Table 3.
+"""MDEQ-Small on ImageNet with phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
-    torchrun --nproc_per_node=8 mdeq_imagenet.py --grad upg --k 5 --lam 0.6 --data DIR      # DIR/train/CLASS/*, DIR/val
+    torchrun --nproc_per_node=8 mdeq_imagenet.py --grad upg --k 5 --lam 0.6     # the paper's row: 8 GPUs x 16 images
+    python mdeq_imagenet.py --data toy                          # generated images, narrow: 2 min on two CPU cores
+    python mdeq_imagenet.py --accumulate 8                      # one GPU: the same step in 8 micro-batches of 16
+    python mdeq_imagenet.py --eval --resume FILE --max-iter 20  # top-1, top-5, residuals, spectral radii
+    python mdeq_imagenet.py --benchmark --batch-size 16         # step time and memory of the three gradients
+
+Images: --data DIR (default data/imagenet) with DIR/train/CLASS/* and DIR/val/CLASS/*.  On each of two machines, and
+carrying on by itself after a machine or a process is lost (R is --out, a folder that both see):
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --max-restarts=3 \\
-        mdeq_imagenet.py --data DIR --out SHARED_DIR --resume auto          # on each of two machines; survives lost ranks
-    python mdeq_imagenet.py --data DIR --accumulate 8                       # one GPU: 8 micro-batches of 16 per step
-    python mdeq_imagenet.py --data toy                                      # generated images: @TOYTIME@ on two CPU cores
-    python mdeq_imagenet.py --eval --resume FILE --data DIR --max-iter 20   # top-1, top-5, residuals, spectral radii
-    python mdeq_imagenet.py --benchmark --batch-size 16                     # step time and memory of the three gradients
+        mdeq_imagenet.py --out R --resume auto
 
-Table 3 (16,808,936 parameters, 100 epochs, global batch 128): every row is a command, the first line with these flags.
+Table 3 (16,808,936 parameters, 100 epochs, batches of 128): torchrun --nproc_per_node=8 mdeq_imagenet.py with
     paper 75.3 %   --grad implicit --pretrain-steps 500000         # the exact gradient, 27 backward iterations
           75.2 %   --pretrain-steps 500000                         # App. D.3, setting 1: UPG after pretraining
           75.7 %   (none)                                          # App. D.3, setting 2: UPG from the first step on
@@ -77,11 +80,11 @@ def parse_args(argv=None):
     p.add_argument("--on-bad-image", choices=["stop", "skip"], default="stop",
                    help="an unreadable file is named, and ends the run or is left out (default stop)")
     # model
-    p.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128, 256],
-                   help="of each branch, multiples of 8 (default 32 64 128 256)")
-    p.add_argument("--head-channels", type=int, nargs="+", default=[24, 48, 96, 192],
-                   help="a quarter of the head's channels, per branch (default 24 48 96 192)")
-    p.add_argument("--final-channels", type=int, default=2048, help="before the classifier (default 2048)")
+    p.add_argument("--channels", type=int, nargs="+",
+                   help="of each branch, multiples of 8 (default 32 64 128 256, toy 16 16 32 32)")
+    p.add_argument("--head-channels", type=int, nargs="+",
+                   help="a quarter of the head's channels, per branch (default 24 48 96 192, toy 4 8 8 16)")
+    p.add_argument("--final-channels", type=int, help="before the classifier (default 2048, toy 256)")
     p.add_argument("--dropout", type=float, default=0.0, help="probability of variational dropout in F (default 0)")
     p.add_argument("--init", metavar="FILE", help="begin with the weights of this checkpoint, ours or an official one; "
                    "another number of classes: with a new classifier")
@@ -100,7 +103,7 @@ def parse_args(argv=None):
                    help="first optimiser steps, with an unrolled network in place of the solver (default 0)")
     p.add_argument("--pretrain-layers", type=int, default=5, help="evaluations of F in that network (default 5)")
     # optimisation
-    p.add_argument("--epochs", type=int, help="passes over the training images (default 100, toy 4)")
+    p.add_argument("--epochs", type=int, help="passes over the training images (default 100, toy 8)")
     p.add_argument("--batch-size", type=int, help="images per step over all processes (default 128, toy 40)")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process (default 1)")
     p.add_argument("--lr", type=float, default=0.05,
@@ -121,7 +124,7 @@ def parse_args(argv=None):
                    help="continue from this checkpoint; 'auto': from --out's, if there is one")
     p.add_argument("--save-every", type=float, default=15.0,
                    help="minutes between checkpoints; each epoch, and SIGTERM, saves one too (default 15)")
-    p.add_argument("--log-every", type=int, help="steps between log lines (default 50, toy 10)")
+    p.add_argument("--log-every", type=int, help="steps between log lines (default 50, toy 20)")
     p.add_argument("--radius-every", type=int, default=0,
                    help="steps between spectral radii of J and J_lam, App. D.3; 0: never (default 0)")
     p.add_argument("--radius-images", type=int, default=64,
@@ -134,8 +137,10 @@ def parse_args(argv=None):
 
     toy = args.data == "toy"
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    defaults = {"crop": 64 if toy else 224, "resize": 72 if toy else 256, "epochs": 4 if toy else 100,
-                "batch_size": 40 if toy else 128, "log_every": 10 if toy else 50, "workers": min(8, cores),
+    defaults = {"channels": [16, 16, 32, 32] if toy else [32, 64, 128, 256],
+                "head_channels": [4, 8, 8, 16] if toy else [24, 48, 96, 192], "final_channels": 256 if toy else 2048,
+                "crop": 64 if toy else 224, "resize": 72 if toy else 256, "epochs": 8 if toy else 100,
+                "batch_size": 40 if toy else 128, "log_every": 20 if toy else 50, "workers": min(8, cores),
                 "memory_format": "contiguous" if torch.cuda.is_available() else "channels-last"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -276,7 +281,8 @@ def image_loader(images, batches, args, device):
     more = dict(persistent_workers=True, prefetch_factor=4, worker_init_fn=leave_sigterm_to_parent)
     return torch.utils.data.DataLoader(
         images, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator(), **(more if args.workers else {}))      # it would draw from the training's generator
+        generator=torch.Generator(),        # else each epoch would draw a number from the training's own generator
+        **(more if args.workers else {}))
 
 
 def own_batches(n, args, process):
@@ -921,7 +927,8 @@ def train(args, process, model, train_set, val_set, classes):
                 radius = radii(model, val_set, args, process)
                 if main:
                     log.write(event="radius", step=step, **radius)
-                    tqdm.write("step {}: spectral radius of J {rho_J:.3f}, of J_lam {rho_J_lam:.3f}".format(step, **radius))
+                    tqdm.write(f"step {step}: spectral radius of J {radius['rho_J']:.3f}, of J_lam "
+                               f"{radius['rho_J_lam']:.3f}")
                 meter.start += time.perf_counter() - paused         # diagnostics do not count as training time
             if step % args.log_every == 0 or saving:
                 elapsed = time.perf_counter() - meter.start
@@ -951,8 +958,8 @@ def train(args, process, model, train_set, val_set, classes):
     if main and stop:
         print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto", flush=True)
     elif main:
-        print(f"done: top-1 {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}, chosen on the "
-              f"validation images); {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+        print(f"done: top-1 {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; chosen on "
+              f"the validation images); {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
 
 
 def main(args):
@@ -987,8 +994,8 @@ def main(args):
                   "relative residual (10, 50, 90 %) {val_residual_p10:.1e} {val_residual_p50:.1e} "
                   "{val_residual_p90:.1e} after {val_evals:g} calls of F".format(**record))
             if args.radius_images:
-                print("spectral radius of J {rho_J:.3f} (above 1 for {above:.0f} % of the images), of J_lam "
-                      "{rho_J_lam:.3f} (lam = {lam})".format(**record, above=100 * record["rho_J_above_1"], lam=args.lam))
+                print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % "
+                      f"of the images), of J_lam {record['rho_J_lam']:.3f} (lam = {args.lam})")
     else:
         train(args, process, model, train_set, val_set, classes)
     if process.world_size > 1:
