@@ -27,7 +27,7 @@ benchmark: backward pass of UPG 3.05 times, whole step 1.49 times faster than im
 Differs from the paper and its release: residuals, and the choice of the best iterate, per image (there: one norm over
 the batch); Broyden's first step has the right sign (theirs is inverted); NPG follows Eq. (17), not Algorithms 2 and 3;
 BatchNorm sees a process's whole batch (there: 2 x 64 images, Large 4 x 32).  Initialised as the official CIFAR-10 code
-is: Normal(0, 0.01) for plain convolutions, PyTorch's default for weight-normalised ones.  GPU convolutions use TF32.
+is: Normal(0, 0.01) for plain convolutions, PyTorch's default for weight-normalised ones.
 """
 import argparse
 import functools

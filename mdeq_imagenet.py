@@ -183,6 +183,8 @@ def parse_args(argv=None):
         p.error("--benchmark measures one process: run it without torchrun")
     if args.resume == "auto" and (not args.out or args.eval):
         p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
+    if args.radius_every and not args.radius_images:
+        p.error("--radius-every needs --radius-images of at least 1, got 0")
     if args.init and (args.eval or args.benchmark):
         p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
