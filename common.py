@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence, Union
 
@@ -598,6 +599,9 @@ class Process(NamedTuple):
 
 def init_process() -> Process:
     """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun; else it gives a "
+            "restarted job the addresses of the dead processes (github.com/pytorch/pytorch/issues/167288)")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -707,20 +711,22 @@ class SaveTimer:
     """
 
     def __init__(self, minutes: float):
-        self.minutes, self.last, self.stopping, self.nothing_to_lose = minutes, time.monotonic(), False, False
+        self.minutes, self.last = minutes, time.monotonic()
         self.group = None
         if dist.is_available() and dist.is_initialized():
             self.group = dist.new_group(backend="gloo")         # between the hosts: a GPU is not waited for
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.sigterm = sigterm = types.SimpleNamespace(came=False, nothing_to_lose=False)
 
-    def _on_sigterm(self, *_):
-        self.stopping = True
-        if self.nothing_to_lose:
-            raise SystemExit(0)
+        def note(*_):               # knows nothing of self: a group that outlives the run can abort the process's exit
+            sigterm.came = True
+            if sigterm.nothing_to_lose:
+                raise SystemExit(0)
+
+        signal.signal(signal.SIGTERM, note)
 
     def poll(self) -> tuple[bool, bool]:
         """(save now, then stop): the same answer on all processes, which must all call it, after every step."""
-        wishes = torch.tensor([time.monotonic() - self.last >= 60 * self.minutes, self.stopping], dtype=torch.int32)
+        wishes = torch.tensor([time.monotonic() - self.last >= 60 * self.minutes, self.sigterm.came], dtype=torch.int32)
         if self.group is not None:
             dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
         due, stop = (bool(wish) for wish in wishes.tolist())
@@ -731,23 +737,27 @@ class SaveTimer:
     @contextlib.contextmanager
     def saved(self):
         """While all is saved and `poll` is not called, as in an evaluation: SIGTERM ends the process, with code 0."""
-        self.nothing_to_lose = True
+        self.sigterm.nothing_to_lose = True
         try:
             yield
         finally:
-            self.nothing_to_lose = False
+            self.sigterm.nothing_to_lose = False
 
 
 class MetricsLog:
-    """Appends one JSON object per line to `path`; a resumed run drops what it will repeat, step > last_step."""
+    """Appends one JSON object per line to `path`; a resumed run drops what it will repeat, step > last_step.
 
-    def __init__(self, path: str | os.PathLike, last_step: int | None = None):
+    last_step_of: the same for records of one event, where it differs, as in {"epoch": 500}.
+    """
+
+    def __init__(self, path: str | os.PathLike, last_step: int | None = None, last_step_of: dict | None = None):
         self.path = Path(path)
         if last_step is not None and self.path.exists():
             kept = []
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):         # a killed run may leave half a line
-                    if json.loads(line).get("step", 0) <= last_step:
+                    record = json.loads(line)
+                    if record.get("step", 0) <= (last_step_of or {}).get(record.get("event"), last_step):
                         kept.append(line + "\n")
             new = self.path.with_name(self.path.name + ".new")
             new.write_text("".join(kept))

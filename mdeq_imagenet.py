@@ -8,6 +8,7 @@
 
 Images: --data DIR (default data/imagenet) with DIR/train/CLASS/* and DIR/val/CLASS/*.  On each of two machines, and
 carrying on by itself after a machine or a process is lost (R is --out, a folder that both see):
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1             # torch's restarts fail without it, see init_process
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --max-restarts=3 \\
         mdeq_imagenet.py --out R --resume auto
 
@@ -43,6 +44,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 # Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
@@ -201,7 +203,7 @@ def toy_image(name):
     """The image of a name SPLIT/CLASS/NUMBER, always the same: two crossing waves, at +angle and -angle, in noise.
 
     Ten classes, 5 angles x smooth or square waves.  Flips keep the class, random crops and colours too; phases are
-    uniform, so that a linear classifier has nothing to go by.
+    uniform, so that all classes have the same mean image and a linear classifier stays near 32 % (guessing: 10 %).
     """
     split, label, number = name.split("/")
     label, rng = int(label), torch.Generator().manual_seed(2 * int(number) + (split == "val"))
@@ -734,6 +736,9 @@ def build_model(args, classes, process):
                  k=args.k, lam=args.lam, solver=SOLVERS[args.solver], max_iter=args.max_iter, tol=args.tol,
                  backward_max_iter=args.backward_max_iter)
     model = model.to(process.device, memory_format=memory_format(args))
+    for p in model.parameters():        # a 1 x 1 kernel is in both formats: the strides that its gradient will have,
+        if p.dim() == 4 and p[0, 0].numel() == 1:       # or DistributedDataParallel would copy it
+            p.data = p.data.flatten().view(p.shape)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
@@ -835,6 +840,7 @@ def train(args, process, model, train_set, val_set, classes):
             print(f"note: the checkpoint is of {len(state['rng'])} process(es): dropout is seeded anew", flush=True)
     net = model
     if world > 1:       # BatchNorm statistics are those of the first process, sent to the others where they are needed
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")      # its successor is too new for 2.6
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                       broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = Batches(len(train_set), args, process)
@@ -843,7 +849,7 @@ def train(args, process, model, train_set, val_set, classes):
     timer = SaveTimer(args.save_every)
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(out / "metrics.jsonl", last_step=step)
+        log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"epoch": evaluated})
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "

@@ -3,16 +3,19 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import common
-from common import (Meter, MetricsLog, all_reduce_sum, describe_run, die, init_process, load_checkpoint, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, describe_run, die, init_process, load_checkpoint,
+                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
+                    set_rng_state)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,8 +54,8 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_complete_checkpoint(tmp_path, 
     assert load_checkpoint(path)["step"] == 4
 
 
-@pytest.mark.parametrize("saves", [0, 2])
-def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path, monkeypatch, saves):
+@pytest.mark.parametrize("saves, error", [(0, OSError), (2, OSError), (2, RuntimeError)])
+def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path, monkeypatch, capsys, saves, error):
     """Half a file is written and the rest refused: `path` still holds the last checkpoint, or does not exist yet."""
     path = tmp_path / "checkpoint.pt"
     for step in range(1, saves + 1):
@@ -60,12 +63,15 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path, monkeypatch, saves):
 
     def full(_, file):
         file.write(b"half")
-        raise OSError("No space left on device")
+        raise error("No space left on device\nand more lines")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SystemExit) as end:
         save_checkpoint(path, state(3))
     monkeypatch.undo()
+    assert end.value.code == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"error: --out: cannot write {path}.new (No space left on device)")
     assert load_checkpoint(path)["step"] == 2 if saves else not path.exists()
 
 
@@ -99,12 +105,65 @@ def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, 
     with pytest.raises(SystemExit) as end:
         load_checkpoint(tmp_path / "none.pt")
     message = capsys.readouterr().err
-    assert end.value.code == 2 and "there is no file" in message and "none.pt" in message
+    assert end.value.code == 2 and "--resume: there is no file" in message and "none.pt" in message
+    with pytest.raises(SystemExit):
+        load_checkpoint(tmp_path / "none.pt", flag="--init")
+    assert "--init: there is no file" in capsys.readouterr().err
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(SystemExit) as end:
         load_checkpoint(tmp_path / "model.pt")
     message = capsys.readouterr().err
     assert end.value.code == 2 and "weights_only=False" in message and "model.pt" in message
+
+
+@pytest.fixture
+def sigterm():
+    """Sends SIGTERM to this process; its handler is put back at the end."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_timer_says_when_to_save(monkeypatch, sigterm):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    timer = SaveTimer(minutes=2)
+    for now, due in ((1000, False), (1119, False), (1120, True), (1121, False), (1239, False), (1241, True)):
+        assert timer.poll() == (due, False)
+    assert SaveTimer(minutes=0).poll() == (True, False)             # every step
+
+
+def test_SIGTERM_is_a_wish_to_save_and_stop(sigterm):
+    timer = SaveTimer(minutes=60)
+    sigterm()
+    assert timer.poll() == (True, True)
+
+
+def test_SIGTERM_ends_the_process_only_while_all_is_saved(sigterm):
+    """With code 0; where an exception leaves the block, work that is not saved may follow."""
+    timer = SaveTimer(minutes=60)
+    with pytest.raises(SystemExit) as end, timer.saved():
+        sigterm()
+    assert end.value.code == 0
+    timer = SaveTimer(minutes=60)
+    with pytest.raises(KeyError), timer.saved():
+        raise KeyError
+    sigterm()
+    assert timer.poll() == (True, True)
+
+
+def test_restarts_by_torchrun_need_a_store_of_their_own(monkeypatch, capsys):
+    """torch's own store still holds the addresses of the dead processes: refused, not left to time out."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(SystemExit) as end:
+        init_process()
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "--max-restarts" in message and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in message
+    for name, value in (("USE_AGENT_STORE", "False"), ("MAX_RESTARTS", "0")):       # either is enough
+        with monkeypatch.context() as m:
+            m.setenv(f"TORCHELASTIC_{name}", value)
+            assert init_process().world_size == 1
 
 
 def test_every_random_generator_is_restored(tmp_path):
@@ -125,6 +184,16 @@ def test_metrics_are_appended_and_a_resumed_run_repeats_none(tmp_path):
     MetricsLog(path, last_step=2).write(step=3, loss=0.5)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+def test_an_event_may_be_behind_the_steps(tmp_path):
+    """An evaluation that was logged but not saved will be logged again."""
+    path = tmp_path / "metrics.jsonl"
+    for event, step in (("train", 5), ("epoch", 5), ("train", 10), ("epoch", 10), ("train", 11)):
+        MetricsLog(path).write(event=event, step=step)
+    MetricsLog(path, last_step=10, last_step_of={"epoch": 5})
+    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [
+        ("train", 5), ("epoch", 5), ("train", 10)]
 
 
 def test_a_new_log_appends_and_a_resumed_one_keeps_what_has_no_step(tmp_path):
@@ -219,6 +288,7 @@ def test_a_run_describes_itself_with_or_without_git(monkeypatch):
 
 
 TWO = """
+import gc
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
@@ -259,6 +329,8 @@ for grad in ("upg", "npg", "implicit"):
         for a, b in zip(alone.parameters(), together.parameters()):
             assert (a.grad - b.grad).abs().max() < 1e-5 * a.grad.abs().max(), grad
 Path(sys.argv[1], f"rank{{process.rank}}").touch()           # two processes may print into each other's lines
+del alone, together, a, b
+gc.collect()        # what holds the group when Python ends can abort it (github.com/pytorch/pytorch/issues/190489)
 torch.distributed.destroy_process_group()
 """
 

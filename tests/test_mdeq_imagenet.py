@@ -1,0 +1,1019 @@
+"""mdeq_imagenet.py: the model's twin in mdeq_cifar.py, data, wrong input, training, kill and resume, two processes.
+
+Narrow models on small images; SIGKILL and SIGTERM are sent to real processes, also to one of two under torchrun.
+"""
+import inspect
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make_mdeq_example as reference
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_mdeq import zoo_imagenet
+from torch import nn
+
+import mdeq_cifar
+import mdeq_imagenet
+from common import Process, seed_everything
+from mdeq_imagenet import MDEQ, Batches, Images, image_loader, load_images, load_official, main, parse_args, prepare
+
+ROOT = Path(mdeq_imagenet.__file__).parent
+SCRIPT = ROOT / "mdeq_imagenet.py"
+CPU = Process(0, 1, torch.device("cpu"))
+NARROW = "--channels 8 16 --head-channels 4 8 --final-channels 16".split()
+SMALL_RUN = [*NARROW, *"--crop 32 --resize 36 --batch-size 8 --max-iter 3 --backward-max-iter 3 --k 2 --workers 0 "
+             "--epochs 1 --log-every 1 --radius-images 4".split()]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CLASSES, TRAIN, VAL = 7, 42, 7          # of the small images: 5 steps of 8 and 2 left over; top-5 is not all classes
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own(monkeypatch):
+    """The script takes over SIGTERM and reads torchrun's variables; runs in this process are on the CPU."""
+    handler = signal.getsignal(signal.SIGTERM)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def make_folder(root, classes=CLASSES, train=TRAIN, val=VAL):
+    """root/train/CLASS/*.JPEG and root/val/CLASS/*.JPEG: blotches of random colours, sides of 40 to 60."""
+    rng = torch.Generator().manual_seed(0)
+    for split, n in (("train", train), ("val", val)):
+        for i in range(n):
+            folder = root / split / f"class{i % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            blotches = torch.randint(0, 256, (9, 8, 3), dtype=torch.uint8, generator=rng)
+            size = torch.randint(40, 61, (2,), generator=rng).tolist()
+            Image.fromarray(blotches.numpy()).resize(size, Image.BILINEAR).save(folder / f"{i:03d}.JPEG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The small images; no test may change them."""
+    return make_folder(tmp_path_factory.mktemp("images") / "small")
+
+
+def run(*flags):
+    """The script in this process."""
+    main(parse_args([str(flag) for flag in flags]))
+
+
+def metrics(out, event):
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == event]
+
+
+def refused(capsys, *flags, code=2):
+    """Runs the script, which must end with this exit code; its last line on stderr, the message."""
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def checkpoint(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_end(a, b):
+    """Weights, BatchNorm statistics, momenta, schedule and results equal bit for bit."""
+    assert all(a[key] == b[key] for key in ("step", "evaluated", "last", "best", "best_epoch", "scheduler"))
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
+    assert len(momenta[0]) > 50 and all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+    assert len(a["rng"]) == len(b["rng"])
+    assert all(torch.equal(x["torch"], y["torch"]) for x, y in zip(a["rng"], b["rng"]))
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+TWINS = ("conv", "ResidualBlock", "Bottleneck", "fusion", "load_official", "autocast", "health", "benchmark",
+         "memory_format", "MDEQ.zeros", "MDEQ.weights", "MDEQ.masks", "MDEQ.f", "MDEQ.head", "MDEQ.forward")
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_what_both_scripts_have_is_written_alike(name):
+    """Each script is whole by itself; a correction of one that the other did not get would show here."""
+    ours, theirs = mdeq_imagenet, mdeq_cifar
+    for part in name.split("."):
+        ours, theirs = getattr(ours, part), getattr(theirs, part)
+    assert inspect.getsource(ours) == inspect.getsource(theirs)
+
+
+def test_the_model_is_that_of_mdeq_cifar_with_a_strided_stem():
+    """What is not written alike, construction and injection: the same keys, and the same logits bit for bit."""
+    shape = dict(channels=(8, 16, 8), head_channels=(4, 8, 4), final_channels=16, num_classes=7, max_iter=4)
+    torch.manual_seed(0)
+    ours, theirs = MDEQ(**shape).eval(), mdeq_cifar.MDEQ(**shape, stem_strides=2, lam=0.6, tol=0.0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 3, 48, 32)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_without_flags_the_model_is_the_papers():
+    """16,808,936 parameters, 14,199 numbers in buffers, as in the official classes; state sides 56, 28, 14, 7."""
+    args = parse_args([])
+    with torch.device("meta"):
+        model = mdeq_imagenet.build_model(args, 1000, Process(0, 1, torch.device("meta")))
+
+        def count(*modules):
+            return sum(p.numel() for module in modules for p in module.parameters())
+
+        assert count(model) == 16_808_936 and sum(b.numel() for b in model.buffers()) == 14_199
+        assert [count(model.stem), count(model.injection), count(model.final), count(model.classifier)] == [
+            10_208, 1_088, 1_579_008, 2_049_000]
+        assert [count(block) for block in model.blocks] == [92_800, 369_920, 1_477_120, 5_903_360]
+        assert [count(*pair) for pair in zip(model.post, model.post_gn)] == [1_120, 4_288, 16_768, 66_304]
+        assert [count(b) for b in model.bottlenecks] == [11_520, 45_696, 182_016, 726_528]
+        assert [count(d) for d in model.down] == [166_464, 664_704, 2_656_512]
+        assert [[count(path) for path in row] for row in model.fuse] == [
+            [0, 2_112, 4_160, 8_256], [18_560, 0, 8_320, 16_512], [46_400, 73_984, 0, 33_024],
+            [92_800, 184_960, 295_424, 0]]
+        state = model.zeros(model.inject(torch.empty(2, 3, args.crop, args.crop)))
+    assert [tuple(h.shape) for h in state] == [(2, 32, 56, 56), (2, 64, 28, 28), (2, 128, 14, 14), (2, 256, 7, 7)]
+    assert sum(h[0].numel() for h in state) == 188_160
+
+
+def test_without_flags_the_recipe_is_the_papers(tmp_path, small):
+    """Setting 2 of App. D.3: UPG A_{5,0.6} at once, Broyden 26, SGD 0.05, Nesterov 0.9, 5e-5, cosine to 1e-6."""
+    args = parse_args([])
+    assert (args.grad, args.k, args.lam, args.solver, args.max_iter, args.backward_max_iter, args.tol,
+            args.pretrain_steps, args.pretrain_layers) == ("upg", 5, 0.6, "broyden", 26, 27, 0.0, 0, 5)
+    assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.dropout, args.crop, args.resize) == (
+        100, 128, 0.05, 5e-5, 0.0, 224, 256)
+    run(*SMALL_RUN, "--data", small, "--out", tmp_path)
+    (group,), schedule = checkpoint(tmp_path)["optimizer"]["param_groups"], checkpoint(tmp_path)["scheduler"]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-5)
+    assert len(group["params"]) == len(list(MDEQ(**{"channels": (8, 16), "head_channels": (4, 8)}).parameters()))
+    assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (5, 1e-6, [0.05])
+    expected = [1e-6 + (0.05 - 1e-6) * (1 + torch.tensor(t * torch.pi / 5).cos().item()) / 2 for t in range(1, 6)]
+    assert [r["lr"] for r in metrics(tmp_path, "train")] == pytest.approx(expected, rel=1e-5)
+
+
+def test_convolutions_begin_with_pytorchs_defaults():
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): standard deviation 1/sqrt(3 fan_in), not 0.01; gains leave it unchanged.
+
+    5000 numbers or more each: the standard deviation is known to 1 %.
+    """
+    torch.manual_seed(0)
+    model, seen = MDEQ(num_classes=10), 0
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d) or module.weight.numel() < 5000:
+            continue
+        fan_in, seen = module.weight[0].numel(), seen + 1
+        for values in (module.weight, *([module.bias] if module.bias is not None and len(module.bias) > 1000 else [])):
+            assert values.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
+            assert values.abs().max().item() <= fan_in ** -0.5 + 1e-6
+    assert seen == 41
+    assert all((n.weight == 1).all() and (n.bias == 0).all() for n in model.modules() if isinstance(n, nn.GroupNorm))
+
+
+def test_image_sides_that_do_not_halve_evenly_are_refused():
+    model = MDEQ(channels=(8, 8), head_channels=(4, 4), final_channels=16)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        model.inject(torch.zeros(1, 3, 32, 36))
+
+
+# --- data: order -----------------------------------------------------------------------------------------------------
+
+def micro_batches(n=50, world=1, accumulate=1, epoch=0, step=0, seed=0, batch=12):
+    """[step][rank][micro-batch] -> keys, from step `step` on."""
+    args = parse_args(["--batch-size", str(batch), "--accumulate", str(accumulate), "--seed", str(seed)])
+    ranks = []
+    for rank in range(world):
+        batches = Batches(n, args, Process(rank, world, torch.device("cpu")))
+        batches.epoch, batches.step = epoch, step
+        ranks.append(list(batches))
+    return [[own[i:i + accumulate] for own in ranks] for i in range(0, len(ranks[0]), accumulate)]
+
+
+def flat(steps):
+    return [[key for own in step for micro in own for key in micro] for step in steps]
+
+
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 2), (2, 2), (3, 4), (12, 1)])
+def test_processes_and_micro_batches_divide_the_same_steps(world, accumulate):
+    """Keys, that is images with their augmentation, of every step: contiguous equal parts of the single process's."""
+    whole, parts = micro_batches(epoch=3), micro_batches(epoch=3, world=world, accumulate=accumulate)
+    assert flat(parts) == flat(whole) and len(whole) == 4                       # the last, incomplete batch is dropped
+    assert {len(micro) for step in parts for own in step for micro in own} == {12 // world // accumulate}
+
+
+def test_an_epoch_is_a_permutation_and_the_next_is_another():
+    epochs = [[i for step in flat(micro_batches(n=48, epoch=epoch)) for i, _ in step] for epoch in range(2)]
+    assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    other = [i for step in flat(micro_batches(n=48, seed=1)) for i, _ in step]
+    assert len({tuple(epochs[0]), tuple(epochs[1]), tuple(other), tuple(range(48))}) == 4
+
+
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 2)])
+def test_a_resumed_epoch_has_the_same_rest(world, accumulate):
+    for step in range(5):
+        rest = micro_batches(epoch=2, world=world, accumulate=accumulate, step=step)
+        assert rest == micro_batches(epoch=2, world=world, accumulate=accumulate)[step:]
+
+
+def test_no_image_is_augmented_alike_in_two_epochs_or_under_two_seeds():
+    """The number that decides an image's crop differs between all images, epochs 0 to 99 and seeds 0 and 1."""
+    seeds = [seed for run in (0, 1) for epoch in range(100) for step in flat(micro_batches(48, epoch=epoch, seed=run))
+             for _, seed in step]
+    assert len(set(seeds)) == len(seeds) == 2 * 100 * 48
+    assert all(0 <= seed < 2 ** 32 for seed in seeds)
+
+
+# --- data: pixels ----------------------------------------------------------------------------------------------------
+
+def read(small, workers, epoch=0, seed=0):
+    """{image: pixels} of an epoch, through the training's loader."""
+    args = parse_args([*SMALL_RUN, "--data", str(small), "--workers", str(workers), "--seed", str(seed)])
+    images, _, _ = load_images(args, CPU)
+    batches = Batches(len(images), args, CPU)
+    batches.epoch = epoch
+    keys = [i for micro_batch in batches for i, _ in micro_batch]
+    x = torch.cat([x for x, _, _ in image_loader(images, batches, args, CPU.device)])
+    return {i: one for i, one in sorted(zip(keys, x))}
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(small):
+    """The same pixels with 0 and 2 worker processes; all others in the next epoch and with another seed.
+
+    Reading in this process leaves its generators alone: dropout masks do not depend on --workers.
+    """
+    seed_everything(5)
+    before = torch.get_rng_state(), random.getstate()
+    first = read(small, 0)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    torch.rand(1)
+    again = read(small, 2)
+    assert first.keys() == again.keys() and all(torch.equal(first[i], again[i]) for i in first)
+    for other in (read(small, 0, epoch=1), read(small, 0, seed=1)):
+        common = first.keys() & other.keys()
+        assert len(common) > 30 and not any(torch.equal(first[i], other[i]) for i in common)
+
+
+def test_random_crops_have_10_to_100_percent_of_the_area_and_aspects_of_4_to_5():
+    """Measured: red and green of a test image are its coordinates, so a crop's corners tell where it was cut.
+
+    The means: area uniform, 0.55 less what does not fit; half are mirrored.  400 images: 0.1 is four deviations.
+    """
+    args = parse_args(["--data", "toy", "--crop", "64", "--resize", "72"])
+    ramp = torch.arange(256, dtype=torch.uint8)
+    image = Image.fromarray(torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256),
+                                         torch.zeros(256, 256, dtype=torch.uint8)], dim=2).numpy())
+    images = Images([("x", 0)] * 400, lambda _: image, load_images(args, CPU)[0].transform)
+    x = torch.stack([images[i, i][0] for i in range(400)]).double()
+    width = (x[:, 0, 32, 60] - x[:, 0, 32, 3]) * 64 / 57
+    height = (x[:, 1, 60, 32] - x[:, 1, 3, 32]) * 64 / 57
+    area, aspect = (width.abs() * height).div(256 ** 2), width.abs() / height
+    assert 0.08 < area.min() < 0.15 and 0.85 < area.max() < 1.03 and 0.4 < area.mean() < 0.6
+    assert 0.77 < aspect.min() < 0.82 and 1.22 < aspect.max() < 1.29 and (height > 0).all()
+    assert 0.4 < (width < 0).double().mean() < 0.6
+    left, top = x[:, 0, 32].min(dim=1).values, x[:, 1, :, 32].min(dim=1).values
+    room = (width.abs() < 200) & (height < 200)
+    for start, size in ((left, width.abs()), (top, height)):            # the place is uniform over where it fits
+        assert 0.4 < (start / (256 - size))[room].mean() < 0.6
+    random_crop, flip, _ = images.transform.transforms
+    assert (random_crop.scale, random_crop.ratio, flip.p) == ((0.1, 1.0), (0.8, 1.25), 0.5)
+
+
+def test_evaluation_takes_the_centre_of_the_resized_image(tmp_path):
+    """75 x 53 to 50 x 36 by PIL, then the central 32 x 32; the same for training images with --augment no."""
+    make_folder(tmp_path, classes=1, train=8, val=8)
+    noise = torch.randint(0, 256, (53, 75, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for split in ("train", "val"):
+        Image.fromarray(noise.numpy()).save(tmp_path / split / "class0" / "a.png")
+    for resize, size, (left, top) in ((36, (50, 36), (9, 2)), (53, (75, 53), (22, 10))):
+        expected = Image.fromarray(noise.numpy()).resize(size, Image.BILINEAR).crop((left, top, left + 32, top + 32))
+        args = parse_args([*SMALL_RUN, "--data", str(tmp_path), "--resize", str(resize), "--augment", "no"])
+        train_set, val_set, _ = load_images(args, CPU)
+        for images in (train_set, val_set):
+            index = next(i for i, path in enumerate(images.paths) if path.endswith(b"a.png"))
+            x, label, problem = images[index, 3]
+            assert label == 0 and problem is None and x.dtype == torch.uint8
+            assert torch.equal(x, mdeq_imagenet.transforms.functional.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "png"), ("RGBA", "png"), ("1", "png")])
+def test_files_of_every_mode_become_three_channels(mode, kind, tmp_path):
+    """ImageNet has grey and CMYK JPEGs, and a PNG under the name of a JPEG."""
+    make_folder(tmp_path, classes=1, train=8, val=1)
+    colours = Image.open(tmp_path / "val" / "class0" / "000.JPEG").resize((32, 32))
+    path = tmp_path / "val" / "class0" / "000.JPEG"
+    colours.convert(mode).save(path, format=kind)
+    _, val_set, _ = load_images(parse_args([*SMALL_RUN, "--data", str(tmp_path), "--resize", "32"]), CPU)
+    x, _, problem = val_set[0, 0]
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+        assert problem is None and torch.equal(x, mdeq_imagenet.transforms.functional.pil_to_tensor(
+            saved.convert("RGB")))
+
+
+def test_labels_are_the_sorted_class_folders(small):
+    train_set, val_set, classes = load_images(parse_args([*SMALL_RUN, "--data", str(small)]), CPU)
+    assert classes == [f"class{c}" for c in range(CLASSES)] and (len(train_set), len(val_set)) == (TRAIN, VAL)
+    for images in (train_set, val_set):
+        assert [f"class{label}" for label in images.labels] == [Path(os.fsdecode(p)).parent.name for p in images.paths]
+
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # of ImageNet's channels
+
+
+def test_images_are_normalised_by_the_statistics_of_ImageNet():
+    x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    expected = ((x.double() / 255).permute(0, 2, 3, 1) - MEAN) / STD
+    for name in ("contiguous", "channels-last"):
+        args = parse_args(["--memory-format", name])
+        got = prepare(x, args, CPU.device)
+        assert got.is_contiguous(memory_format=mdeq_imagenet.memory_format(args)) and got.dtype == torch.float32
+        assert (got.permute(0, 2, 3, 1) - expected).abs().max() < 1e-6
+
+
+def toy(crop=32, resize=36):
+    """((x, y) of the training images, (x, y) of the validation images): central crops."""
+    args = parse_args(["--data", "toy", "--augment", "no", "--crop", str(crop), "--resize", str(resize)])
+    return [(torch.stack([images[i, 0][0] for i in range(len(images))]), torch.tensor(images.labels))
+            for images in load_images(args, CPU)[:2]]
+
+
+def test_toy_images_cannot_be_told_apart_by_a_linear_classifier():
+    """800 and 200, the same every time, balanced.  Logistic regression stays below 40 % (guessing: 10 %)."""
+    (x, y), (x_val, y_val) = toy()
+    assert len(y) == 800 and len(y_val) == 200 and x.dtype == torch.uint8 and x.shape[1:] == (3, 32, 32)
+    assert y.bincount().tolist() == [80] * 10 and y_val.bincount().tolist() == [20] * 10
+    assert torch.equal(toy()[1][0], x_val) and not torch.equal(x[:200], x_val)
+    x, x_val = (prepare(images, parse_args([]), CPU.device).flatten(1) for images in (x, x_val))
+    weight, bias = torch.zeros(10, x.shape[1], requires_grad=True), torch.zeros(10, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.003)
+    for _ in range(100):
+        loss = F.cross_entropy(F.linear(x, weight, bias), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1.0                                                       # it has learnt the training images
+    assert (F.linear(x_val, weight, bias).argmax(1) == y_val).float().mean() < 0.4
+
+
+# --- unreadable files ------------------------------------------------------------------------------------------------
+
+def break_file(root, split, kind):
+    """One file of the split is cut short, or is no image; returns its path."""
+    path = sorted((root / split).rglob("*.JPEG"))[3]
+    path.write_bytes(path.read_bytes()[:300] if kind == "truncated" else b"<html>not found</html>")
+    return path
+
+
+@pytest.mark.parametrize("split, kind, workers", [("train", "truncated", 0), ("train", "text", 2), ("val", "text", 0),
+                                                  ("val", "truncated", 2)])
+def test_an_unreadable_file_is_named_and_ends_the_run_or_is_left_out(split, kind, workers, tmp_path, capsys):
+    """--on-bad-image stop: one line with the file and the flag.  skip: a warning, and evaluation counts n - 1 images.
+
+    The left-over training images are in no step of this epoch, so that the broken one must not be among them.
+    """
+    make_folder(tmp_path / "data", train=40)
+    path = break_file(tmp_path / "data", split, kind)
+    flags = [*SMALL_RUN, "--data", tmp_path / "data", "--workers", workers]
+    message = refused(capsys, *flags, "--out", tmp_path / "stop")
+    assert str(path) in message and "--on-bad-image" in message
+    run(*flags, "--on-bad-image", "skip", "--out", tmp_path / "skip")
+    assert f"warning: left out the image {path}" in capsys.readouterr().err
+    (epoch,) = metrics(tmp_path / "skip", "epoch")
+    assert (epoch["val_images"], epoch["val_unreadable"]) == ((6, 1) if split == "val" else (7, 0))
+    assert [r["step"] for r in metrics(tmp_path / "skip", "train")] == [1, 2, 3, 4, 5]
+
+
+# --- wrong flags and wrong data --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, named", [
+    ("--crop 225", "--crop 225"), ("--crop 36 --resize 40", "--crop 36"), ("--crop 64", "--resize 36"),
+    ("--channels 8 12", "--channels"), ("--channels 4 8", "--channels"), ("--head-channels 4", "--head-channels"),
+    ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan", "--lam"),
+    ("--lam 1.5", "--lam"), ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
+    ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),
+    ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"), ("--weight-decay nan", "--weight-decay"),
+    ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"),
+    ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
+    ("--eval --resume auto --out x", "--resume"), ("--benchmark --eval --resume x", "--benchmark"),
+    ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"),
+    ("--radius-every 3 --radius-images 0", "--radius-every"), ("--accumulate 3", "--batch-size 8"),
+    ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --out unused", "nowhere.pt"),
+    ("--resume nowhere.pt --eval", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
+    ("--data nowhere", "--data nowhere: there is no folder nowhere/train")])
+def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, *SMALL_RUN, "--data", small, *flags.split())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]              # nothing was written
+
+
+def test_processes_that_do_not_fit_the_data_are_refused(capsys, monkeypatch, tmp_path, small):
+    monkeypatch.setattr(mdeq_imagenet, "init_process", lambda: Process(0, 9, torch.device("cpu")))
+    flags = [*SMALL_RUN, "--data", small, "--out", tmp_path / "run"]
+    message = refused(capsys, *flags)
+    assert "--batch-size 8" in message and "9 process(es)" in message
+    message = refused(capsys, *flags, "--batch-size", 18)
+    assert "7 val image(s) for 9 processes" in message and "--nproc_per_node" in message
+
+
+def test_a_job_that_torchrun_restarts_must_find_its_checkpoint(capsys, monkeypatch, tmp_path, small):
+    """Else each restart would begin again in a folder of its own."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    for flags in ([], ["--out", tmp_path], ["--resume", tmp_path / "checkpoint.pt"]):
+        message = refused(capsys, *SMALL_RUN, "--data", small, *flags)
+        assert "--max-restarts" in message and "--resume auto" in message
+    parse_args(["--out", "x", "--resume", "auto"])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    parse_args([])
+
+
+def break_no_val(root):
+    (root / "val").rename(root / "test")
+    return f"there is no folder {root / 'val'}"
+
+
+def break_classes(root):
+    (root / "val" / "class2").rename(root / "val" / "klasse2")
+    return "only in train: class2; only in val: klasse2"
+
+
+def break_many_classes(root):
+    for c in range(CLASSES):
+        (root / "val" / f"class{c}").rename(root / "val" / f"klasse{c}")
+    return "only in train: class0, class1, class2, class3, class4 and 2 more; only in val: klasse0"
+
+
+def break_class_of_train_alone(root):
+    for path in (root / "val" / "class6").iterdir():
+        path.unlink()
+    (root / "val" / "class6").rmdir()
+    return "only in train: class6; only in val: none"
+
+
+def break_empty_class(root):
+    for path in (root / "train" / "class1").iterdir():
+        path.unlink()
+    return "class1"
+
+
+def break_no_classes(root):
+    for path in sorted((root / "train").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    return str(root / "train")
+
+
+@pytest.mark.parametrize("break_it", [break_no_val, break_classes, break_many_classes, break_class_of_train_alone,
+                                      break_empty_class, break_no_classes])
+def test_broken_folders_are_named_before_training(break_it, tmp_path, capsys):
+    make_folder(tmp_path / "data")
+    named = break_it(tmp_path / "data")
+    message = refused(capsys, *SMALL_RUN, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert "--data" in message and named in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
+    """Other flags would change the curve in silence: the difference is named.  Folders of a run are not overwritten."""
+    out = tmp_path / "run"
+    flags = [*SMALL_RUN, "--data", small, "--out", out]
+    run(*flags)
+    before = (out / "metrics.jsonl").read_text()
+    assert "already holds a run" in refused(capsys, *flags)
+    assert "already holds a run" in refused(capsys, *flags, "--init", out / "checkpoint.pt")
+    for more, named in (("--lam 0.4", "--lam 0.6 (here 0.4)"), ("--seed 3", "--seed 0 (here 3)"),
+                        ("--epochs 3", "--epochs 1 (here 3)"), ("--accumulate 2", "--accumulate 1 (here 2)"),
+                        ("--batch-size 4", "--batch-size 8 (here 4)"), ("--crop 24", "--crop 32 (here 24)"),
+                        ("--augment no", "--augment yes (here no)"), ("--dropout 0.1", "--dropout 0.0 (here 0.1)"),
+                        ("--channels 8 8", "--channels [8, 16] (here [8, 8])"), ("--lr 0.1", "--lr 0.05 (here 0.1)"),
+                        ("--pretrain-steps 3", "--pretrain-steps 0 (here 3)")):
+        assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
+    message = refused(capsys, *flags, "--eval", "--resume", out / "checkpoint.pt", "--final-channels", 24)
+    assert "--final-channels 16 (here 24)" in message
+    more = make_folder(tmp_path / "more", train=49)
+    message = refused(capsys, *SMALL_RUN, "--data", more, "--out", out, "--resume", "auto")
+    assert "42 training images" in message and "has 49" in message
+    (other := make_folder(tmp_path / "other"))
+    for split in ("train", "val"):
+        (other / split / "class6").rename(other / split / "class9")
+    for mode in (["--resume", "auto"], ["--eval", "--resume", out / "checkpoint.pt"]):
+        assert "other classes" in refused(capsys, *SMALL_RUN, "--data", other, "--out", out, *mode)
+    cifar = {"args": vars(mdeq_cifar.parse_args(["--data", "toy"])), "model": {}, "step": 3}
+    torch.save(cifar, tmp_path / "cifar.pt")
+    for mode in (["--out", tmp_path / "new"], ["--eval"]):
+        message = refused(capsys, *SMALL_RUN, "--data", small, "--resume", tmp_path / "cifar.pt", *mode)
+        assert "cifar.pt is of a run with" in message and "--model " in message
+    assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, small):
+    """The last one but one was saved before the evaluation: the run repeats that and ends the same."""
+    flags = [*SMALL_RUN, "--data", small, "--out", tmp_path]
+    run(*flags)
+    end, path = checkpoint(tmp_path), tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    run(*flags, "--resume", "auto")
+    message = capsys.readouterr().err
+    assert str(path) in message and "checkpoint.pt.previous" in message
+    assert_same_end(checkpoint(tmp_path), end)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("grad, more", [("upg", "--amp --accumulate 2"), ("npg", "--dropout 0.1"),
+                                        ("implicit", "--solver anderson --augment no"),
+                                        ("bptt", "--solver fixed-point --memory-format contiguous")])
+def test_every_gradient_trains(grad, more, tmp_path, small):
+    """Five steps, the first two with the pretraining network; radii of J and J_lam beside."""
+    run(*SMALL_RUN, "--data", small, "--grad", grad, *more.split(), *"--pretrain-steps 2 --radius-every 3".split(),
+        "--out", tmp_path)
+    assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
+    assert all(0 < r["loss"] < 10 for r in metrics(tmp_path, "train"))
+    (radius,), (epoch,) = metrics(tmp_path, "radius"), metrics(tmp_path, "epoch")
+    assert radius["step"] == 3 and radius["rho_J"] > 0 and radius["rho_J_lam"] > 0 and 0 <= radius["rho_J_above_1"] <= 1
+    assert epoch["val_images"] == 7 and epoch["val_evals"] == 4 and ("backward_solved" in epoch) == (grad == "implicit")
+
+
+def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_after(tmp_path, monkeypatch, small):
+    forward, unrolls = MDEQ.forward, []
+
+    def watched(self, x, unroll=0, **kwargs):
+        if self.training:
+            unrolls.append(unroll)
+        return forward(self, x, unroll=unroll, **kwargs)
+
+    monkeypatch.setattr(MDEQ, "forward", watched)
+    run(*SMALL_RUN, "--data", small, "--out", tmp_path,
+        *"--pretrain-steps 3 --pretrain-layers 2 --accumulate 2".split())
+    assert unrolls == [2] * 6 + [0] * 4
+
+
+def test_radii_do_not_change_a_run(tmp_path, small):
+    """Diagnostics keep their hands off the random numbers: dropout masks and weights are the same with and without."""
+    flags = [*SMALL_RUN, "--data", small, "--dropout", 0.2]
+    run(*flags, "--out", tmp_path / "a")
+    run(*flags, "--radius-every", 2, "--out", tmp_path / "b")
+    assert len(metrics(tmp_path / "b", "radius")) == 2
+    assert_same_end(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_a_few_images_are_learnt_by_heart(tmp_path):
+    """UPG on 12 images, 4 of each class, is 100 % right on them: evaluated by the solver, not the unrolled steps."""
+    make_folder(tmp_path / "data", classes=3, train=12, val=12)
+    for path in (tmp_path / "data" / "val").rglob("*.JPEG"):
+        path.write_bytes((tmp_path / "data" / "train" / path.relative_to(tmp_path / "data" / "val")).read_bytes())
+    run(*SMALL_RUN, "--data", tmp_path / "data", *"--augment no --batch-size 12 --epochs 60 --max-iter 6".split(),
+        "--save-every", 1000, "--out", tmp_path / "run")
+    last = metrics(tmp_path / "run", "epoch")[-1]
+    assert last["val_top1"] == 100 and last["val_images"] == 12 and last["step"] == 60
+    losses = [r["loss"] for r in metrics(tmp_path / "run", "train")]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_evaluation_counts_every_image_once(tmp_path, small):
+    """Top-1, top-5, loss of 7 images in batches of 3, 3, 1 equal those of the logits; micro-batches change nothing."""
+    args = parse_args([*SMALL_RUN, "--data", str(small), "--batch-size", "3"])
+    torch.manual_seed(0)
+    _, images, classes = load_images(args, CPU)
+    model = mdeq_imagenet.build_model(args, len(classes), CPU)
+    loader = image_loader(images, mdeq_imagenet.own_batches(len(images), args, CPU), args, CPU.device)
+    record = mdeq_imagenet.evaluate(model, loader, args, CPU)
+    assert model.training                                                       # and goes on training
+    model.eval()
+    y = torch.tensor(images.labels)
+    with torch.no_grad():
+        logits = model(prepare(torch.stack([images[i, 0][0] for i in range(7)]), args, CPU.device))
+    order = logits.argsort(dim=1, descending=True)
+    top1, top5 = (100 / 7 * sum(y[i] in order[i, :n] for i in range(7)) for n in (1, 5))
+    assert record["val_top1"] == pytest.approx(top1) and record["val_top5"] == pytest.approx(top5) and top1 < top5
+    assert record["val_loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert (record["val_images"], record["val_unreadable"], record["val_evals"]) == (7, 0, 4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_divide_the_validation_images_without_a_repetition(world, accumulate):
+    args = parse_args(["--batch-size", "8", "--accumulate", str(accumulate)])
+    shares = [mdeq_imagenet.own_batches(19, args, Process(rank, world, CPU.device)) for rank in range(world)]
+    assert sorted(i for share in shares for batch in share for i, _ in batch) == list(range(19))
+    assert max(len(batch) for share in shares for batch in share) <= max(1, 8 // world // accumulate)
+
+
+def all_finite(state):
+    return all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, small):
+    """Exit code 1; the message names the step and the checkpoint, which has finite weights and can be continued."""
+    prepare_once, calls = mdeq_imagenet.prepare, []
+
+    def broken(x, args, device):
+        calls.append(1)
+        return prepare_once(x, args, device) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(mdeq_imagenet, "prepare", broken)
+    flags = [*SMALL_RUN, "--data", small, "--save-every", 0, "--out", tmp_path / "run"]
+    message = refused(capsys, *flags, code=1)
+    assert "nan" in message and "step 4" in message and str(tmp_path / "run" / "checkpoint.pt") in message
+    assert checkpoint(tmp_path / "run")["step"] == 3 and all_finite(checkpoint(tmp_path / "run"))
+    run(*flags, "--resume", "auto")                 # prepare breaks only once
+    assert [r["step"] for r in metrics(tmp_path / "run", "train")] == [1, 2, 3, 4, 5]
+
+
+def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, small):
+    """A step with a finite loss and a gradient that is not: its weights must not replace the good checkpoint."""
+    build, calls = mdeq_imagenet.build_model, []
+
+    def build_model(*args):
+        model = build(*args)
+        model.classifier.bias.register_hook(lambda g: calls.append(1) or g * (float("nan") if len(calls) == 4 else 1))
+        return model
+
+    monkeypatch.setattr(mdeq_imagenet, "build_model", build_model)
+    message = refused(capsys, *SMALL_RUN, "--data", small, "--save-every", 0, "--out", tmp_path, code=1)
+    assert "a weight became infinite" in message and str(tmp_path / "checkpoint.pt") in message
+    assert checkpoint(tmp_path)["step"] == 3 and all_finite(checkpoint(tmp_path))
+
+
+# --- official checkpoints --------------------------------------------------------------------------------------------
+
+def official(shape, layout=reference.with_aliases, seed=0):
+    """(what phantom_grad's ImageNet script saves, the state dict in float64)."""
+    sd = reference.random_state_dict(seed=seed, stem_strides=2, **shape)
+    weights = {f"module.{k}": reference.single(v) for k, v in layout(sd).items()}
+    return {"epoch": 99, "state_dict": weights, "best_acc1": torch.tensor(75.7), "optimizer": {"state": {}}}, sd
+
+
+def direct_evaluation(sd, channels, args, max_iter):
+    """(top-1 in %, loss) of the validation images, by the second implementation: plain iteration, best state each."""
+    _, images, _ = load_images(args, CPU)
+    x = prepare(torch.stack([images[i, 0][0] for i in range(len(images))]), args, CPU.device).double()
+    y, u = torch.tensor(images.labels), reference.inject(sd, x, channels, strides=(2, 2))
+    h, best, lowest = [torch.zeros_like(ui) for ui in u], None, torch.full((len(x),), torch.inf, dtype=torch.float64)
+    for _ in range(max_iter + 1):
+        f_h = reference.f(sd, h, u)
+        gap, size = (torch.cat([p.flatten(1) for p in parts], dim=1).norm(dim=1)
+                     for parts in ([a - b for a, b in zip(f_h, h)], f_h))
+        better = (gap / size < lowest)[:, None, None, None]
+        best = h if best is None else [torch.where(better, a, b) for a, b in zip(h, best)]
+        h, lowest = f_h, torch.minimum(lowest, gap / size)
+    logits = reference.head(sd, best)
+    return 100 * (logits.argmax(1) == y).double().mean().item(), F.cross_entropy(logits, y).item()
+
+
+TWO_BRANCHES = dict(channels=(8, 16), head=(4, 8), final=16, classes=CLASSES)
+FOUR_BRANCHES = dict(channels=(8, 8, 16, 24), head=(4, 8, 4, 8), final=24, classes=CLASSES)
+
+
+@pytest.mark.parametrize("shape, layout", [(TWO_BRANCHES, reference.with_aliases),
+                                           (FOUR_BRANCHES, reference.with_aliases),
+                                           (FOUR_BRANCHES, zoo_imagenet)])
+def test_official_checkpoints_are_evaluated(shape, layout, tmp_path, capsys, small):
+    """{"state_dict": {"module.KEY": tensor}} with aliases, and torchdeq's layout: --eval prints that model's result."""
+    saved, sd = official(shape, layout)
+    torch.save(saved, tmp_path / "official.pth")
+    flags = [*SMALL_RUN, "--data", str(small), "--channels", *map(str, shape["channels"]), "--head-channels",
+             *map(str, shape["head"]), "--final-channels", str(shape["final"]), *"--solver fixed-point".split()]
+    run(*flags, "--eval", "--resume", tmp_path / "official.pth")
+    printed = capsys.readouterr().out
+    top1, loss = direct_evaluation(sd, shape["channels"], parse_args(flags), max_iter=3)
+    assert f"top-1 {top1:.2f} %" in printed and "7 images, 0 unreadable" in printed
+    assert float(printed.split("loss ")[1].split(",")[0]) == pytest.approx(loss, abs=2e-4)
+    assert "spectral radius of J " in printed
+
+
+def test_official_checkpoints_cannot_be_continued_and_other_keys_are_named(tmp_path, capsys, small):
+    saved, _ = official(TWO_BRANCHES)
+    torch.save(saved, tmp_path / "official.pth")
+    flags = [*SMALL_RUN, "--data", small]
+    message = refused(capsys, *flags, "--resume", tmp_path / "official.pth", "--out", tmp_path / "out")
+    assert "--init" in message and "--eval" in message and "official.pth" in message
+    weights = saved["state_dict"]
+    torch.save({"state_dict": {**weights, "module.surprise": torch.zeros(1)}}, tmp_path / "odd.pth")
+    gone = "module.fullstage.branches.0.blocks.0.gn1.bias"
+    torch.save({"state_dict": {k: v for k, v in weights.items() if k != gone}}, tmp_path / "less.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, reason in (("odd", "unknown surprise"), ("less", "missing blocks.0.gn1.bias"), ("list", "does not fit")):
+        path = tmp_path / f"{name}.pth"
+        for mode in (["--eval", "--resume", path], ["--init", path, "--out", tmp_path / "out"]):
+            message = refused(capsys, *flags, *mode)
+            assert reason in message and f"{mode[-1] if mode[0] == '--eval' else path}" in message
+            assert ("--resume" if "--eval" in mode else "--init") in message.split(str(path))[0]
+    message = refused(capsys, *flags, "--channels", 8, 8, "--eval", "--resume", tmp_path / "official.pth")
+    assert "does not fit" in message and "instead of" in message and "--channels" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 10])
+def test_training_can_begin_with_an_official_checkpoint(classes, tmp_path, capsys, small):
+    """One step at a rate of 1e-30 changes no weight: the saved ones are the official ones.
+
+    Another number of classes is announced and gets a new classifier, all the rest stays the official model's.
+    """
+    saved, sd = official({**TWO_BRANCHES, "classes": classes})
+    torch.save(saved, tmp_path / "official.pth")
+    run(*SMALL_RUN, "--data", small, "--init", tmp_path / "official.pth", "--lr", 1e-30, "--weight-decay", 0,
+        "--batch-size", TRAIN, "--out", tmp_path / "run")
+    printed, end = capsys.readouterr().out, checkpoint(tmp_path / "run")
+    note = f"note: --init has {classes} classes, --data {CLASSES}: new classifier.weight"
+    assert end["step"] == 1 and (note in printed) == (classes != CLASSES)
+    expected = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, num_classes=classes)
+    load_official(expected, saved)
+    seed_everything(0)
+    fresh = mdeq_imagenet.build_model(parse_args(SMALL_RUN), CLASSES, CPU).state_dict()
+    for name, parameter in expected.named_parameters():
+        new = name.startswith("classifier") and classes != CLASSES
+        assert torch.equal(end["model"][name], fresh[name] if new else parameter), name
+    assert end["model"]["stem.1.num_batches_tracked"] == 7 + 1      # the statistics were taken over, too
+    assert (end["model"]["stem.1.running_mean"] - 0.9 * sd["downsample.1.running_mean"]).abs().max() > 1e-3
+
+
+def test_training_can_begin_with_a_checkpoint_of_another_run(tmp_path, capsys, small):
+    """Weights alone: other flags are no difference to complain of, the optimiser and the step begin anew."""
+    run(*SMALL_RUN, "--data", small, "--out", tmp_path / "a")
+    flags = [*SMALL_RUN, "--data", small, "--seed", 4, "--lr", 1e-30, "--weight-decay", 0, "--batch-size", TRAIN]
+    run(*flags, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b")
+    a, b = (checkpoint(tmp_path / name) for name in "ab")
+    assert b["step"] == 1 and all(torch.equal(a["model"][name], b["model"][name]) for name, _ in
+                                  MDEQ(channels=(8, 16), head_channels=(4, 8)).named_parameters())
+    capsys.readouterr()
+    run(*flags, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b", "--resume", "auto")
+    assert "continues after step 1" in capsys.readouterr().out
+
+
+# --- evaluation is interrupted ---------------------------------------------------------------------------------------
+
+def interrupted(monkeypatch, where, happens):
+    """`happens` is called once: at the first or the last image of the first evaluation, or as it is saved."""
+    once = iter([1])
+    if where == "saving":
+        save, saves = mdeq_imagenet.save_checkpoint, []
+
+        def wrapper(path, state):
+            saves.append(1)
+            if state["evaluated"] and next(once, None):
+                happens()
+            return save(path, state)
+
+        monkeypatch.setattr(mdeq_imagenet, "save_checkpoint", wrapper)
+    else:
+        real = mdeq_imagenet.prepare if where == "start" else mdeq_imagenet.health
+
+        def wrapper(*args):
+            if (where == "end" or not sys._getframe(1).f_locals.get("net")) and next(once, None):
+                happens()
+            return real(*args)
+
+        monkeypatch.setattr(mdeq_imagenet, "prepare" if where == "start" else "health", wrapper)
+
+
+def kill():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(small, tmp_path_factory):
+    """(flags, last checkpoint) of an undisturbed run in this process."""
+    out, handler = tmp_path_factory.mktemp("two_epochs"), signal.getsignal(signal.SIGTERM)
+    flags = [*SMALL_RUN, "--data", small, "--dropout", 0.2, "--epochs", 2]
+    run(*flags, "--out", out)
+    signal.signal(signal.SIGTERM, handler)
+    return flags, checkpoint(out)
+
+
+@pytest.mark.parametrize("where", ["start", "end", "saving"])
+def test_an_evaluation_that_was_killed_is_done_by_the_resumed_run(where, two_epochs, tmp_path, monkeypatch):
+    """The state was saved before it.  Each epoch is evaluated and logged once, and the end is the same bit for bit."""
+    flags, end = two_epochs
+    interrupted(monkeypatch, where, kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--out", tmp_path)
+    state = checkpoint(tmp_path)
+    assert (state["step"], state["evaluated"]) == (5, 0)
+    run(*flags, "--out", tmp_path, "--resume", "auto")
+    assert [r["step"] for r in metrics(tmp_path, "train")] == list(range(1, 11))
+    assert [(r["step"], r["epoch"]) for r in metrics(tmp_path, "epoch")] == [(5, 1), (10, 2)]
+    assert_same_end(checkpoint(tmp_path), end)
+
+
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_SIGTERM_in_an_evaluation_ends_the_run_at_once(where, two_epochs, tmp_path, monkeypatch):
+    """With exit code 0, as all is saved; the resumed run evaluates and ends the same bit for bit."""
+    flags, end = two_epochs
+    interrupted(monkeypatch, where, terminate)
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path)
+    assert stop.value.code == 0 and not metrics(tmp_path, "epoch")
+    assert (checkpoint(tmp_path)["step"], checkpoint(tmp_path)["evaluated"]) == (5, 0)
+    run(*flags, "--out", tmp_path, "--resume", "auto")
+    assert [(r["step"], r["epoch"]) for r in metrics(tmp_path, "epoch")] == [(5, 1), (10, 2)]
+    assert_same_end(checkpoint(tmp_path), end)
+
+
+def test_SIGTERM_while_the_evaluation_is_saved_ends_the_run_after_the_next_step(two_epochs, tmp_path, monkeypatch,
+                                                                                 capsys):
+    flags, end = two_epochs
+    interrupted(monkeypatch, "saving", terminate)
+    run(*flags, "--out", tmp_path)
+    assert "SIGTERM: saved after step 6" in capsys.readouterr().out and checkpoint(tmp_path)["step"] == 6
+    run(*flags, "--out", tmp_path, "--resume", "auto")
+    assert [(r["step"], r["epoch"]) for r in metrics(tmp_path, "epoch")] == [(5, 1), (10, 2)]
+    assert_same_end(checkpoint(tmp_path), end)
+
+
+# --- kill and resume, real processes ---------------------------------------------------------------------------------
+
+LONG_RUN = [*SMALL_RUN, *"--epochs 8 --save-every 0 --dropout 0.2".split()]         # 40 steps, each saved
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def start(out, *command, launcher=(), **environment):
+    """The script as a process group of its own; what it prints goes to OUT.log."""
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen([sys.executable, *launcher, *map(str, (SCRIPT, *command)), "--out", str(out)],
+                                env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment}, stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process, out):
+    """Waits for the end, which must be a good one."""
+    assert process.wait(timeout=120) == 0, Path(f"{out}.log").read_text()[-3000:]
+    return checkpoint(out)
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None and time.monotonic() < end, "the run ended, or hung, before it was disturbed"
+        time.sleep(0.005)
+    return found
+
+
+def saved_at(out):
+    path = out / "checkpoint.pt"
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def wait_for_new_checkpoint(out, process, before):
+    wait_for(lambda: saved_at(out) not in (None, before), process)
+
+
+def steps_of(out, event="train"):
+    return [record["step"] for record in metrics(out, event)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    """A run of one process and one of two, which go on while the tests begin: {processes: (Popen, out)}."""
+    root, runs = tmp_path_factory.mktemp("undisturbed"), {}
+    for n, launcher in ((1, ()), (2, TORCHRUN)):
+        out = root / str(n)
+        runs[n] = start(out, *LONG_RUN, "--data", small, launcher=launcher), out
+    yield runs
+    for process, _ in runs.values():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, small, undisturbed):
+    """SIGKILL three times, --resume auto with 2, 1 and 0 workers: all state equal bit for bit, each step once.
+
+    Data order, augmentation, dropout masks, optimiser and schedule all continue where they were.
+    """
+    out, rng = tmp_path / "run", random.Random(0)
+    for workers in (0, 2, 1):
+        before = saved_at(out)
+        process = start(out, *LONG_RUN, "--data", small, "--resume", "auto", "--workers", workers)
+        wait_for_new_checkpoint(out, process, before)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    process = start(out, *LONG_RUN, "--data", small, "--resume", "auto")
+    end, expected = finish(process, out), finish(*undisturbed[1])
+    assert end["step"] == 40
+    assert_same_end(end, expected)
+    assert steps_of(out, "start")[0] == 0 and min(steps_of(out, "start")[1:]) > 0       # resumed, not begun again
+    for folder in (out, undisturbed[1][1]):
+        assert steps_of(folder) == list(range(1, 41)) and steps_of(folder, "epoch") == list(range(5, 41, 5))
+    losses = [[r["loss"] for r in metrics(folder, "train")] for folder in (out, undisturbed[1][1])]
+    assert losses[0] == losses[1]
+
+
+def test_SIGTERM_saves_and_ends_with_code_0(tmp_path, small, undisturbed):
+    """Sent to the whole process group, as a cluster does: the workers that read images leave it to the training.
+
+    --save-every is far away: the only checkpoint in the first epoch is the one that SIGTERM asked for.
+    """
+    out = tmp_path / "run"
+    flags = [*LONG_RUN, "--data", small, "--save-every", 1000, "--workers", 2]
+    process = start(out, *flags)
+    log = out / "metrics.jsonl"
+    wait_for(lambda: log.exists() and '"train"' in log.read_text(), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    step = finish(process, out)["step"]
+    assert 0 < step < 40 and f"SIGTERM: saved after step {step} " in Path(f"{out}.log").read_text()
+    end, expected = finish(start(out, *flags, "--resume", "auto"), out), finish(*undisturbed[1])
+    assert_same_end(end, expected)
+    assert steps_of(out) == list(range(1, 41)) and steps_of(out, "epoch") == list(range(5, 41, 5))
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+def ranks(agent):
+    """{rank: pid} of torchrun's running processes."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == agent.pid and str(SCRIPT).encode() in (entry / "cmdline").read_bytes():
+                    environment = dict(v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if v)
+                    found[int(environment[b"RANK"])] = int(entry.name)
+            except (OSError, KeyError):
+                continue                        # it has just ended, or has not begun
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path, small, undisturbed):
+    """SIGKILL to the second process, later to the first: the job carries on by itself, to the same end bit for bit."""
+    out = tmp_path / "run"
+    flags = [*LONG_RUN, "--data", small, "--resume", "auto"]
+    agent = start(out, *flags, launcher=[*TORCHRUN, "--max-restarts=2", "--monitor-interval=0.1"],
+                  TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    for rank in (1, 0):
+        wait_for_new_checkpoint(out, agent, saved_at(out))
+        victim = wait_for(lambda: ranks(agent).get(rank), agent)
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: ranks(agent).get(rank) not in (None, victim), agent)
+    end, expected = finish(agent, out), finish(*undisturbed[2])
+    assert len(end["rng"]) == 2
+    assert_same_end(end, expected)
+    starts = steps_of(out, "start")
+    assert len(starts) <= 3 and starts[0] == 0 and starts[-1] > 0
+    assert steps_of(out) == list(range(1, 41)) and steps_of(out, "epoch") == list(range(5, 41, 5))
+
+
+def test_SIGTERM_to_torchrun_saves_the_work_of_all_processes(tmp_path, small, undisturbed):
+    """Both stop at the same step; the job continued ends the same bit for bit, dropout masks of both processes too."""
+    out = tmp_path / "run"
+    flags = [*LONG_RUN, "--data", small, "--save-every", 1000]
+    agent = start(out, *flags, launcher=TORCHRUN)
+    log = out / "metrics.jsonl"
+    wait_for(lambda: log.exists() and '"train"' in log.read_text(), agent)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(timeout=60)
+    step, printed = checkpoint(out)["step"], Path(f"{out}.log").read_text()
+    assert 0 < step < 40 and f"SIGTERM: saved after step {step} " in printed and printed.count("SIGTERM: saved") == 1
+    end = finish(start(out, *flags, "--resume", "auto", launcher=TORCHRUN), out)
+    assert_same_end(end, finish(*undisturbed[2]))
+    assert steps_of(out) == list(range(1, 41)) and steps_of(out, "epoch") == list(range(5, 41, 5))
+
+
+def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
+    """BatchNorm sees the same micro-batches; after 5 steps the weights have moved alike, to float32 rounding.
+
+    The evaluation under two processes counts each of the 7 images once: a single process that evaluates the
+    checkpoint, and two, get the same.
+    """
+    flags = [*SMALL_RUN, "--data", small]
+    agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
+    run(*flags, "--accumulate", 2, "--out", tmp_path / "one")
+    two, one = finish(agent, tmp_path / "two"), checkpoint(tmp_path / "one")
+    seed_everything(0)
+    model = mdeq_imagenet.build_model(parse_args(SMALL_RUN), CLASSES, CPU)
+    moved = {name: one["model"][name] - p.detach() for name, p in model.named_parameters()}
+    largest = max(m.abs().max() for m in moved.values())
+    worst = max((one["model"][name] - two["model"][name]).abs().max() for name in moved)
+    assert largest > 0.01 and worst < 1e-4 * largest
+    rates = [[r["lr"] for r in metrics(tmp_path / n, "train")] for n in ("one", "two")]
+    assert rates[0] == rates[1]
+
+    evaluation = [*flags, "--batch-size", 6, "--eval", "--resume", tmp_path / "two" / "checkpoint.pt"]
+    lines = {}
+    for n, launcher in ((1, ()), (2, TORCHRUN)):
+        assert start(tmp_path / f"eval{n}", *evaluation, launcher=launcher).wait(timeout=60) == 0
+        printed = Path(f"{tmp_path / f'eval{n}'}.log").read_text()
+        (lines[n],) = [line for line in printed.splitlines() if "top-1" in line]
+    assert lines[1] == lines[2] and "7 images, 0 unreadable" in lines[1]
+    (epoch,) = metrics(tmp_path / "two", "epoch")
+    assert f"top-1 {epoch['val_top1']:.2f} %, top-5 {epoch['val_top5']:.2f} %, loss {epoch['val_loss']:.4f}" in lines[1]
+    assert epoch["val_images"] == 7 and len(metrics(tmp_path / "two", "start")) == 1
