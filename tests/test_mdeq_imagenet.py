@@ -994,7 +994,7 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
     The evaluation under two processes counts each of the 7 images once: a single process that evaluates the
     checkpoint, and two, get the same.
     """
-    flags = [*SMALL_RUN, "--data", small]
+    flags = [*SMALL_RUN, "--data", small, "--lr", 0.005]        # at 0.05 rounding grows a million times in 5 steps
     agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
     run(*flags, "--accumulate", 2, "--out", tmp_path / "one")
     two, one = finish(agent, tmp_path / "two"), checkpoint(tmp_path / "one")
@@ -1003,7 +1003,7 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
     moved = {name: one["model"][name] - p.detach() for name, p in model.named_parameters()}
     largest = max(m.abs().max() for m in moved.values())
     worst = max((one["model"][name] - two["model"][name]).abs().max() for name in moved)
-    assert largest > 0.01 and worst < 1e-4 * largest
+    assert largest > 0.001 and worst < 1e-4 * largest
     rates = [[r["lr"] for r in metrics(tmp_path / n, "train")] for n in ("one", "two")]
     assert rates[0] == rates[1]
 
