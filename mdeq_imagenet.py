@@ -18,7 +18,7 @@ Table 3 (16,808,936 parameters, 100 epochs, batches of 128): torchrun --nproc_pe
           75.7 %   (none)                                          # App. D.3, setting 2: UPG from the first step on
 App. D.3's spectral radii: --radius-every 10000, or --eval.
 
-What makes it faster (python mdeq_imagenet.py --benchmark with the flag; README.md has what was measured):
+What makes it faster (--benchmark and the flag measure it; README.md has what was measured):
     --compile                   F and head by torch.compile: fewer launches, fused norms; the same numbers to rounding
     --memory-format FORMAT      channels-last or contiguous; the same numbers to rounding
     --amp                       bf16 autocast, solver state in float32: changes results, so it is off by default

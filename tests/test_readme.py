@@ -3,8 +3,11 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 import deq_synthetic
 import mdeq_cifar
+import mdeq_imagenet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,20 +20,23 @@ def test_the_example_runs_as_printed(capsys):
     assert 1 < n_evals <= 31
 
 
-def test_every_command_of_the_readme_and_the_headers_parses(monkeypatch):
-    """And every row of Table 1 in mdeq_cifar.py's header differs from the others."""
-    monkeypatch.setenv("RANK", "0")
-    commands = re.findall(r"(?:python|torchrun --\S+) (deq_synthetic|mdeq_cifar)\.py((?: +-[^`#\n;(]*)?)",
-                          README + deq_synthetic.__doc__ + mdeq_cifar.__doc__)
-    assert len(commands) >= 8
+SCRIPTS = {module.__name__: module for module in (deq_synthetic, mdeq_cifar, mdeq_imagenet)}
+
+
+def test_every_command_of_the_readme_and_the_headers_parses():
+    text = (README + "".join(module.__doc__ for module in SCRIPTS.values())).replace("\\\n", " ")
+    commands = re.findall(rf"(?:python|torchrun(?: +--\S+)+) +({'|'.join(SCRIPTS)})\.py((?: +-[^`#\n;(]*)?)", text)
+    assert len(commands) >= 24 and {script for script, _ in commands} == set(SCRIPTS)
     for script, flags in commands:
-        if "--benchmark" in flags:
-            monkeypatch.delenv("RANK", raising=False)       # a benchmark is of one process
-        module = {"deq_synthetic": deq_synthetic, "mdeq_cifar": mdeq_cifar}[script]
-        module.parse_args(shlex.split(flags))
-    table = re.findall(r"^ +\d  .*?\+- \S+ +(.*)$", mdeq_cifar.__doc__, re.MULTILINE)
-    parsed = [str(mdeq_cifar.parse_args([] if row == "(none)" else shlex.split(row))) for row in table]
-    assert len(parsed) == 8 and len(set(parsed)) == 8
+        SCRIPTS[script].parse_args(shlex.split(flags))
+
+
+@pytest.mark.parametrize("script, row, count", [(mdeq_cifar, r"^ +\d  .*?\+- \S+ +(.*)$", 8),
+                                                (mdeq_imagenet, r"^ +(?:paper )?\d\S+ %  +(.*?)(?:  +#.*)?$", 3)])
+def test_the_rows_of_a_headers_table_parse_and_differ(script, row, count):
+    rows = re.findall(row, script.__doc__, re.MULTILINE)
+    parsed = [str(script.parse_args([] if row == "(none)" else shlex.split(row))) for row in rows]
+    assert len(parsed) == len(set(parsed)) == count
 
 
 def test_no_placeholder_is_left():
