@@ -600,8 +600,9 @@ class Process(NamedTuple):
 def init_process() -> Process:
     """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun; else it gives a "
-            "restarted job the addresses of the dead processes (github.com/pytorch/pytorch/issues/167288)")
+        die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it --standalone "
+            "or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead processes "
+            "(github.com/pytorch/pytorch/issues/167288)")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -691,16 +692,16 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "weights only" in reason.lower():
+        could_run_code = "Unsupported global" in str(error)
+    previous = path.with_name(path.name + ".previous")
+    with contextlib.suppress(Exception):
+        state = torch.load(previous, map_location="cpu", weights_only=True)
+        print(f"warning: {path} is damaged or not a checkpoint ({reason}); using {previous}", file=sys.stderr, flush=True)
+        return state
+    if could_run_code:
         die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
             f"convert it: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
-    previous = path.with_name(path.name + ".previous")
-    try:
-        state = torch.load(previous, map_location="cpu", weights_only=True)
-    except Exception:
-        die(f"{flag}: {path} is truncated or not a checkpoint ({reason}), and no usable {previous.name} is beside it")
-    print(f"warning: {path} is truncated or not a checkpoint ({reason}); using {previous}", file=sys.stderr, flush=True)
-    return state
+    die(f"{flag}: {path} is damaged or not a checkpoint, and no usable {previous.name} is beside it")
 
 
 class SaveTimer:
@@ -717,7 +718,7 @@ class SaveTimer:
             self.group = dist.new_group(backend="gloo")         # between the hosts: a GPU is not waited for
         self.sigterm = sigterm = types.SimpleNamespace(came=False, nothing_to_lose=False)
 
-        def note(*_):               # knows nothing of self: a group that outlives the run can abort the process's exit
+        def note(*_):       # does not hold self: a process that ends while its gloo group still exists may crash then
             sigterm.came = True
             if sigterm.nothing_to_lose:
                 raise SystemExit(0)
@@ -738,6 +739,8 @@ class SaveTimer:
     def saved(self):
         """While all is saved and `poll` is not called, as in an evaluation: SIGTERM ends the process, with code 0."""
         self.sigterm.nothing_to_lose = True
+        if self.sigterm.came:               # since the last poll
+            raise SystemExit(0)
         try:
             yield
         finally:
@@ -764,8 +767,11 @@ class MetricsLog:
             os.replace(new, self.path)
 
     def write(self, **record):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            die(f"--out: cannot write {self.path} ({error.strerror})", code=1)
 
 
 def reset_peak_memory(device: torch.device):

@@ -7,7 +7,8 @@
     python mdeq_imagenet.py --benchmark --batch-size 16         # step time and memory of the three gradients
 
 Images: --data DIR (default data/imagenet) with DIR/train/CLASS/* and DIR/val/CLASS/*.  On each of two machines, and
-carrying on by itself after a machine or a process is lost (R is --out, a folder that both see):
+carrying on by itself after a process is lost, or when a lost machine but HOST is back and torchrun runs there again (R
+is a folder that both see):
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1             # torch's restarts fail without it, see init_process
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --max-restarts=3 \\
         mdeq_imagenet.py --out R --resume auto
@@ -30,9 +31,10 @@ What makes it faster (--benchmark and the flag measure it; README.md has what wa
 Measured: no GPU run yet.  README.md has the CPU runs on 1000 real images.
 
 Differs from the paper and its release: as mdeq_cifar.py in the solver (residuals per image, sign of Broyden's first
-step).  BatchNorm is per GPU, which is how the paper's number was made; the released script has --sync-bn.  Random
+step).  BatchNorm is per GPU, which is how the numbers of UPG were made; the released script has --sync-bn.  Random
 crops by torchvision with the release's area and aspect (there: DALI).  The last, incomplete batch of an epoch is
-dropped: 10,009 steps.  Initialised by PyTorch's defaults, as the release is (locuslab/mdeq: Normal(0, 0.01)).
+dropped: 10,009 steps.  The paper's 75.3 is of locuslab/mdeq, whose recipe differs in more than the gradient: 4 GPUs x
+32 images, crops of 8 to 100 % of the area, weights from Normal(0, 0.01); here all rows share UPG's.
 """
 import argparse
 import contextlib
@@ -138,7 +140,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
 
     toy = args.data == "toy"
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1   # a job's own
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     defaults = {"channels": [16, 16, 32, 32] if toy else [32, 64, 128, 256],
                 "head_channels": [4, 8, 8, 16] if toy else [24, 48, 96, 192], "final_channels": 256 if toy else 2048,
                 "crop": 64 if toy else 224, "resize": 72 if toy else 256, "epochs": 8 if toy else 100,
@@ -187,6 +190,8 @@ def parse_args(argv=None):
         p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
     if args.radius_every and not args.radius_images:
         p.error("--radius-every needs --radius-images of at least 1, got 0")
+    if args.resume and args.benchmark:
+        p.error("--benchmark measures a model with fresh weights: it takes no --resume")
     if args.init and (args.eval or args.benchmark):
         p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
@@ -657,6 +662,8 @@ def radii(model, images, args, process):
     model.train()
     set_rng_state(rng)
     rho, rho_lam, above, count = all_reduce_sum(sums).tolist()
+    if count == 0:
+        die(f"--data {args.data}: not one of the --radius-images could be read")
     return {"rho_J": rho / count, "rho_J_lam": rho_lam / count, "rho_J_above_1": above / count}
 
 
@@ -736,8 +743,9 @@ def build_model(args, classes, process):
                  k=args.k, lam=args.lam, solver=SOLVERS[args.solver], max_iter=args.max_iter, tol=args.tol,
                  backward_max_iter=args.backward_max_iter)
     model = model.to(process.device, memory_format=memory_format(args))
-    for p in model.parameters():        # a 1 x 1 kernel is in both formats: the strides that its gradient will have,
-        if p.dim() == 4 and p[0, 0].numel() == 1:       # or DistributedDataParallel would copy it
+    # A 1 x 1 kernel is in both formats.  With other strides than its gradient's, DistributedDataParallel copies it.
+    for p in model.parameters():
+        if p.dim() == 4 and p[0, 0].numel() == 1:
             p.data = p.data.flatten().view(p.shape)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -745,6 +753,8 @@ def build_model(args, classes, process):
         # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
         from torch._functorch import config as functorch_config
         functorch_config.donated_buffer = False
+        # pretraining, solver, gradient, evaluation and radii each compile F anew, the last batch of val too
+        torch._dynamo.config.cache_size_limit = 64
         model.f, model.head = torch.compile(model.f), torch.compile(model.head)
     return model
 
@@ -784,7 +794,7 @@ def restore(args, model, classes, train_images=None, optimizer=None, scheduler=N
             "or begun with (--init)")
     if ours:
         free = {"data", "out", "resume", "init", "eval", "benchmark", "workers", "on_bad_image", "save_every",
-                "log_every", "radius_every", "radius_images"}
+                "log_every", "radius_every", "radius_images", "compile", "memory_format"}
         if args.eval:
             for name in ("solver", "max_iter", "tol", "crop", "resize"):
                 if state["args"].get(name) != getattr(args, name):
@@ -848,7 +858,10 @@ def train(args, process, model, train_set, val_set, classes):
     val_loader = image_loader(val_set, own_batches(len(val_set), args, process), args, device)
     timer = SaveTimer(args.save_every)
     if main:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            die(f"--out {out}: cannot make this folder ({error.strerror})")
         log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"epoch": evaluated})
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
@@ -856,6 +869,11 @@ def train(args, process, model, train_set, val_set, classes):
               f"writing to {out}\n{parameters:,} parameters; {len(train_set)} training and {len(val_set)} validation "
               f"images of {len(classes)} classes; {args.epochs} epochs of {steps_per_epoch} steps"
               + (f"; continues after step {step}" if step else ""), flush=True)
+
+    def share_statistics():
+        """BatchNorm's, of the first process, for whatever uses the model in evaluation mode."""
+        for buffer in model.buffers() if world > 1 else ():
+            torch.distributed.broadcast(buffer, 0)
 
     def save():
         rng = rng_states()                                  # all processes take part
@@ -869,10 +887,10 @@ def train(args, process, model, train_set, val_set, classes):
     meter, residuals, backward_residuals, waited = Meter(device), [], [], 0.0
     started = time.perf_counter() - state["seconds"]
     stop = False
+    # Evaluation comes first: a run that was cut off in one finds its checkpoint at the end of that epoch.
     while not stop and (step < steps or evaluated < step):
         if step > evaluated and step % steps_per_epoch == 0:        # an epoch has ended, maybe in the run before this
-            for buffer in model.buffers() if world > 1 else ():
-                torch.distributed.broadcast(buffer, 0)
+            share_statistics()
             with timer.saved():
                 record = evaluate(model, val_loader, args, process)
             epoch, evaluated, last = step // steps_per_epoch, step, record["val_top1"]
@@ -931,7 +949,10 @@ def train(args, process, model, train_set, val_set, classes):
             saving, stop = timer.poll()
             saving = saving or b == steps_per_epoch - 1             # before the evaluation, which may take long
             if args.radius_every and step % args.radius_every == 0:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 paused = time.perf_counter()
+                share_statistics()
                 radius = radii(model, val_set, args, process)
                 if main:
                     log.write(event="radius", step=step, **radius)
