@@ -410,7 +410,7 @@ def test_an_unreadable_file_is_named_and_ends_the_run_or_is_left_out(split, kind
     ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--eval --resume auto --out x", "--resume"), ("--benchmark --eval --resume x", "--benchmark"),
-    ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"),
+    ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"), ("--benchmark --resume x", "--benchmark"),
     ("--radius-every 3 --radius-images 0", "--radius-every"), ("--accumulate 3", "--batch-size 8"),
     ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --out unused", "nowhere.pt"),
     ("--resume nowhere.pt --eval", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
@@ -419,6 +419,12 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, smal
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, *SMALL_RUN, "--data", small, *flags.split())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]              # nothing was written
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(capsys, tmp_path, small):
+    (tmp_path / "file").write_text("in the way")
+    assert f"--out {tmp_path / 'file' / 'run'}" in refused(capsys, *SMALL_RUN, "--data", small, "--out",
+                                                          tmp_path / "file" / "run")
 
 
 def test_processes_that_do_not_fit_the_data_are_refused(capsys, monkeypatch, tmp_path, small):
@@ -568,6 +574,23 @@ def test_radii_do_not_change_a_run(tmp_path, small):
     run(*flags, "--radius-every", 2, "--out", tmp_path / "b")
     assert len(metrics(tmp_path / "b", "radius")) == 2
     assert_same_end(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_radii_of_images_that_cannot_be_read_are_refused(tmp_path, capsys):
+    """All of --radius-images are broken ones, left out by --on-bad-image skip: not a mean over nothing."""
+    root = make_folder(tmp_path / "data")
+    min((root / "val").rglob("*.JPEG")).write_bytes(b"<html>not found</html>")
+    flags = [*SMALL_RUN, "--data", root, "--on-bad-image", "skip", "--out", tmp_path / "run"]
+    message = refused(capsys, *flags, "--radius-every", 1, "--radius-images", 1)
+    assert "not one of the --radius-images" in message
+
+
+def test_a_run_continues_with_another_memory_format(tmp_path, small):
+    """What changes rounding alone may differ: a run begun on a GPU (contiguous) can go on where the default differs."""
+    flags = [*SMALL_RUN, "--data", small, "--out", tmp_path]
+    run(*flags, "--memory-format", "contiguous")
+    run(*flags, "--memory-format", "channels-last", "--resume", "auto")
+    assert [r["step"] for r in metrics(tmp_path, "start")] == [0, 5]
 
 
 def test_a_few_images_are_learnt_by_heart(tmp_path):

@@ -114,6 +114,9 @@ def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, 
         load_checkpoint(tmp_path / "model.pt")
     message = capsys.readouterr().err
     assert end.value.code == 2 and "weights_only=False" in message and "model.pt" in message
+    torch.save({"step": 7}, tmp_path / "model.pt.previous")          # a good one beside it is used, whatever is wrong
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 7
+    assert "model.pt is damaged" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -150,6 +153,9 @@ def test_SIGTERM_ends_the_process_only_while_all_is_saved(sigterm):
         raise KeyError
     sigterm()
     assert timer.poll() == (True, True)
+    with pytest.raises(SystemExit) as end, timer.saved():           # it came between the last poll and this block
+        raise AssertionError("an evaluation was begun")
+    assert end.value.code == 0
 
 
 def test_restarts_by_torchrun_need_a_store_of_their_own(monkeypatch, capsys):
@@ -184,6 +190,13 @@ def test_metrics_are_appended_and_a_resumed_run_repeats_none(tmp_path):
     MetricsLog(path, last_step=2).write(step=3, loss=0.5)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        MetricsLog(tmp_path / "gone" / "metrics.jsonl").write(step=1)
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.startswith(f"error: --out: cannot write {tmp_path / 'gone'}")
 
 
 def test_an_event_may_be_behind_the_steps(tmp_path):
