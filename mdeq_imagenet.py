@@ -37,9 +37,11 @@ dropped: 10,009 steps.  The paper's 75.3 is of locuslab/mdeq, whose recipe diffe
 32 images, crops of 8 to 100 % of the area, weights from Normal(0, 0.01); here all rows share UPG's.
 """
 import argparse
+import atexit
 import contextlib
 import functools
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -286,7 +288,15 @@ def leave_sigterm_to_parent(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)   # a cluster sends it to all; the training process ends its workers
 
 
+def end_workers():
+    """Those still there when the process ends: Python would send SIGTERM, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's handler calls the end of a worker an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def image_loader(images, batches, args, device):
+    atexit.register(end_workers)
     more = dict(persistent_workers=True, prefetch_factor=4, worker_init_fn=leave_sigterm_to_parent)
     return torch.utils.data.DataLoader(
         images, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda",

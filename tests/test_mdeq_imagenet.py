@@ -398,6 +398,22 @@ def test_an_unreadable_file_is_named_and_ends_the_run_or_is_left_out(split, kind
     assert [r["step"] for r in metrics(tmp_path / "skip", "train")] == [1, 2, 3, 4, 5]
 
 
+def test_workers_never_keep_a_process_from_ending(small):
+    """They ignore SIGTERM, by which Python ends them at exit, where they still exist: here, as something holds them."""
+    code = f"""
+import sys, torch, mdeq_imagenet as m
+from common import Process
+args = m.parse_args([*{NARROW!r}, '--data', {str(small)!r}, '--crop', '32', '--resize', '36', '--workers', '2',
+                     '--batch-size', '8'])
+train, val, _ = m.load_images(args, Process(0, 1, torch.device('cpu')))
+sys.kept = iter(m.image_loader(val, [[(0, 0)], [(1, 0)]], args, torch.device('cpu')))
+next(sys.kept)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- wrong flags and wrong data --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, named", [
