@@ -1,0 +1,1354 @@
+"""DEQ-Transformer on WikiText-103, phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
+
+    torchrun --nproc_per_node=4 deq_wikitext.py                     # PostLN, UPG A_{5,0.8}: 4 GPUs x 14 streams
+    python deq_wikitext.py --data toy                               # text of a known source, narrow: two CPU cores
+    python deq_wikitext.py --accumulate 4                           # one GPU: the same step in 4 micro-batches
+    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480     # our checkpoints and the official ones
+    python deq_wikitext.py --generate "The game was" --resume FILE         # continues the text
+    python deq_wikitext.py --benchmark --batch-size 14              # step time and memory of Table 3's rows
+
+Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, the content
+of the archive wikitext-103-v1.zip; or the same three as train.txt, valid.txt and test.txt.
+
+Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed to the first row;
+torchrun --nproc_per_node=4 deq_wikitext.py with
+    paper 24.0  1.0x  --grad implicit
+          25.7  1.7x  (none)
+          24.5  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --grad implicit --max-iter 14
+                      --backward-max-iter 14 --jitter 2 --jr 2.0 --jr-freq 0.4 --jr-increment 30000
+          24.4  2.2x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 14 --jitter 2 --jr 0.1
+          24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
+          fails       --grad npg                                     # App. D.3; it says that this, or --jr, helps:
+                      --grad npg --lam auto                          # lam = 1 / rho(J)
+torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
+in training, and twelve unrolled steps from zero:
+    22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln
+                      --init-before-norm --k 12 --lam 1 --max-iter 0 --eval-solver fixed-point --eval-max-iter 12
+                      --checkpoint-blocks --pretrain-steps 0 --steps 150000 --warmup-steps 8000
+
+What makes it faster (--benchmark and the flag measure it; README.md has what was measured):
+    --compile                   F by torch.compile: fewer launches; the same numbers to rounding
+    --amp                       bf16 autocast, solver state and softmax in float32: changes results, so off by default
+    TF32 products               on a GPU, F's and the solver's inner products; --no-tf32 for full float32
+    --accumulate n              not faster: 1/n of the memory, for smaller cards; the same numbers to rounding
+    --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
+    always on                   once per forward: effective weights, position keys, keys and values of the memory;
+                                fused attention inside the solver; targets sorted into clusters on the host
+
+Measured: no GPU run yet.  README.md has a small-scale counterpart of Table 3 on real text, on a CPU.
+
+Differs from the paper and locuslab/deq: residuals per stream (there: one norm over the batch); with --grad implicit and
+npg loss and memory take h*, as evaluation does (there F(h*)); the learning rate of step s is that of step s (there: the
+first step has the full rate, and the others lag by one); P_1 to P_3 are one parameter in embedding and softmax (there
+two that share storage, each updated by Adam); the forward solver of the PreLN rows is Broyden, as in the paper (the
+script that it cites has Anderson).  NPG follows Eq. (17), not Algorithms 2 and 3.  Pretraining is as in the official
+protocol also for UPG (the paper leaves that open); --pretrain-steps 0 drops it.
+"""
+import argparse
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F       # in prose F is the equilibrium module, DEQTransformer.f
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, describe_run,
+                    die, equilibrium, fixed_point, init_process, jacobian_regularization, load_checkpoint, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    spectral_radius, upg)
+
+SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.")
+    # data
+    p.add_argument("--data", default="data/wikitext-103", help="folder of wiki.{train,valid,test}.tokens or "
+                   "{train,valid,test}.txt; or 'toy': text of a known random source (default data/wikitext-103)")
+    p.add_argument("--vocab", choices=["train", "all"], default="train", help="types are those of the training text, "
+                   "or of all three, for small texts (default train)")
+    # model
+    p.add_argument("--norm", choices=["post", "pre"], default="post", help="layer normalisation (default post)")
+    p.add_argument("--preln-residual", choices=["normalized", "raw"], default="normalized", help="what --norm pre adds "
+                   "the feed-forward part to, as in locuslab/deq or as in textbooks (default normalized)")
+    p.add_argument("--d-model", type=int, help="width of the state (default 700, toy 64)")
+    p.add_argument("--d-embed", type=int, help="width of the most frequent types' embedding (default --d-model)")
+    p.add_argument("--n-head", type=int, help="attention heads (default 10, toy 4)")
+    p.add_argument("--d-head", type=int, help="width of a head (default --d-model / --n-head)")
+    p.add_argument("--d-inner", type=int, help="hidden width of the feed-forward part (default 48000, toy 256)")
+    p.add_argument("--n-blocks", type=int, default=1, help="different pairs of attention and feed-forward part in F "
+                   "(default 1)")
+    p.add_argument("--cutoffs", type=int, nargs="+", help="first types, by falling frequency, of the second and later "
+                   "softmax clusters (default 20000 40000 200000, toy 200 800)")
+    p.add_argument("--div-val", type=int, default=4, help="each cluster's embedding is so many times narrower than the "
+                   "one before (default 4)")
+    p.add_argument("--local-size", type=int, default=0, help="keys that a position sees, itself included; 0: 1000, and "
+                   "a longer --mem-len plus --segment is refused (default 0)")
+    p.add_argument("--ln-affine", action="store_true", help="layer normalisation with scale and shift")
+    p.add_argument("--attn-out-ln", action="store_true", help="one more, on the concatenated heads")
+    p.add_argument("--init-std", type=float, help="standard deviation of the first embedding, injection and softmax "
+                   "weights (default 0.01 at width 700, the official, else times sqrt(700 / width): equal injections)")
+    p.add_argument("--init-before-norm", action="store_true", help="F's weights begin as N(0, 0.01), not by PyTorch's "
+                   "default, which in the official code survives as weight normalisation comes first")
+    p.add_argument("--dropout", type=float, help="probability of variational dropout (default 0.05, toy 0)")
+    p.add_argument("--dropatt", type=float, default=0.0, help="the same for attention probabilities (default 0)")
+    p.add_argument("--output-dropout", choices=["tokens", "channels"], default="tokens", help="what is dropped before "
+                   "the softmax: whole tokens, as official, or channels (default tokens)")
+    p.add_argument("--init", metavar="FILE", help="begin with the weights of this checkpoint, ours or an official one")
+    # equilibrium
+    p.add_argument("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg",
+                   help="how the gradient is computed (default upg)")
+    p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
+    p.add_argument("--lam", default="0.8", help="damping of the phantom gradient, in (0, 1]; or 'auto': 1 / rho(J), "
+                   "measured every 100 steps, App. D.3 (default 0.8)")
+    p.add_argument("--solver", choices=list(SOLVERS), default="broyden", help="forward and backward (default broyden)")
+    p.add_argument("--max-iter", type=int, help="steps of the forward solver; 0: none, for UPG (default 30, toy 12)")
+    p.add_argument("--jitter", type=int, default=0,
+                   help="in training up to so many steps fewer, drawn anew for each batch (default 0)")
+    p.add_argument("--backward-max-iter", type=int,
+                   help="steps of the backward solver of --grad implicit (default 35, toy 12)")
+    p.add_argument("--tol", type=float, default=1e-3, help="relative residual at which a stream counts as solved; "
+                   "0: always the whole budget (default 0.001)")
+    p.add_argument("--pretrain-steps", type=int, help="first optimiser steps, with an unrolled network in place of the "
+                   "solver (default 32000, toy 0)")
+    p.add_argument("--pretrain-layers", type=int, default=2, help="evaluations of F in that network (default 2)")
+    p.add_argument("--jr", type=float, default=0.0, help="weight of Jacobian regularisation; 0: none (default 0)")
+    p.add_argument("--jr-freq", type=float, default=0.4, help="share of the steps that have it (default 0.4)")
+    p.add_argument("--jr-increment", type=int, default=0,
+                   help="steps, after pretraining, in which its weight grows by 0.1; 0: it does not (default 0)")
+    # optimisation
+    p.add_argument("--steps", type=int, help="optimiser steps (default 300000, toy 1000)")
+    p.add_argument("--warmup-steps", type=int, help="of linear warm-up (default 16000, toy 50)")
+    p.add_argument("--batch-size", type=int, help="streams of text over all processes (default 56, toy 20)")
+    p.add_argument("--segment", type=int, help="tokens of each stream per step (default 150, toy 30)")
+    p.add_argument("--mem-len", type=int, help="earlier tokens that are kept as memory (default 150, toy 30)")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process (default 1)")
+    p.add_argument("--lr", type=float, help="peak, of Adam; cosine to 0 over all steps (default 0.00025, toy 0.002)")
+    p.add_argument("--clip", type=float, default=0.25, help="largest norm of the gradient (default 0.25)")
+    p.add_argument("--seed", type=int, default=0, help="of weights, dropout and probes (default 0)")
+    # evaluation
+    p.add_argument("--eval-every", type=int, help="steps between evaluations on valid (default 5000, toy 250)")
+    p.add_argument("--eval-streams", type=int, default=16, help="streams that valid and test are cut into (default 16)")
+    p.add_argument("--eval-mem-len", type=int, nargs="+",
+                   help="memory lengths in evaluation; training uses the first (default --mem-len)")
+    p.add_argument("--eval-solver", choices=list(SOLVERS),
+                   help="solver in evaluation; fixed-point never looks ahead in the text (default --solver)")
+    p.add_argument("--eval-max-iter", type=int,
+                   help="steps of the solver in evaluation (default --max-iter, or --k where that is 0)")
+    # speed
+    p.add_argument("--amp", action="store_true", help="bf16 autocast; solver state and softmax stay float32")
+    p.add_argument("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
+    p.add_argument("--compile", action="store_true", help="torch.compile F")
+    p.add_argument("--checkpoint-blocks", action="store_true", help="compute F's parts again in the backward pass")
+    # run
+    p.add_argument("--out", help="folder of checkpoint.pt, best.pt and metrics.jsonl (default --resume's, or "
+                   "runs/wikitext-GRAD-TIME); on several machines a shared one")
+    p.add_argument("--resume", metavar="FILE",
+                   help="continue from this checkpoint; 'auto': from --out's, if there is one")
+    p.add_argument("--save-every", type=float, default=15.0,
+                   help="minutes between checkpoints; each evaluation, and SIGTERM, saves one too (default 15)")
+    p.add_argument("--log-every", type=int, help="steps between log lines (default 200, toy 50)")
+    p.add_argument("--radius-every", type=int, default=0,
+                   help="steps between spectral radii of J and J_lam on valid, App. D.3; 0: never (default 0)")
+    p.add_argument("--eval", action="store_true",
+                   help="only evaluate the checkpoint of --resume, ours or an official one, on valid and test")
+    p.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
+    p.add_argument("--generate-tokens", type=int, default=100, help="how many tokens --generate adds (default 100)")
+    p.add_argument("--temperature", type=float, default=0.9, help="of --generate; 0: the likeliest token (default 0.9)")
+    p.add_argument("--benchmark", action="store_true",
+                   help="only measure step time, memory and solver overhead of Table 3's rows, on random tokens")
+    args = p.parse_args(argv)
+
+    toy = args.data == "toy"
+    defaults = {"d_model": 64 if toy else 700, "n_head": 4 if toy else 10, "d_inner": 256 if toy else 48000,
+                "cutoffs": [200, 800] if toy else [20000, 40000, 200000], "dropout": 0.0 if toy else 0.05,
+                "max_iter": 12 if toy else 30, "backward_max_iter": 12 if toy else 35,
+                "pretrain_steps": 0 if toy else 32000, "steps": 1000 if toy else 300000,
+                "warmup_steps": 50 if toy else 16000, "batch_size": 20 if toy else 56, "segment": 30 if toy else 150,
+                "mem_len": 30 if toy else 150, "lr": 2e-3 if toy else 2.5e-4, "eval_every": 250 if toy else 5000,
+                "log_every": 50 if toy else 200, "eval_solver": args.solver}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("d_model", "n_head", "d_inner", "n_blocks", "div_val", "k", "backward_max_iter", "pretrain_layers",
+                 "steps", "batch_size", "segment", "accumulate", "eval_every", "eval_streams", "log_every",
+                 "generate_tokens"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("max_iter", "jitter", "tol", "pretrain_steps", "jr", "jr_increment", "warmup_steps", "mem_len",
+                 "local_size", "save_every", "radius_every", "temperature"):
+        if not getattr(args, name) >= 0:
+            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
+    args.init_std = 0.01 * math.sqrt(700 / args.d_model) if args.init_std is None else args.init_std
+    if args.d_head is None:
+        args.d_head = args.d_model // args.n_head
+    if args.eval_max_iter is None:
+        args.eval_max_iter = args.max_iter or args.k
+    if args.n_head * args.d_head != args.d_model or args.d_model % 2:
+        p.error(f"--d-model {args.d_model} must be even, and --n-head {args.n_head} x --d-head {args.d_head}")
+    if any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)):
+        p.error(f"--cutoffs must be positive and increase, got {args.cutoffs}")
+    if args.d_embed < args.div_val ** len(args.cutoffs):
+        p.error(f"--d-embed {args.d_embed}: the last of {len(args.cutoffs) + 1} clusters would have width "
+                f"{args.d_embed} / {args.div_val}^{len(args.cutoffs)} < 1; use a lower --div-val or fewer --cutoffs")
+    if args.eval_max_iter < 1 or min(args.eval_mem_len) < 0:
+        p.error("--eval-max-iter must be at least 1, and --eval-mem-len not negative")
+    longest = max(args.mem_len, *args.eval_mem_len) + args.segment
+    if args.local_size == 0 and longest > 1000:
+        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest of the "
+                "memory would be without effect; shorten it, or say how many it sees with --local-size")
+    if args.lam != "auto":
+        try:
+            args.lam = float(args.lam)
+        except ValueError:
+            p.error(f"--lam must be a number in (0, 1] or 'auto', got {args.lam}")
+        if not 0 < args.lam <= 1:
+            p.error(f"--lam must be in (0, 1], got {args.lam}")
+    elif args.grad not in ("upg", "npg"):
+        p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
+    for name in ("dropout", "dropatt"):
+        if not 0 <= getattr(args, name) < 1:
+            p.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(args, name) < math.inf:
+            p.error(f"--{name} must be positive and finite, got {getattr(args, name)}")
+    if not 0 < args.jr_freq <= 1:
+        p.error(f"--jr-freq must be in (0, 1], got {args.jr_freq}")
+    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
+        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
+    if args.jitter and args.jitter >= args.max_iter:
+        p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
+    if args.grad == "bptt" and args.solver != "fixed-point":
+        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    only = [flag for flag, given in (("--eval", args.eval), ("--generate", args.generate is not None),
+                                     ("--benchmark", args.benchmark)) if given]
+    if len(only) > 1:
+        p.error(f"{' and '.join(only)} are different things to do: choose one")
+    if only in (["--eval"], ["--generate"]) and (not args.resume or args.resume == "auto"):
+        p.error(f"{only[0]} needs --resume FILE, the checkpoint to use")
+    if only in (["--generate"], ["--benchmark"]) and "RANK" in os.environ:
+        p.error(f"{only[0]} is for one process: run it without torchrun")
+    if args.benchmark and args.resume:
+        p.error("--benchmark measures a model with fresh weights: it takes no --resume")
+    if args.init and only:
+        p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
+    if args.resume == "auto" and not args.out:
+        p.error("--resume auto continues the training in --out DIR")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
+        p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    return args
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+class Text(NamedTuple):
+    """Three texts as ids, on the host.  Type 0 is <eos>; others follow by falling frequency in the training text."""
+    train: torch.Tensor             # (tokens,) int32
+    valid: torch.Tensor
+    test: torch.Tensor
+    vocabulary: list                # of str: type i is vocabulary[i]
+    best: tuple = ()                # toy: perplexities (best that sees one token, best of all)
+
+
+def read_tokens(path, vocabulary):
+    """The types of a text in the order of their tokens, (tokens,) int32; adds <eos> for each line, also a blank one.
+
+    vocabulary: {type: id}.  A defaultdict gives unknown types new ids; of a plain dict they are an error.
+    """
+    ids = []
+    lines = tqdm(open(path, encoding="utf-8", newline="\n"), desc=path.name, unit=" lines", mininterval=1,
+                 disable=not sys.stderr.isatty())
+    try:
+        for number, line in enumerate(lines, start=1):
+            ids.append(np.fromiter(map(vocabulary.__getitem__, (*line.split(), "<eos>")), np.int32))
+            if number % 500_000 == 0 and lines.disable:
+                print(f"{path.name}: {number} lines read", flush=True)
+    except UnicodeDecodeError as error:
+        die(f"--data: {path} is not UTF-8 text ({error.reason} after line {len(ids)}); get the file anew")
+    except KeyError as error:
+        die(f"--data: {path}, line {number}: the training text does not have {error.args[0]!r}; --vocab all takes the "
+            "types of all three texts")
+    if not ids:
+        die(f"--data: {path} is empty; get the file anew")
+    return np.concatenate(ids)
+
+
+def load_text(args, process):
+    """--data as a Text.  The first process of each machine reads and caches it while the others wait."""
+    if args.data == "toy":
+        return toy_text()
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if process.world_size > 1 and not first:
+        dist.barrier()
+    root, splits = Path(args.data), ("train", "valid", "test")
+    names = next((names for names in ([f"wiki.{s}.tokens" for s in splits], [f"{s}.txt" for s in splits])
+                  if all((root / name).is_file() for name in names)), None)
+    if names is None:
+        die(f"--data {root}: needs the files wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or train.txt, "
+            "valid.txt and test.txt: unpack the archive wikitext-103-v1.zip there (torchtext, which downloaded it, is "
+            "discontinued; mirrors are found under its name); --data toy needs no files")
+    stats = [(root / name).stat() for name in names]
+    key = hashlib.sha1(repr([args.vocab, names, [(s.st_size, s.st_mtime_ns) for s in stats]]).encode()).hexdigest()
+    cache = root / f".ids-{args.vocab}-{key[:16]}.npz"
+    with contextlib.suppress(Exception):            # none yet, or damaged: read the texts
+        with np.load(cache, allow_pickle=False) as saved:
+            ids, types = [saved[s] for s in splits], saved["vocabulary"].tobytes()
+            if hashlib.sha1(types).hexdigest() == str(saved["checksum"]):
+                if process.world_size > 1 and first:
+                    dist.barrier()
+                return Text(*map(torch.from_numpy, ids), types.decode().split("\n"))
+
+    seen = collections.defaultdict(itertools.count().__next__, {})
+    seen["<eos>"]                                   # 0
+    ids = [read_tokens(root / names[0], seen)]
+    ids += [read_tokens(root / name, seen if args.vocab == "all" else dict(seen)) for name in names[1:]]
+    counts = np.bincount(np.concatenate(ids if args.vocab == "all" else ids[:1]), minlength=len(seen))
+    counts[0] = counts.max() + 1                    # <eos> is type 0 however often it occurs
+    order = np.argsort(-counts, kind="stable")      # equally frequent ones stay in the order of their first appearance
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order))
+    ids, types = [rank[i] for i in ids], list(seen)
+    vocabulary = [types[i] for i in order]
+    types = "\n".join(vocabulary).encode()
+    try:
+        new = cache.with_suffix(f".{os.getpid()}.npz")
+        np.savez(new, **dict(zip(splits, ids)), vocabulary=np.frombuffer(types, np.uint8),
+                 checksum=hashlib.sha1(types).hexdigest())
+        os.replace(new, cache)
+    except OSError as error:
+        print(f"note: the ids are not cached, {root} is not writable ({error.strerror})", flush=True)
+    if process.world_size > 1 and first:
+        dist.barrier()
+    return Text(*map(torch.from_numpy, ids), vocabulary)
+
+
+def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
+    """Text of a Markov source of second order: the classes of the last two tokens say which the next may be of.
+
+    After each pair of classes three may follow, with probabilities 0.7, 0.2 and 0.1; within its class a type is drawn
+    by Zipf's law.  The entropy rate is known, and so is the best that a model can do which sees the last token alone.
+    """
+    rng = np.random.default_rng(0)
+    follow = np.zeros((classes, classes, classes))          # P(c | a, b) after classes a, b
+    for a, b in itertools.product(range(classes), repeat=2):
+        follow[a, b, rng.permutation(classes)[:3]] = 0.7, 0.2, 0.1
+    zipf = (np.arange(types) + 3.0) ** -1.3
+    members = [np.arange(c, types, classes) for c in range(classes)]        # type 0, <eos>, is the commonest of class 0
+    emit = [zipf[m] / zipf[m].sum() for m in members]
+
+    pairs = np.full((classes, classes), classes ** -2.0)    # stationary distribution of pairs of classes
+    for _ in range(1000):
+        pairs = np.einsum("ab,abc->bc", pairs, follow)
+
+    def entropy(p):
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+    within = pairs.sum(0) @ [entropy(e) for e in emit]
+    one = np.einsum("ab,abc->bc", pairs, follow) / pairs.sum(0)[:, None]      # P(c | b)
+    best = tuple(float(np.exp(within + h)) for h in (pairs.sum(0) @ entropy(one), (pairs * entropy(follow)).sum()))
+
+    total, cumulative = sum(sizes), follow.cumsum(-1).tolist()
+    a = b = 0
+    path, draws = [], rng.random(total).tolist()
+    for draw in draws:
+        row = cumulative[a][b]
+        a, b = b, next(c for c in range(classes) if draw < row[c] or c == classes - 1)
+        path.append(b)
+    path, ids = np.array(path), np.empty(total, np.int32)
+    for c in range(classes):
+        ids[path == c] = rng.choice(members[c], (path == c).sum(), p=emit[c])
+    texts = [torch.from_numpy(part) for part in np.split(ids, np.cumsum(sizes)[:-1])]
+    return Text(*texts, ["<eos>", *(f"w{i}" for i in range(1, types))], best)
+
+
+def streams(ids, n):
+    """(n, tokens): the text cut into n runs of equal length, one below the other; what is left over is dropped."""
+    length = len(ids) // n
+    return ids[:length * n].view(n, length)
+
+
+def checksum(vocabulary):
+    return hashlib.sha1("\n".join(vocabulary).encode()).hexdigest()
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+class Memory(NamedTuple):
+    """What is kept of earlier segments: M states and their injections.  States alone could not rebuild the keys."""
+    h: torch.Tensor                 # (B, M, D)
+    u: torch.Tensor                 # (B, M, 3 D)
+
+
+class Output(NamedTuple):
+    nll: torch.Tensor               # (B, T) -log p(target), or None without targets
+    memory: Memory
+    result: tuple                   # the solver's SolverResult, or None where no solver ran
+    jr: torch.Tensor                # Jacobian regularisation term, or None
+    h: torch.Tensor                 # (B, T, D) the state
+
+
+class BlockMasks(NamedTuple):
+    """Dropout masks of a block, scaled by 1 / (1 - p), the same for all evaluations of F in a forward; None: without.
+
+    A mask per evaluation would make F another function at each: it would have no fixed point.
+    """
+    attn_prob: torch.Tensor = None  # (B, H, T, K)
+    attn_out: torch.Tensor = None   # (B, 1, D)
+    ff_hidden: torch.Tensor = None  # (B, 1, d_inner)
+    ff_out: torch.Tensor = None     # (B, 1, D)
+
+
+class Masks(NamedTuple):
+    embedding: torch.Tensor = None  # (B, 1, D)
+    positions: torch.Tensor = None  # (1, D)
+    output: torch.Tensor = None     # (B, T, 1): whole tokens, maybe an accident of the official code; or (B, 1, D)
+    blocks: tuple = ()              # of BlockMasks
+
+
+class Constants(NamedTuple):
+    """What a block computes once per forward, with the graph on, and every evaluation of F uses."""
+    u: torch.Tensor                 # (B, T, 3 D) injection of the present
+    qkv: torch.Tensor               # effective weights g v / ||v||
+    o: torch.Tensor
+    ff1: torch.Tensor
+    ff2: torch.Tensor
+    r: torch.Tensor                 # (H, d, K + 1) position keys / sqrt(d), after a zero one
+    k_mem: torch.Tensor             # (B, H, M, d) keys and values of the memory
+    v_mem: torch.Tensor
+    hidden: torch.Tensor            # (T, K) 0, or -inf where a key is later than the query or too long ago
+    masks: BlockMasks
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Block(nn.Module):
+    """Relative multi-head attention and feed-forward part, each with its residual and layer normalisation."""
+
+    def __init__(self, d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln, init_before_norm):
+        super().__init__()
+        D = d_model
+        self.n_head, self.d_head, self.pre_ln, self.preln_residual = n_head, D // n_head, pre_ln, preln_residual
+        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values; the injection is its bias
+        self.r = nn.Linear(D, D, bias=False)
+        self.o, self.ff1, self.ff2 = nn.Linear(D, D), nn.Linear(D, d_inner), nn.Linear(d_inner, D)
+        self.r_w_bias, self.r_r_bias = (nn.Parameter(0.01 * torch.randn(n_head, self.d_head)) for _ in range(2))
+        self.ln1, self.ln2 = (nn.LayerNorm(D, elementwise_affine=ln_affine) for _ in range(2))
+        self.ln_out = nn.LayerNorm(D, elementwise_affine=ln_affine) if attn_out_ln else nn.Identity()
+        for linear in (self.qkv, self.r, self.o, self.ff1, self.ff2):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+            if init_before_norm:
+                nn.init.normal_(linear.weight, std=0.01)
+            weight_norm(linear)
+        if ln_affine:
+            for module in (self.ln1, self.ln2, self.ln_out):
+                if isinstance(module, nn.LayerNorm):
+                    nn.init.normal_(module.weight, 1.0, 0.01)
+
+    def heads(self, x):
+        """(B, L, n D) -> n of (B, H, L, d)."""
+        B, L, width = x.shape
+        n = width // (self.n_head * self.d_head)
+        return x.view(B, L, n, self.n_head, self.d_head).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def constants(self, u, h_mem, positions, hidden, masks):
+        """u: (B, K, 3 D) injections of memory and present; h_mem: (B, M, D); positions: (K, D)."""
+        device, D, M = u.device.type, u.shape[2] // 3, h_mem.shape[1]
+        weights = [linear.weight for linear in (self.qkv, self.o, self.ff1, self.ff2)]
+        if torch.is_autocast_enabled(device):       # cast once per forward: autocast would do so at every evaluation
+            weights = [w.to(torch.get_autocast_dtype(device)) for w in weights]
+        r = F.linear(positions, self.r.weight).view(-1, self.n_head, self.d_head) / math.sqrt(self.d_head)
+        r = F.pad(r.permute(1, 2, 0), (1, 0))                                               # (H, d, K + 1)
+        kv = F.linear(self.ln1(h_mem) if self.pre_ln else h_mem, weights[0][D:]) + u[:, :M, D:]
+        return Constants(u[:, M:], *weights, r, *self.heads(kv), hidden, masks)
+
+    def attention(self, h, c):
+        """LN(attn(h) + h), or attn(LN(h)) + h with pre_ln; h: (B, T, D)."""
+        B, T, D = h.shape
+        x = self.ln1(h) if self.pre_ln else h
+        q, k, v = self.heads(F.linear(x, c.qkv) + c.u)
+        k, v = torch.cat([c.k_mem, k.to(c.k_mem.dtype)], 2), torch.cat([c.v_mem, v.to(c.v_mem.dtype)], 2)
+        K = k.shape[2]
+        # Score of positions: query i needs key distance i + M - j in column j, that is row i shifted by T - 1 - i.  The
+        # zero key in front makes every row K + 1 long: read as rows of K from element T on, the rows are shifted.
+        s = torch.matmul(q + self.r_r_bias[:, None], c.r)                                   # (B, H, T, K + 1)
+        s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden
+        q = q + self.r_w_bias[:, None]
+        if c.masks.attn_prob is None and not torch.is_grad_enabled():
+            a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype))
+        else:       # with a graph: the fused kernels take no mask that needs a gradient, and have no second derivative
+            s = s + at_least_float32(torch.matmul(q, k.transpose(2, 3))) / math.sqrt(self.d_head)
+            p = torch.softmax(s, dim=-1)
+            p = p if c.masks.attn_prob is None else p * c.masks.attn_prob
+            a = torch.matmul(p.to(v.dtype), v)
+        a = self.ln_out(a.transpose(1, 2).reshape(B, T, D))
+        y = F.linear(a, c.o, self.o.bias)
+        y = (y if c.masks.attn_out is None else y * c.masks.attn_out) + h
+        return y if self.pre_ln else self.ln1(y)
+
+    def feed_forward(self, y, c):
+        """LN(g(y) + y); with pre_ln g(LN(y)) + LN(y) as in locuslab/deq ("normalized"), or g(LN(y)) + y ("raw")."""
+        x = self.ln2(y) if self.pre_ln else y
+        t = F.relu(F.linear(x, c.ff1, self.ff1.bias), inplace=True)
+        t = F.linear(t if c.masks.ff_hidden is None else t * c.masks.ff_hidden, c.ff2, self.ff2.bias)
+        t = t if c.masks.ff_out is None else t * c.masks.ff_out
+        if self.pre_ln:
+            return t + (x if self.preln_residual == "normalized" else y)
+        return self.ln2(t + y)
+
+
+class DEQTransformer(nn.Module):
+    """Deep equilibrium language model: -log p = softmax(h*), h* = F(h*; memory, u), u = injection(embedding(ids)).
+
+    The state h is (B, T, D): B streams, T tokens of the present segment, D = d_model.  K = M + T with M the length of
+    the memory.  F is n_blocks pairs of attention and feed-forward part; all of them see the same u and memory.
+    Embedding and softmax are adaptive, with the types split at `cutoffs`; cluster i has width d_embed // div_val^i.
+    Layer norms have no scale and shift unless ln_affine.  Solver settings as in common.equilibrium; max_iter = 0 with
+    grad = "upg" unrolls k steps from zero without a solver.
+    """
+
+    def __init__(self, n_token=267735, cutoffs=(20000, 40000, 200000), d_model=700, d_embed=None, n_head=10,
+                 d_head=None, d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
+                 ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
+                 dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False, grad="upg", k=5, lam=0.8,
+                 solver=broyden, max_iter=30, tol=1e-3, stop_mode="rel", backward_max_iter=35):
+        super().__init__()
+        d_embed = d_embed or d_model
+        if n_head * (d_head or d_model // n_head) != d_model or d_model % 2:
+            raise ValueError(f"d_model {d_model} must be even, and n_head {n_head} x d_head {d_head}")
+        edges = [0, *cutoffs, n_token]
+        if any(a >= b for a, b in zip(edges, edges[1:])):
+            raise ValueError(f"cutoffs must increase between 0 and n_token, got {list(cutoffs)} and {n_token}")
+        if local_size < 0:
+            raise ValueError(f"local_size must not be negative, got {local_size}")
+        if preln_residual not in ("normalized", "raw") or output_dropout not in ("tokens", "channels"):
+            raise ValueError("preln_residual must be 'normalized' or 'raw', output_dropout 'tokens' or 'channels', got "
+                             f"{preln_residual!r}, {output_dropout!r}")
+        self.d_model, self.edges, self.local_size, self.mem_len = d_model, edges, local_size or 1000, mem_len
+        self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
+        self.checkpoint_blocks = checkpoint_blocks
+        self.grad, self.k, self.lam, self.solver, self.max_iter = grad, k, lam, solver, max_iter
+        self.tol, self.stop_mode, self.backward_max_iter = tol, stop_mode, backward_max_iter
+
+        def normal(*shape):
+            return nn.Parameter(init_std * torch.randn(*shape))
+
+        sizes = [b - a for a, b in zip(edges, edges[1:])]
+        widths = [d_embed // div_val ** i for i in range(len(sizes))]
+        self.tables = nn.ParameterList(normal(n, width) for n, width in zip(sizes, widths))     # A_i, softmax too
+        if div_val > 1:
+            self.projections = nn.ParameterList(normal(d_model, width) for width in widths)     # P_i, and Q_i for i > 0
+        else:                       # one table in effect; a projection only between different widths
+            self.projections = nn.ParameterList([normal(d_model, d_embed)] if d_embed != d_model else [])
+        self.head_projection = normal(*self.projections[0].shape) if len(self.projections) else None    # Q_0 is not P_0
+        self.injection = nn.Linear(d_model, 3 * d_model)
+        nn.init.normal_(self.injection.weight, std=init_std)
+        nn.init.zeros_(self.injection.bias)
+        self.blocks = nn.ModuleList(Block(d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln,
+                                          init_before_norm) for _ in range(n_blocks))
+        self.cluster_weight = normal(len(cutoffs), d_embed)
+        self.cluster_bias = nn.Parameter(torch.zeros(len(cutoffs)))
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(n)) for n in sizes)
+
+    def projection(self, i):
+        """P_i (D, E_i), or None where embedding and state have one width and need none."""
+        return self.projections[min(i, len(self.projections) - 1)] if len(self.projections) else None
+
+    def clusters(self, ids):
+        """Per cluster, which of the flat ids are its.  On the host if the ids are there: no synchronisation then."""
+        index = [((ids >= a) & (ids < b)).nonzero()[:, 0] for a, b in zip(self.edges, self.edges[1:])]
+        if sum(map(len, index)) != len(ids):
+            raise ValueError(f"ids must be in [0, {self.edges[-1]})")
+        return index
+
+    def embed(self, ids):
+        """e (B, T, D) of ids (B, T), in sqrt(D) P_i A_i[w - c_i]."""
+        flat, device = ids.reshape(-1), self.tables[0].device
+        index, parts = self.clusters(flat), []
+        for i, own in enumerate(index):
+            e = F.embedding((flat[own] - self.edges[i]).to(device, non_blocking=True), self.tables[i])
+            parts.append(e if self.projection(i) is None else F.linear(e, self.projection(i)))
+        back = torch.cat(index).argsort().to(device, non_blocking=True)
+        return torch.cat(parts)[back].view(*ids.shape, -1) * math.sqrt(self.d_model)
+
+    def inject(self, e):
+        """u (B, T, 3 D): what is added to queries, keys and values."""
+        return self.injection(e)
+
+    def positions(self, K, device):
+        """(K, D): row j is distance K - 1 - j, first the sines of all frequencies, then the cosines."""
+        frequency = 10000 ** -(torch.arange(0, self.d_model, 2, device=device, dtype=torch.float32) / self.d_model)
+        phase = torch.arange(K - 1, -1, -1, device=device, dtype=torch.float32)[:, None] * frequency
+        return torch.cat([phase.sin(), phase.cos()], dim=1).to(self.injection.weight.dtype)
+
+    def masks(self, B, T, K, device):
+        """New dropout masks of a forward; none in evaluation mode."""
+        def mask(p, *shape):
+            return torch.bernoulli(torch.full(shape, 1 - p, device=device)) / (1 - p) if p and self.training else None
+
+        p, D = self.dropout, self.d_model
+        output = (B, T, 1) if self.output_dropout == "tokens" else (B, 1, D)
+        return Masks(mask(p, B, 1, D), mask(p, 1, D), mask(p, *output),
+                     tuple(BlockMasks(mask(self.dropatt, B, b.n_head, T, K), mask(p, B, 1, D),
+                                      mask(p, B, 1, b.ff1.out_features), mask(p, B, 1, D)) for b in self.blocks))
+
+    def constants(self, u, h_mem, masks=Masks()):
+        """What stays the same during a solve, a Constants per block; u (B, K, 3 D), h_mem (B, M, D)."""
+        K, M = u.shape[1], h_mem.shape[1]
+        positions = self.positions(K, u.device)
+        positions = positions if masks.positions is None else positions * masks.positions
+        distance = torch.arange(M, K, device=u.device)[:, None] - torch.arange(K, device=u.device)     # (T, K)
+        hidden = torch.zeros(K - M, K, device=u.device)
+        hidden.masked_fill_((distance < 0) | (distance >= self.local_size), -math.inf)
+        return [block.constants(u, h_mem, positions, hidden, m)
+                for block, m in zip(self.blocks, masks.blocks or [BlockMasks()] * len(self.blocks))]
+
+    def f(self, h, u, h_mem=None, masks=Masks(), constants=None):
+        """The equilibrium module F (B, T, D) at h (B, T, D); u (B, K, 3 D) of memory and present, h_mem (B, M, D).
+
+        constants: those of u, h_mem and masks, where F is evaluated more than once.
+        """
+        if constants is None:
+            h_mem = h.new_empty(h.shape[0], 0, h.shape[2]) if h_mem is None else h_mem
+            constants = self.constants(u, h_mem, masks)
+        for block, c in zip(self.blocks, constants):
+            for part in (block.attention, block.feed_forward):
+                if self.checkpoint_blocks and torch.is_grad_enabled():
+                    h = recompute(part, h, c, use_reentrant=False)
+                else:
+                    h = part(h, c)
+        return h
+
+    def softmax_parts(self, h):
+        """Logits of h (N, D): head (N, S + n), with columns of the n later clusters in reverse, and a function of i."""
+        def linear(h, weight, bias, projection):
+            return at_least_float32(F.linear(h if projection is None else h @ projection, weight, bias))
+
+        weight = torch.cat([self.tables[0], self.cluster_weight])
+        head = linear(h, weight, torch.cat([self.biases[0], self.cluster_bias]), self.head_projection)
+        return head, lambda i, h: linear(h, self.tables[i], self.biases[i], self.projection(i))
+
+    def nll(self, h, targets):
+        """-log p(targets | h), in the shape and order of targets (...); h: (..., D).  Float32 also under autocast."""
+        flat, h_flat = targets.reshape(-1), h.reshape(-1, self.d_model)
+        index, last = self.clusters(flat), self.edges[1] + len(self.edges) - 2
+        column = flat.clone()                   # in the head: a word of cluster 0, or the column of its cluster
+        for i, own in enumerate(index[1:], start=1):
+            column[own] = last - i              # the first tail has the last column
+        head, tail = self.softmax_parts(h_flat)
+        nll = F.cross_entropy(head, column.to(h.device, torch.long, non_blocking=True), reduction="none")
+        for i, own in enumerate(index[1:], start=1):        # also where it is empty: its parameters stay in the graph
+            target = (flat[own] - self.edges[i]).to(h.device, torch.long, non_blocking=True)
+            own = own.to(h.device, non_blocking=True)
+            nll = nll.index_add(0, own, F.cross_entropy(tail(i, h_flat[own]), target, reduction="none"))
+        return nll.view(targets.shape)
+
+    def log_prob(self, h):
+        """log p of every type, (N, n_token), after h (N, D)."""
+        head, tail = self.softmax_parts(h)
+        head, first = head.log_softmax(1), self.edges[1]
+        tails = [tail(i, h).log_softmax(1) + head[:, first + len(self.edges) - 2 - i, None]
+                 for i in range(1, len(self.edges) - 1)]
+        return torch.cat([head[:, :first], *tails], dim=1)
+
+    def forward(self, ids, targets=None, memory=None, mem_len=None, unroll=0, max_iter=None, regularize=False,
+                on_backward=None):
+        """Output of a segment ids (B, T), of which targets (B, T) are the next tokens; memory: of the segment before.
+
+        mem_len: length of the memory that is handed on (default self.mem_len).
+        unroll > 0: the pretraining network of so many layers in place of the solver.
+        max_iter: steps of the solver (default self.max_iter).
+        regularize: compute the Jacobian regularisation term too.
+        on_backward: called with the result of the backward solve of grad="implicit".
+        """
+        (B, T), device = ids.shape, self.injection.weight.device
+        mem_len = self.mem_len if mem_len is None else mem_len
+        max_iter = self.max_iter if max_iter is None else max_iter
+        M = 0 if memory is None else memory.h.shape[1]
+        masks = self.masks(B, T, M + T, device)
+        e = self.embed(ids)
+        u = self.inject(e if masks.embedding is None else e * masks.embedding)
+        h0 = torch.zeros(B, T, self.d_model, device=device, dtype=self.injection.weight.dtype)
+        if memory is None:
+            memory = Memory(h0[:, :0], u[:, :0].detach())
+        u = torch.cat([memory.u.to(u.dtype), u], dim=1)                                     # (B, K, 3 D)
+        f = functools.partial(self.f, u=u, constants=self.constants(u, memory.h, masks))
+        result = jr = None
+        if unroll:
+            h = upg(f, h0, k=unroll, lam=1.0)
+        elif max_iter == 0:
+            h = upg(f, h0, k=self.k, lam=self.lam)
+        else:
+            h, result = equilibrium(f, h0, grad=self.grad, k=self.k, lam=self.lam, solver=self.solver,
+                                    max_iter=max_iter, tol=self.tol, stop_mode=self.stop_mode,
+                                    backward_solver=self.solver, backward_max_iter=self.backward_max_iter,
+                                    backward_tol=self.tol, on_backward=on_backward)
+            if regularize:      # one more evaluation of F; sharing the gradient's would cost UPG's backward as much
+                jr = jacobian_regularization(f, result.h)
+        kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in
+                        ((memory.h, h), (memory.u, u[:, M:]))))
+        kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
+        nll = None
+        if targets is not None:
+            nll = self.nll(h if masks.output is None else h * masks.output, targets)
+        return Output(nll, kept, result, jr, h)
+
+
+# --- official checkpoints --------------------------------------------------------------------------------------------
+
+def grouped_by_head(rows, n_head, back=False):
+    """Rows of W_qkv or the injection from thirds (queries, keys, values; heads within each) to heads; back: reversed.
+
+    Row s D + h d + a of locuslab/deq is row 3 d h + s d + a of torchdeq's deq-lm.
+    """
+    d = len(rows) // (3 * n_head)
+    shape = (n_head, 3, d) if back else (3, n_head, d)
+    return rows.unflatten(0, shape).transpose(0, 1).flatten(0, 2)
+
+
+def official_names(model, lm):
+    """{our key: key in locuslab/deq, or with `lm` in torchdeq's deq-lm}."""
+    g, v = "parametrizations.weight.original0", "parametrizations.weight.original1"
+    inject = "injection" if lm else "inject_conv"
+    names = {"injection.weight": f"{inject}.weight", "injection.bias": f"{inject}.bias",
+             "cluster_weight": "crit.cluster_weight", "cluster_bias": "crit.cluster_bias",
+             "head_projection": "crit.out_projs.0.weight"}
+    for i in range(len(model.tables)):
+        names |= {f"tables.{i}": f"word_emb.emb_layers.{i}.weight", f"biases.{i}": f"crit.out_layers.{i}.bias",
+                  f"projections.{i}": f"word_emb.emb_projs.{i}.weight"}
+    for b in range(len(model.blocks)):
+        attn, ff = (f"func.{part}.{b}." if lm else f"func.{part}." for part in ("dec_attn", "pos_ff"))
+        names |= {f"blocks.{b}.{key}": attn + key for key in ("r_w_bias", "r_r_bias")}
+        for ours, theirs in (("qkv", attn + "qkv_net"), ("r", attn + "r_net"), ("o", attn + "o_net"),
+                             ("ff1", ff + "ff1_net"), ("ff2", ff + "ff2_net")):
+            names |= {f"blocks.{b}.{ours}.{g}": f"{theirs}.weight_g", f"blocks.{b}.{ours}.{v}": f"{theirs}.weight_v",
+                      f"blocks.{b}.{ours}.bias": f"{theirs}.bias"}
+        for ours, theirs in (("ln1", attn + "ln1"), ("ln_out", attn + "ln2"), ("ln2", ff + "ln")):
+            names |= {f"blocks.{b}.{ours}.{key}": f"{theirs}.{key}" for key in ("weight", "bias")}
+    return {ours: theirs for ours, theirs in names.items() if ours in model.state_dict()}
+
+
+def is_lm(key):
+    return key.startswith(("injection.", "func.dec_attn.0."))
+
+
+def load_official(model, state_dict):
+    """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
+
+    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict: ValueError names
+    keys that are unknown, missing, of another shape, or not tied where they must be.
+    """
+    state_dict = state_dict.get("state_dict", state_dict)
+    found = {}
+    for key, value in state_dict.items():
+        key = key.removeprefix("module.")
+        if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # a copy of F; a constant
+            continue
+        found[key] = value.flatten(1) if value.dim() == 3 else value                # kernel-1 convolutions
+    lm = any(map(is_lm, found))
+    own, names = model.state_dict(), official_names(model, lm)
+    for key in [k for k in names.values() if k.endswith(".weight_v") and k[:-2] in found]:
+        found[key] = found.pop(key[:-2])                        # without weight norm: v = W, g = ||W||
+        found[key[:-1] + "g"] = torch.linalg.vector_norm(found[key], dim=1, keepdim=True)
+    problems = []
+    for i in range(len(model.tables)):
+        for tied, to in (("layers", "layers"), ("projs", "projs")):
+            copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{to}.{i}.weight"
+            if copy in found and copy not in names.values():
+                value = found.pop(copy)
+                if original in found and not torch.equal(value, found[original]):
+                    problems.append(f"{copy} differs from {original}, which is the same parameter here")
+    problems += [f"unknown {k}" for k in sorted(found.keys() - set(names.values()))]
+    problems += [f"missing {k}" for k in names.values() if k not in found]
+    problems += [f"{theirs} is {tuple(found[theirs].shape)} instead of {tuple(own[ours].shape)}"
+                 for ours, theirs in names.items() if theirs in found and found[theirs].shape != own[ours].shape]
+    if problems:
+        raise ValueError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    for key in [k for k in names.values() if lm and ("qkv_net" in k or k.startswith("injection."))]:
+        found[key] = grouped_by_head(found[key], model.blocks[0].n_head, back=True)
+    model.load_state_dict({ours: found[theirs] for ours, theirs in names.items()})
+
+
+def official_state_dict(model, lm=False):
+    """The model's weights as locuslab/deq names and shapes them, or with `lm` as torchdeq's deq-lm does."""
+    own, state = model.state_dict(), {}
+    for ours, theirs in official_names(model, lm).items():
+        value = own[ours]
+        if lm and ("qkv_net" in theirs or theirs.startswith("injection.")):
+            value = grouped_by_head(value, model.blocks[0].n_head)
+        if not lm and value.dim() == 2 and theirs.startswith(("inject_conv", "func.dec_attn")) and "bias" not in theirs:
+            value = value[:, :, None]
+        state[theirs] = value
+    for i in range(len(model.tables)):
+        state[f"crit.out_layers.{i}.weight"] = own[f"tables.{i}"]
+        if i > 0 and f"projections.{i}" in own:
+            state[f"crit.out_projs.{i}.weight"] = own[f"projections.{i}"]
+    state["pos_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0.0, model.d_model, 2.0) / model.d_model)
+    return state
+
+
+# --- evaluation and diagnostics --------------------------------------------------------------------------------------
+
+def autocast(args, device):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
+
+
+@contextlib.contextmanager
+def evaluating(model, args):
+    """The model in evaluation mode, with the solver of evaluation."""
+    before = model.solver, model.max_iter, model.training
+    model.solver, model.max_iter = SOLVERS[args.eval_solver], args.eval_max_iter
+    model.eval()
+    yield
+    model.solver, model.max_iter, training = before
+    model.train(training)
+
+
+def health(name, residuals, tol):
+    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0."""
+    r = torch.cat(residuals).float()
+    q = torch.quantile(r, torch.tensor([0.1, 0.5, 0.9], device=r.device), interpolation="nearest").tolist()
+    return {f"{name}_residual_p10": q[0], f"{name}_residual_p50": q[1], f"{name}_residual_p90": q[2],
+            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
+
+
+@torch.no_grad()
+def evaluate(model, name, ids, args, process, mem_len, unroll=0):
+    """Perplexity of a text in --eval-streams streams with a memory of their own; the first token of each has none.
+
+    unroll: layers of the pretraining network, while that is being trained.
+    """
+    text = streams(ids, args.eval_streams)
+    own = text.tensor_split(process.world_size)[process.rank]              # some may have one stream more, or none
+    sums, residuals, evals, memory = torch.zeros(2, dtype=torch.float64, device=process.device), [], 0, None
+    starts = range(0, text.shape[1] - 1, args.segment)
+    with evaluating(model, args):
+        for start in tqdm(starts if len(own) else (), desc=f"evaluating {name}", leave=False,
+                          disable=process.rank > 0 or not sys.stderr.isatty()):
+            stop = min(start + args.segment, text.shape[1] - 1)
+            with autocast(args, process.device):
+                out = model(own[:, start:stop], own[:, start + 1:stop + 1], memory, mem_len=mem_len, unroll=unroll)
+            memory = out.memory
+            sums[0] += out.nll.sum()
+            sums[1] += out.nll.numel()
+            if out.result is not None:
+                residuals.append(out.result.residual)
+                evals += out.result.n_evals
+    nll, count = all_reduce_sum(sums).tolist()
+    record = {f"{name}_nll": nll / count, f"{name}_perplexity": math.exp(min(nll / count, 700.0)),
+              f"{name}_tokens": int(count), f"{name}_mem_len": mem_len}
+    if residuals:
+        record.update(health(name, residuals, args.tol))
+        record[f"{name}_evals"] = evals / len(residuals)
+    return record
+
+
+def spell(name, record):
+    """One line of what `evaluate` found."""
+    line = (f"{name} perplexity {record[f'{name}_perplexity']:.2f} of {record[f'{name}_tokens']} tokens, memory "
+            f"{record[f'{name}_mem_len']}")
+    if f"{name}_evals" in record:
+        line += ("; relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}, {:.1f} calls of F per segment".format(
+            *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), record[f"{name}_evals"]))
+    return line
+
+
+@torch.no_grad()
+def radius(model, ids, memory, lams=(1.0,), n_iter=50):
+    """Spectral radius per stream of lam J + (1 - lam) I at h* of a segment, for each lam; dropout off."""
+    training = model.training
+    model.eval()
+    u = model.inject(model.embed(ids))
+    h0 = torch.zeros(*ids.shape, model.d_model, device=u.device)
+    memory = memory or Memory(h0[:, :0], u[:, :0])
+    u = torch.cat([memory.u.to(u.dtype), u], dim=1)
+    f = functools.partial(model.f, u=u, constants=model.constants(u, memory.h))
+    h = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol, stop_mode=model.stop_mode).h
+    rho = [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
+    model.train(training)
+    return rho
+
+
+@torch.no_grad()
+def radii(model, ids, args, process):
+    """App. D.3: spectral radii of J and lam J + (1 - lam) I at h*, means over the streams' second segment; no trace."""
+    rng, own = rng_state(), streams(ids, args.eval_streams)
+    own = own.tensor_split(process.world_size)[process.rank]
+    sums, T = torch.zeros(4, dtype=torch.float64, device=process.device), min(args.segment, own.shape[1] // 2)
+    if len(own):
+        with evaluating(model, args), autocast(args, process.device):
+            memory = model(own[:, :T], mem_len=args.eval_mem_len[0]).memory
+            rho, rho_lam = radius(model, own[:, T:2 * T], memory, lams=(1.0, model.lam))
+        sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
+    set_rng_state(rng)
+    rho, rho_lam, above, count = all_reduce_sum(sums).tolist()
+    return {"rho_J": rho / count, "rho_J_lam": rho_lam / count, "rho_J_above_1": above / count, "lam": model.lam}
+
+
+@torch.no_grad()
+def generate(model, vocabulary, args, process):
+    """Continues --generate token by token, each drawn from the model's distribution; prints as it goes."""
+    known = {word: i for i, word in enumerate(vocabulary)}
+    words = args.generate.replace("\n", " <eos> ").split() or ["<eos>"]
+    missing = [word for word in words if word not in known]
+    if missing and "<unk>" not in known:
+        die(f"--generate: {missing[0]!r} is not in the vocabulary; it has whole words, and punctuation marks as words")
+    if missing:
+        print(f"note: not in the vocabulary, read as <unk>: {' '.join(missing)}", file=sys.stderr, flush=True)
+    ids, memory = torch.tensor([[known.get(word, known.get("<unk>")) for word in words]]), None
+    print(args.generate, end=" ", flush=True)
+    with evaluating(model, args), autocast(args, process.device):
+        for _ in range(args.generate_tokens):
+            for segment in ids.split(args.segment, dim=1):
+                out = model(segment, memory=memory, mem_len=args.eval_mem_len[0])
+                memory = out.memory
+            log_prob = model.log_prob(out.h[:, -1])
+            if args.temperature == 0:
+                ids = log_prob.argmax(1, keepdim=True).cpu()
+            else:
+                ids = torch.multinomial((log_prob / args.temperature).softmax(1), 1).cpu()
+            word = vocabulary[ids.item()]
+            print("\n" if word == "<eos>" else word + " ", end="", flush=True)
+    print()
+
+
+# --- benchmark -------------------------------------------------------------------------------------------------------
+
+TABLE3 = {      # of the model: norm, gradient, forward and backward steps; and whether the loss has the JR term
+    "PostLN implicit": (False, "implicit", 30, 35, False), "PostLN UPG": (False, "upg", 30, 35, False),
+    "PreLN JR implicit": (True, "implicit", 14, 14, True), "PreLN JR UPG": (True, "upg", 14, 14, True),
+    "PreLN JR UPG, 20": (True, "upg", 20, 14, True), "PostLN NPG": (False, "npg", 30, 35, False)}
+
+
+def benchmark(model, args, device, repeats=3):
+    """Times training steps of Table 3's rows in turns, and the solver's overhead: medians over the repeats.
+
+    A row with JR is the mean of steps with and without the term, weighted by --jr-freq.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+    model.train()
+    model.tol, n, rng = 0.0, model.edges[-1], torch.Generator().manual_seed(0)
+    text = (n * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4).long().clamp_max(n - 1)
+    B, M, D = args.batch_size, args.mem_len, args.d_model
+    memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device)) if M else None
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def configure(row):
+        pre_ln, model.grad, model.max_iter, model.backward_max_iter, regular = TABLE3[row]
+        for block in model.blocks:
+            block.pre_ln = pre_ln
+        return regular
+
+    def step(regularize):
+        reset_peak_memory(device)
+        start = clock()
+        with autocast(args, device):
+            out = model(text[:, :-1], text[:, 1:], memory, regularize=regularize)
+        loss = out.nll.mean() + (0.1 * out.jr if regularize else 0)
+        forward = clock()
+        loss.backward()
+        backward = clock()
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end = clock()
+        return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)]
+
+    def measure(row):
+        regular = configure(row)
+        plain = step(False)
+        if not regular:
+            return plain
+        more = step(True)
+        return [(1 - args.jr_freq) * a + args.jr_freq * b for a, b in zip(plain[:3], more)] + [max(plain[3], more[3])]
+
+    def overhead():
+        configure("PostLN UPG")
+        with torch.no_grad(), autocast(args, device):
+            u = model.inject(model.embed(text[:, :-1]))
+            h0 = torch.zeros(B, args.segment, D, device=device)
+            u, h_mem = (u, h0[:, :0]) if memory is None else (torch.cat([memory.u.to(u.dtype), u], 1), memory.h)
+            f = functools.partial(model.f, u=u, constants=model.constants(u, h_mem))
+            start = clock()
+            result = model.solver(f, h0, max_iter=model.max_iter, tol=0)
+            solved = clock()
+            for _ in range(result.n_evals):
+                f(result.h)
+            seconds = clock() - solved
+            return (solved - start) / seconds, 1e3 * seconds / result.n_evals
+
+    for row in TABLE3:
+        measure(row)            # warm-up, and compilation
+    times, overheads = {row: [] for row in TABLE3}, [overhead()]
+    for _ in range(repeats):
+        for row in TABLE3:
+            times[row].append(measure(row))
+        overheads.append(overhead())
+    median = {row: [statistics.median(column) for column in zip(*times[row])] for row in TABLE3}
+    about = describe_run(device, 1)
+    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, memory "
+          f"{M}, {args.solver}, k = {model.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
+    print("row                forward ms  backward ms  step ms  peak GB  tokens/s  backward    step  "
+          "(ratios: first row / this)")
+    base = median["PostLN implicit"]
+    for row, (forward, backward, whole, gb) in median.items():
+        print(f"{row:18s} {forward:10.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} "
+              f"{1e3 * B * args.segment / whole:9.0f} {base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
+    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
+    print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
+    configure("PostLN NPG")
+    peaks = {}
+    for model.k in (1, 20):
+        peaks[model.k] = step(False)[3]
+    print(f"NPG peak memory: k = 1 {peaks[1]:.3f} GB, k = 20 {peaks[20]:.3f} GB, ratio {peaks[20] / peaks[1]:.3f}")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+def build_model(args, n_token, process):
+    if args.cutoffs[-1] >= n_token:
+        die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {n_token} types")
+    model = DEQTransformer(
+        n_token, args.cutoffs, args.d_model, args.d_embed, args.n_head, args.d_head, args.d_inner, args.div_val,
+        args.n_blocks, args.norm == "pre", args.preln_residual, args.ln_affine, args.attn_out_ln, args.init_std,
+        args.init_before_norm, args.local_size, args.mem_len, args.dropout, args.dropatt, args.output_dropout,
+        args.checkpoint_blocks,
+        grad=args.grad, k=args.k, lam=1.0 if args.lam == "auto" else args.lam, solver=SOLVERS[args.solver],
+        max_iter=args.max_iter, tol=args.tol, backward_max_iter=args.backward_max_iter).to(process.device)
+    if args.compile:
+        # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
+        from torch._functorch import config as functorch_config
+        functorch_config.donated_buffer = False
+        torch._dynamo.config.cache_size_limit = 64      # the memory grows, the last segment is short, and so on
+        model.f = torch.compile(model.f)
+    return model
+
+
+def is_ours(state):
+    return isinstance(state, dict) and isinstance(state.get("args"), dict)
+
+
+def load_weights(flag, path, state, model):
+    """Strictly, from one of our checkpoints or an official one."""
+    try:
+        model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
+    except (ValueError, RuntimeError, AttributeError, KeyError) as error:
+        die(f"{flag} {path} does not fit the model (--d-model, --d-inner, --cutoffs, ..., types of --data): "
+            f"{' '.join(str(error).split())[:400]}")
+
+
+MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_head", "d_inner", "n_blocks", "cutoffs",
+               "div_val", "ln_affine", "attn_out_ln"}
+
+
+def restore(args, model, types, optimizer=None, scheduler=None):
+    """Loads --resume into the model, and in training all the rest of the state.  Returns what was read."""
+    state, training = load_checkpoint(args.resume), optimizer is not None
+    if not is_ours(state) and training:
+        die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
+            "or begun with (--init)")
+    if is_ours(state):
+        if "n_head" not in state["args"]:
+            die(f"--resume {args.resume} is of another script")
+        free = {"data", "out", "resume", "init", "eval", "benchmark", "save_every", "log_every", "radius_every",
+                "compile", "checkpoint_blocks", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter",
+                "generate", "generate_tokens", "temperature", "accumulate"}
+        checked = set(vars(args)) - free if training else MODEL_FLAGS
+        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
+                  for name, value in state["args"].items() if name in checked and value != getattr(args, name, None)]
+        if differ:
+            die(f"--resume {args.resume} is of a run with {', '.join(differ)}; use the same flags, or start afresh "
+                "with another --out")
+        if state["types"] != types:
+            die(f"--resume {args.resume} is of a run with another vocabulary than --data {args.data} has")
+        model.lam = state.get("lam", model.lam)
+    load_weights("--resume", args.resume, state, model)
+    if training:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    return state
+
+
+def jr_weight(args, step):
+    """Weight of the JR term after `step` steps: --jr, and 0.1 more per --jr-increment, after pretraining."""
+    if not args.jr_increment:
+        return args.jr
+    return args.jr + 0.1 * (step // args.jr_increment - min(step, args.pretrain_steps) // args.jr_increment)
+
+
+def all_streams(part, world):
+    """(B, M, .) of this process's streams -> those of all processes, in order."""
+    if world == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(world)]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
+def train(args, process, model, text):
+    device, rank, world = process.device, process.rank, process.world_size
+    main, types = rank == 0, checksum(text.vocabulary)
+    out = Path(args.out)
+    checkpoint, best_path = out / "checkpoint.pt", out / "best.pt"
+    seen = int(all_reduce_sum(torch.tensor(float(checkpoint.exists()), device=device)))      # by so many processes
+    if args.resume == "auto":
+        if seen not in (0, world):
+            die(f"--out {out}: {checkpoint.name} is there for {seen} of {world} processes; all machines must see one "
+                "and the same folder")
+        args.resume = str(checkpoint) if seen else None
+    if seen and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
+        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    B, T, n = args.batch_size, args.segment, args.accumulate
+    if len(text.train) < 2 * B:
+        die(f"--batch-size {B}: the training text has only {len(text.train)} tokens")
+    tokens = streams(text.train, B)                                                          # (B, length)
+    segments = math.ceil((tokens.shape[1] - 1) / T)                                          # per epoch; last: short
+    own = tokens.tensor_split(world)[rank].tensor_split(n)                                   # n micro-batches
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+
+    def schedule(done):             # the rate of step done + 1
+        s = done + 1
+        return s / args.warmup_steps if s < args.warmup_steps else (1 + math.cos(math.pi * s / args.steps)) / 2
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0, "last": math.inf, "seconds": 0.0}
+    memories = [None] * n
+    if args.resume:
+        state = restore(args, model, types, optimizer, scheduler)
+        if state["memory"] is not None:
+            parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
+            memories = [Memory(*pair) for pair in zip(*parts)]
+    elif args.init:
+        load_weights("--init", args.init, load_checkpoint(args.init, flag="--init"), model)
+    step, evaluated, best, best_step, last = (state[k] for k in ("step", "evaluated", "best", "best_step", "last"))
+    seed_everything(args.seed + rank)
+    if args.resume:
+        if len(state["rng"]) == world:
+            set_rng_state(state["rng"][rank])
+        elif main:
+            print(f"note: the checkpoint is of {len(state['rng'])} process(es): dropout is seeded anew", flush=True)
+    # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    timer = SaveTimer(args.save_every)
+    if main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            die(f"--out {out}: cannot make this folder ({error.strerror})")
+        log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"eval": evaluated})
+        parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
+        log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
+        print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
+              f"writing to {out}\n{parameters:,} parameters; {len(text.train)} training tokens of "
+              f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of {segments}"
+              + (f"; continues after step {step}" if step else ""), flush=True)
+
+    def save():
+        rng, memory = rng_states(), None                    # all processes take part
+        if memories[0] is not None:
+            memory = [all_streams(torch.cat(parts), world).cpu() for parts in zip(*memories)]
+        if main:
+            save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                         "scheduler": scheduler.state_dict(), "rng": rng, "memory": memory,
+                                         "lam": model.lam, "step": step, "evaluated": evaluated, "best": best,
+                                         "best_step": best_step, "last": last, "types": types, "args": vars(args),
+                                         "seconds": time.perf_counter() - started})
+
+    def evaluation_due():
+        return step % args.eval_every == 0 or step == args.steps
+
+    meter, residuals, backward_residuals, stop = Meter(device), [], [], False
+    started = time.perf_counter() - state["seconds"]
+    bar = tqdm(total=args.steps, initial=step, disable=not (main and sys.stderr.isatty()))
+    # Evaluation comes first: a run that was cut off in one finds its checkpoint just before it.
+    while not stop and (step < args.steps or evaluated < step):
+        if step > evaluated and evaluation_due():
+            unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
+            with timer.saved():
+                record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
+            evaluated, last = step, record["valid_perplexity"]
+            if last < best:
+                best, best_step = last, step
+                if main:
+                    save_checkpoint(best_path, {"model": model.state_dict(), "types": types, "args": vars(args),
+                                                "lam": model.lam, "step": step, "valid_perplexity": last})
+            for name, found in (("train", residuals), ("backward", backward_residuals)):
+                if found:
+                    record.update(health(name, found, args.tol))
+                found.clear()
+            if main:
+                log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
+                          seconds=time.perf_counter() - started, **record)
+                tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.2f} (step {best_step})")
+                found = ["{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
+                    name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
+                    for name in ("train", "backward") if f"{name}_solved" in record]
+                if found:
+                    tqdm.write("  relative residual (10, 50, 90 %) and share solved: " + "; ".join(found))
+            save()
+            meter.reset()
+            continue
+
+        start = step % segments * T
+        end = min(start + T, tokens.shape[1] - 1)
+        if start == 0:
+            memories = [None] * n                           # an epoch begins
+        # The same choices on all processes, and again after a restart: drawn from seed and step alone.
+        draw = random.Random(f"{args.seed}-{step}")
+        unroll = args.pretrain_layers if step < args.pretrain_steps else 0
+        regularize = not unroll and args.jr > 0 and draw.random() < args.jr_freq
+        max_iter = args.max_iter - draw.randint(0, args.jitter)
+        if args.lam == "auto" and not unroll and (step % 100 == 0 or step == args.pretrain_steps):
+            with autocast(args, device):
+                rho = radius(model, own[0][:, start:end], memories[0])[0].mean()
+            rho = all_reduce_sum(rho.double()) / world
+            if not torch.isfinite(rho):
+                die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
+                    "--grad upg", code=1)
+            model.lam = adaptive_damping(rho)
+        for i in range(n):
+            ids, targets = own[i][:, start:end], own[i][:, start + 1:end + 1]
+            reduce = world == 1 or i == n - 1               # gradients meet once per step
+            with contextlib.nullcontext() if reduce else net.no_sync():
+                with autocast(args, device):
+                    output = net(ids, targets, memories[i], unroll=unroll, max_iter=max_iter, regularize=regularize,
+                                 on_backward=lambda r: backward_residuals.append(r.residual))
+                loss = nll = output.nll.mean()
+                if regularize:
+                    loss = nll + jr_weight(args, step) * output.jr
+                    meter.add(1, jr=output.jr)
+                (loss / n).backward()
+            memories[i] = output.memory
+            meter.add(ids.numel(), loss=nll)
+            if output.result is not None:
+                residuals.append(output.result.residual)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        meter.add(1, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        step += 1
+        bar.update()
+
+        # --- the step ends here; what follows is logging, diagnostics and saving ---
+        saving, stop = timer.poll()
+        saving = saving or evaluation_due()                 # before the evaluation, which may take long
+        if args.radius_every and step % args.radius_every == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            paused = time.perf_counter()
+            record = radii(model, text.valid, args, process)
+            if main:
+                log.write(event="radius", step=step, **record)
+                tqdm.write(f"step {step}: spectral radius of J {record['rho_J']:.3f}, of J_lam "
+                           f"{record['rho_J_lam']:.3f} (lam = {model.lam:.2f})")
+            meter.start += time.perf_counter() - paused     # diagnostics do not count as training time
+        if step % args.log_every == 0 or saving:
+            record = meter.read()                                       # host sync
+            broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
+            if not broken and saving:                                       # the loss would show it one step late
+                finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+                broken = "" if finite else "a weight became infinite or not a number"           # host sync
+            if broken:
+                kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+                die(f"{broken} by step {step}: try a lower --lr or --lam, or --jr; {kept}", code=1)
+            if main:
+                lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - started
+                log.write(event="train", step=step, epoch=step / segments, lr=lr, lam=model.lam, seconds=seconds,
+                          **record)
+                more = f"  JR {record['jr']:.3f}" if "jr" in record else ""
+                more += f"  lam {model.lam:.2f}" if args.lam == "auto" else ""
+                more += f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
+                tqdm.write(f"step {step:6d}  epoch {step / segments:5.2f}  loss {record['loss']:.4f}  perplexity "
+                           f"{math.exp(min(record['loss'], 700.0)):8.2f}  lr {lr:.2e}  |g| {record['grad_norm']:.3f}  "
+                           f"{record['ms_per_step']:.0f} ms/step  {world * record['samples_per_s']:.0f} tokens/s{more}")
+        if saving:
+            save()
+            meter.reset()
+    bar.close()
+    if stop:
+        if main:
+            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
+                  flush=True)
+        return
+    if best_step != step:
+        load_weights("--out", best_path, load_checkpoint(best_path, flag="--out"), model)
+    record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0])
+    if main:
+        log.write(event="test", step=step, of_step=best_step, seconds=time.perf_counter() - started, **record)
+        print(f"done: {spell('test', record)} (weights of step {best_step}, the best on valid); "
+              f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+        if text.best:
+            print(f"best possible: {text.best[1]:.2f}; for a model that sees the last token alone: {text.best[0]:.2f}",
+                  flush=True)
+
+
+def main(args):
+    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
+    if not args.out and args.resume:
+        args.out = str(Path(args.resume).parent)
+    elif not args.out:
+        args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    process = init_process()
+    if args.batch_size % (process.world_size * args.accumulate):
+        die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
+            f"{args.accumulate}")
+    torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")       # "high": TF32, on GPUs only
+    seed_everything(args.seed)          # the same weights on all processes
+    if args.benchmark:
+        n_token = 267735 if args.cutoffs[-1] < 267735 else args.cutoffs[-1] + 1
+        benchmark(build_model(args, 2000 if args.data == "toy" else n_token, process), args, process.device)
+        return
+    text = load_text(args, process)
+    for name, ids in (("valid", text.valid), ("test", text.test)):
+        if len(ids) < 2 * args.eval_streams:
+            die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
+    model = build_model(args, len(text.vocabulary), process)
+    if args.eval or args.generate is not None:
+        restore(args, model, checksum(text.vocabulary))
+    if args.generate is not None:
+        generate(model, text.vocabulary, args, process)
+    elif args.eval:
+        for mem_len, (name, ids) in itertools.product(args.eval_mem_len, (("valid", text.valid), ("test", text.test))):
+            record = evaluate(model, name, ids, args, process, mem_len)
+            if process.rank == 0:
+                print(spell(name, record), flush=True)
+        record = radii(model, text.valid, args, process)
+        if process.rank == 0:
+            print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of "
+                  f"the streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")
+    else:
+        train(args, process, model, text)
+    if process.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
