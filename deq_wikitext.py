@@ -1233,6 +1233,7 @@ def train(args, process, model, text):
                 die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
                     "--grad upg", code=1)
             model.lam = adaptive_damping(rho)
+        means = collections.defaultdict(float)              # over the micro-batches
         for i in range(n):
             ids, targets = own[i][:, start:end], own[i][:, start + 1:end + 1]
             reduce = world == 1 or i == n - 1               # gradients meet once per step
@@ -1243,14 +1244,14 @@ def train(args, process, model, text):
                 loss = nll = output.nll.mean()
                 if regularize:
                     loss = nll + jr_weight(args, step) * output.jr
-                    meter.add(1, jr=output.jr)
+                    means["jr"] += output.jr.detach() / n
                 (loss / n).backward()
+            means["loss"] += nll.detach() / n
             memories[i] = output.memory
-            meter.add(ids.numel(), loss=nll)
             if output.result is not None:
                 residuals.append(output.result.residual)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        meter.add(1, grad_norm=norm)
+        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        meter.add(n * ids.numel(), **means)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
