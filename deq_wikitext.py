@@ -1162,7 +1162,7 @@ def train(args, process, model, text):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             die(f"--out {out}: cannot make this folder ({error.strerror})")
-        log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"eval": evaluated})
+        log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"eval": evaluated, "test": -1})
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
@@ -1299,12 +1299,13 @@ def train(args, process, model, text):
             print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
                   flush=True)
         return
-    if best_step != step:
+    of_step = best_step if best_path.exists() else step     # not there: the run was continued in another folder
+    if of_step != step:
         load_weights("--out", best_path, load_checkpoint(best_path, flag="--out"), model)
     record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0])
     if main:
-        log.write(event="test", step=step, of_step=best_step, seconds=time.perf_counter() - started, **record)
-        print(f"done: {spell('test', record)} (weights of step {best_step}, the best on valid); "
+        log.write(event="test", step=step, of_step=of_step, seconds=time.perf_counter() - started, **record)
+        print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
               f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
         if text.best:
             print(f"best possible: {text.best[1]:.2f}; for a model that sees the last token alone: {text.best[0]:.2f}",

@@ -1,0 +1,517 @@
+"""deq_wikitext.py as a program: training, wrong input, kill and resume, two processes, evaluation, text, benchmark.
+
+Narrow models on generated text; SIGKILL and SIGTERM are sent to real processes, also to one of two under torchrun.
+"""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import deq_wikitext
+import mdeq_cifar
+from common import Process
+from deq_wikitext import jr_weight, load_text, main, official_state_dict, parse_args
+
+ROOT = Path(deq_wikitext.__file__).parent
+SCRIPT = ROOT / "deq_wikitext.py"
+CPU = Process(0, 1, torch.device("cpu"))
+SHAPE = "--d-model 16 --n-head 2 --d-inner 24 --cutoffs 10 20".split()
+RUN = [*SHAPE, *"--batch-size 4 --segment 6 --mem-len 8 --steps 6 --warmup-steps 2 --pretrain-steps 0 --max-iter 4 "
+       "--backward-max-iter 4 --lr 0.01 --eval-every 3 --eval-streams 3 --log-every 1".split()]
+DROPOUT = "--dropout 0.2 --dropatt 0.1".split()
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own(monkeypatch):
+    """The script takes over SIGTERM, reads torchrun's variables and sets the precision of products; one thread."""
+    handler, threads, precision = signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.set_num_threads(1)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+def make_text(root, train=130, types=40):
+    """Lines of words that follow each other with a pattern, so that there is something to learn."""
+    rng, root = random.Random(0), Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    words = [f"w{i}" for i in range(types)]
+    for split, lines in (("train", train), ("valid", 12), ("test", 15)):
+        text = [" ".join(words) + " \n"] if split == "train" else []            # each type at least once
+        for _ in range(lines):
+            at = rng.randrange(types)
+            text.append(" ".join(words[(at + 3 * i) % types] for i in range(rng.randrange(0, 9))) + " \n")
+        (root / f"{split}.txt").write_text("".join(text))
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The text; no test may change it."""
+    root = make_text(tmp_path_factory.mktemp("text") / "small")
+    load_text(parse_args(["--data", str(root)]), CPU)                          # cached: later runs print nothing of it
+    return root
+
+
+def run(*flags):
+    main(parse_args([str(flag) for flag in flags]))
+
+
+def metrics(out, event):
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == event]
+
+
+def refused(capsys, *flags, code=2):
+    """Runs the script, which must end with this exit code; its last line on stderr, the message."""
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def checkpoint(out, name="checkpoint.pt"):
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def assert_same_end(a, b):
+    """Weights, Adam's state, memory, schedule, generators and results equal bit for bit."""
+    assert all(a[key] == b[key] for key in ("step", "evaluated", "last", "best", "best_step", "scheduler", "lam"))
+    assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    moments = [[v for s in c["optimizer"]["state"].values() for v in (s["exp_avg"], s["exp_avg_sq"])] for c in (a, b)]
+    assert len(moments[0]) > 40 and all(torch.equal(x, y) for x, y in zip(*moments, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(a["memory"], b["memory"], strict=True))
+    assert len(a["rng"]) == len(b["rng"])
+    assert all(torch.equal(x["torch"], y["torch"]) for x, y in zip(a["rng"], b["rng"]))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit", "--grad bptt --solver fixed-point",
+                                   "--norm pre --jr 0.1 --jitter 2", "--grad npg --lam auto", "--solver anderson",
+                                   "--max-iter 0 --k 3 --lam 1", "--pretrain-steps 4", "--amp", "--checkpoint-blocks",
+                                   "--n-blocks 2 --norm pre --preln-residual raw --ln-affine --attn-out-ln"])
+def test_every_way_of_training_learns(flags, tmp_path, small):
+    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 30, "--eval-every", 30, *DROPOUT, *flags.split())
+    losses = [record["loss"] for record in metrics(tmp_path, "train")]
+    assert losses[0] > 3.3 and losses[-1] < losses[0] - 0.3 and all(map(math.isfinite, losses))
+    (valid,), (test,) = metrics(tmp_path, "eval"), metrics(tmp_path, "test")
+    assert 1 < test["test_perplexity"] < 40 and valid["best_step"] == test["of_step"] == 30
+
+
+def test_the_rate_rises_and_falls_as_the_recipe_says(tmp_path, small):
+    """Step s: s / warm-up, then (1 + cos(pi s / steps)) / 2 over all steps, warm-up included; the first is not full."""
+    run(*RUN, "--data", small, "--out", tmp_path, "--warmup-steps", 3)
+    expected = [0.01 * (s / 3 if s < 3 else (1 + math.cos(math.pi * s / 6)) / 2) for s in range(1, 7)]
+    rates = [metrics(tmp_path, "train")[s]["lr"] for s in range(6)]
+    # The scheduler has moved on when a step is logged: the record of step s has the rate of s + 1.
+    assert rates[:5] == pytest.approx(expected[1:], rel=1e-6)
+
+
+def test_the_weight_of_jr_grows_as_the_official_scripts_do():
+    """2.0 until step 60,000, then 0.1 more each 30,000, ending at 2.8; constant with an increment of 0."""
+    args = parse_args("--jr 2.0 --jr-increment 30000".split())
+    assert [round(jr_weight(args, s), 6) for s in (0, 31_999, 32_000, 59_999, 60_000, 89_999, 90_000, 270_000, 299_999)] == [
+        2.0, 2.0, 2.0, 2.0, 2.1, 2.1, 2.2, 2.8, 2.8]
+    args = parse_args("--jr 1.9 --jr-increment 35000".split())
+    assert [round(jr_weight(args, s), 6) for s in (34_999, 35_000, 299_999)] == [1.9, 2.0, 2.7]
+    assert jr_weight(parse_args("--jr 0.1".split()), 299_999) == 0.1
+
+
+def calls_of_forward(monkeypatch):
+    calls, real = [], deq_wikitext.DEQTransformer.forward
+
+    def forward(self, ids, targets=None, memory=None, **settings):
+        if targets is not None and self.training:
+            calls.append(dict(settings, memory=0 if memory is None else memory.h.shape[1], T=ids.shape[1], first=ids[:, 0]))
+        return real(self, ids, targets, memory, **settings)
+
+    monkeypatch.setattr(deq_wikitext.DEQTransformer, "forward", forward)
+    return calls
+
+
+def test_segments_follow_each_other_and_an_epoch_begins_without_memory(tmp_path, monkeypatch, small):
+    calls, text = calls_of_forward(monkeypatch), load_text(parse_args(["--data", str(small)]), CPU)
+    length = len(text.train) // 4
+    segments = math.ceil((length - 1) / 6)
+    run(*RUN, "--data", small, "--out", tmp_path, "--steps", segments + 2, "--eval-every", 1000)
+    assert [c["memory"] for c in calls] == [0, 6, *[8] * (segments - 2), 0, 6]
+    assert sum(c["T"] for c in calls[:segments]) == length - 1 and calls[segments - 1]["T"] == (length - 1) % 6 > 0
+    columns = text.train[:4 * length].view(4, length)
+    for s, call in enumerate(calls):
+        assert torch.equal(call["first"], columns[:, s % segments * 6])
+
+
+def test_jitter_and_regularisation_are_drawn_for_each_step_and_again_alike(tmp_path, monkeypatch, small):
+    calls = calls_of_forward(monkeypatch)
+    flags = [*RUN, "--data", small, "--steps", 40, "--eval-every", 40, "--pretrain-steps", 5, "--jitter", 2, "--jr", 0.1]
+    for out in ("a", "b"):
+        run(*flags, "--out", tmp_path / out)
+    first, second = calls[:40], calls[40:]
+    keys = ("unroll", "max_iter", "regularize")
+    assert [[c[k] for k in keys] for c in first] == [[c[k] for k in keys] for c in second]
+    assert [c["unroll"] for c in first] == [2] * 5 + [0] * 35 and not any(c["regularize"] for c in first[:5])
+    assert {c["max_iter"] for c in first} == {2, 3, 4} and 6 <= sum(c["regularize"] for c in first) <= 25
+
+
+def test_the_largest_gradient_norm_is_that_of_clip(tmp_path, monkeypatch, small):
+    norms = []
+    real = torch.optim.Adam.step
+
+    def step(self, *args):
+        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+        return real(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    run(*RUN, "--data", small, "--out", tmp_path, "--clip", 0.05)
+    logged = [record["grad_norm"] for record in metrics(tmp_path, "train")]
+    assert min(logged) > 0.05 and norms == pytest.approx([0.05] * 6, rel=1e-3)
+
+
+def test_adaptive_damping_is_measured_logged_and_kept(tmp_path, monkeypatch, small):
+    """lam = 1 / mean rho(J) where that exceeds 1, every 100 steps, and in the checkpoint for the steps between."""
+    asked = []
+    monkeypatch.setattr(deq_wikitext, "radius", lambda *_, **__: (asked.append(1), [torch.tensor([1.0, 3.0, 4.0, 2.0])])[1])
+    flags = [*RUN, "--data", small, "--out", tmp_path, "--grad", "npg", "--lam", "auto", "--pretrain-steps", 2]
+    run(*flags)
+    assert [record["lam"] for record in metrics(tmp_path, "train")] == [1.0] * 2 + [0.4] * 4 and len(asked) == 1
+    assert checkpoint(tmp_path)["lam"] == 0.4
+    monkeypatch.setattr(deq_wikitext, "radius", lambda *_, **__: [torch.tensor([math.nan])])
+    with pytest.raises(SystemExit) as end:
+        run(*flags[:-4], "--lam", "auto", "--out", tmp_path / "other")
+    assert end.value.code == 1
+
+
+def test_micro_batches_are_the_same_step(tmp_path, small):
+    """Each has its streams' memory; the weights agree to rounding, and a checkpoint of one continues as the other."""
+    for n in (1, 2):
+        run(*RUN, "--data", small, "--out", tmp_path / str(n), "--accumulate", n)
+    a, b = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    assert all(torch.allclose(a["model"][k], b["model"][k], atol=2e-5) for k in a["model"])
+    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a["memory"], b["memory"]))
+
+
+def test_diagnostics_and_evaluations_leave_no_trace(tmp_path, small):
+    """Radii every step and evaluations at other steps: the same weights and memory bit for bit, dropout included."""
+    flags = [*RUN, *DROPOUT, "--data", small]
+    run(*flags, "--out", tmp_path / "a")
+    run(*flags, "--out", tmp_path / "b", "--radius-every", 1)
+    assert_same_end(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    radii = metrics(tmp_path / "b", "radius")
+    assert len(radii) == 6 and all(r["rho_J"] > 0 and r["rho_J_lam"] > 0 for r in radii)
+    run(*flags, "--out", tmp_path / "c", "--eval-every", 6)
+    a, c = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "c")
+    assert all(torch.equal(a["model"][k], c["model"][k]) for k in a["model"])
+    assert all(torch.equal(x, y) for x, y in zip(a["memory"], c["memory"]))
+
+
+def test_test_perplexity_is_of_the_weights_that_were_best_on_valid(tmp_path, monkeypatch, small):
+    """valid is worse at the last evaluation: best.pt keeps the weights of the one before, and test takes those."""
+    perplexities, real, weights = iter([5.0, 9.0, 7.0]), deq_wikitext.evaluate, {}
+
+    def evaluate(model, name, *rest):
+        weights[name] = model.state_dict()["cluster_bias"].clone()
+        record = real(model, name, *rest)
+        if name == "valid":
+            record["valid_perplexity"] = next(perplexities)
+            weights.setdefault("first", weights["valid"])
+        return record
+
+    monkeypatch.setattr(deq_wikitext, "evaluate", evaluate)
+    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 9)
+    (test,), best = metrics(tmp_path, "test"), checkpoint(tmp_path, "best.pt")
+    assert test["of_step"] == best["step"] == 3 and best["valid_perplexity"] == 5.0
+    assert torch.equal(weights["test"], weights["first"]) and not torch.equal(weights["test"], weights["valid"])
+    assert [r["best_perplexity"] for r in metrics(tmp_path, "eval")] == [5.0, 5.0, 5.0]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, small):
+    calls, real = [], deq_wikitext.DEQTransformer.nll
+
+    def nll(self, h, targets):
+        calls.append(self.training)
+        return real(self, h, targets) * (math.nan if sum(calls) == 5 and self.training else 1)
+
+    monkeypatch.setattr(deq_wikitext.DEQTransformer, "nll", nll)
+    message = refused(capsys, *RUN, "--data", small, "--out", tmp_path, code=1)
+    assert "the loss became nan by step 5" in message and "checkpoint.pt" in message
+    assert checkpoint(tmp_path)["step"] == 3
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, named", [
+    ("--d-head 7", "--d-head 7"), ("--n-head 3", "--n-head 3"), ("--d-model 15 --n-head 1", "--d-model 15"),
+    ("--cutoffs 20 10", "--cutoffs"), ("--cutoffs 0 10", "--cutoffs"), ("--cutoffs 10 40", "--cutoffs 10 40"),
+    ("--d-embed 8", "--d-embed 8"), ("--mem-len 995", "--local-size"), ("--eval-mem-len 8 995", "--local-size"),
+    ("--local-size -1", "--local-size"), ("--lam 0", "--lam"), ("--lam nan", "--lam"), ("--lam best", "--lam"),
+    ("--grad implicit --lam auto", "--lam auto"), ("--k 0", "--k"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
+    ("--dropatt nan", "--dropatt"), ("--max-iter -1", "--max-iter"), ("--max-iter 0 --grad npg", "--max-iter 0"),
+    ("--max-iter 0 --jr 1", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"), ("--jr-freq 0", "--jr-freq"),
+    ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip 0", "--clip"), ("--accumulate 3", "--batch-size 4"),
+    ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--generate x", "--resume"), ("--eval-max-iter 0", "--eval-max-iter"),
+    ("--eval --resume auto --out x", "--resume"), ("--resume auto", "--out"), ("--benchmark --eval --resume x", "--benchmark"),
+    ("--benchmark --resume x", "--benchmark"), ("--init x --eval --resume y", "--init"), ("--save-every nan", "--save-every"),
+    ("--batch-size 400", "--batch-size 400"), ("--eval-streams 90", "--eval-streams 90"), ("--temperature -1", "--temperature"),
+    ("--resume nowhere.pt --out unused", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
+    ("--resume nowhere.pt --eval", "nowhere.pt"), ("--data nowhere", "--data nowhere: needs the files wiki.train.tokens")])
+def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, *RUN, "--data", small, *flags.split())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]              # nothing was written
+
+
+def test_a_window_that_is_named_may_be_shorter_than_the_memory():
+    assert parse_args("--mem-len 995 --local-size 150".split()).local_size == 150
+
+
+@pytest.mark.parametrize("split, content, named", [
+    ("valid", b"", "valid.txt is empty"), ("train", b"", "train.txt is empty"), ("test", b"w1 zebra \n", "'zebra'"),
+    ("train", b"w1 w2 \n \xff\xfe broken \n", "not UTF-8"), ("valid", None, "wiki.valid.tokens")])
+def test_broken_texts_are_named(split, content, named, capsys, tmp_path):
+    root = make_text(tmp_path / "text")
+    path = root / f"{split}.txt"
+    path.unlink() if content is None else path.write_bytes(content)
+    message = refused(capsys, *RUN, "--data", root, "--out", tmp_path / "out")
+    assert "--data" in message and named in message and not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
+    out = tmp_path / "run"
+    flags = [*RUN, "--data", small, "--out", out]
+    run(*flags)
+    before = (out / "metrics.jsonl").read_text()
+    assert "already holds a run" in refused(capsys, *flags)
+    for more, named in (("--lam 0.4", "--lam 0.8 (here 0.4)"), ("--norm pre", "--norm post (here pre)"),
+                        ("--steps 9", "--steps 6 (here 9)"), ("--segment 7", "--segment 6 (here 7)"),
+                        ("--batch-size 8", "--batch-size 4 (here 8)"), ("--jr 1", "--jr 0.0 (here 1.0)"),
+                        ("--d-inner 25", "--d-inner 24 (here 25)")):
+        assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
+    message = refused(capsys, *flags, "--eval", "--resume", out / "checkpoint.pt", "--norm", "pre")
+    assert "--norm post (here pre)" in message
+    other = make_text(tmp_path / "other")
+    (other / "train.txt").write_text((other / "train.txt").read_text() + "w39 w39 w39 w39 w39 " * 9 + "\n")
+    for mode in (["--resume", "auto"], ["--eval", "--resume", out / "checkpoint.pt"]):
+        assert "another vocabulary" in refused(capsys, *RUN, "--data", other, "--out", out, *mode)
+    torch.save({"args": vars(mdeq_cifar.parse_args(["--data", "toy"])), "model": {}, "step": 3}, tmp_path / "cifar.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    for file, named in (("cifar.pt", "another script"), ("model.pt", "could run code")):
+        for mode in (["--out", tmp_path / "new"], ["--eval"]):
+            assert named in refused(capsys, *RUN, "--data", small, "--resume", tmp_path / file, *mode)
+    assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
+
+
+# --- kill and resume -------------------------------------------------------------------------------------------------
+
+LONG_RUN = [*RUN, *DROPOUT, *"--steps 60 --eval-every 20 --jr 0.1 --jitter 1 --pretrain-steps 5 --save-every 0".split()]
+
+
+def start(out, *command, launcher=(), **environment):
+    """The script as a process group of its own; what it prints goes to OUT.log."""
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen([sys.executable, *launcher, *map(str, (SCRIPT, *command)), "--out", str(out)],
+                                env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment}, stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process, out):
+    """Waits for the end, which must be a good one."""
+    assert process.wait(timeout=120) == 0, Path(f"{out}.log").read_text()[-3000:]
+    return checkpoint(out)
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None and time.monotonic() < end, "the run ended, or hung, before it was disturbed"
+        time.sleep(0.005)
+    return found
+
+
+def saved_at(out):
+    path = out / "checkpoint.pt"
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def steps_of(out, event="train"):
+    return [record["step"] for record in metrics(out, event)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    """A run of one process and one of two, which go on while the tests begin: {processes: (Popen, out)}."""
+    root, runs = tmp_path_factory.mktemp("undisturbed"), {}
+    for n, launcher in ((1, ()), (2, TORCHRUN)):
+        out = root / str(n)
+        runs[n] = start(out, *LONG_RUN, "--data", small, launcher=launcher), out
+    yield runs
+    for process, _ in runs.values():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, small, undisturbed):
+    """SIGKILL twice, --resume auto: weights, Adam, memory, position in the text, dropout equal bit for bit."""
+    out, rng = tmp_path / "run", random.Random(0)
+    flags = [*LONG_RUN, "--data", small, "--resume", "auto"]
+    for _ in range(2):
+        before = saved_at(out)
+        process = start(out, *flags)
+        wait_for(lambda: saved_at(out) not in (None, before), process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    end, expected = finish(start(out, *flags), out), finish(*undisturbed[1])
+    assert end["step"] == 60
+    assert_same_end(end, expected)
+    assert steps_of(out, "start")[0] == 0 and min(steps_of(out, "start")[1:]) > 0
+    for folder in (out, undisturbed[1][1]):
+        assert steps_of(folder) == list(range(1, 61)) and steps_of(folder, "eval") == [20, 40, 60]
+    losses = [[r["loss"] for r in metrics(folder, "train")] for folder in (out, undisturbed[1][1])]
+    assert losses[0] == losses[1] and len(metrics(out, "test")) == 1
+
+
+def test_SIGTERM_saves_and_ends_with_code_0(tmp_path, small, undisturbed):
+    """--save-every is far away: the only checkpoint before step 20 is the one that SIGTERM asked for."""
+    out = tmp_path / "run"
+    flags = [*LONG_RUN, "--data", small, "--save-every", 1000]
+    process, log = start(out, *flags), out / "metrics.jsonl"
+    wait_for(lambda: log.exists() and '"train"' in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    step = finish(process, out)["step"]
+    assert 0 < step < 60 and f"SIGTERM: saved after step {step} " in Path(f"{out}.log").read_text()
+    assert_same_end(finish(start(out, *flags, "--resume", "auto"), out), finish(*undisturbed[1]))
+    assert steps_of(out) == list(range(1, 61)) and steps_of(out, "eval") == [20, 40, 60]
+
+
+def test_an_evaluation_that_was_cut_off_is_done_by_the_resumed_run(tmp_path, monkeypatch, small):
+    flags, real = [*RUN, *DROPOUT, "--data", small], deq_wikitext.evaluate
+    run(*flags, "--out", tmp_path / "whole")
+    monkeypatch.setattr(deq_wikitext, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--out", tmp_path / "cut")
+    assert (checkpoint(tmp_path / "cut")["step"], checkpoint(tmp_path / "cut")["evaluated"]) == (3, 0)
+    monkeypatch.setattr(deq_wikitext, "evaluate", real)
+    run(*flags, "--out", tmp_path / "cut", "--resume", "auto")
+    assert_same_end(checkpoint(tmp_path / "cut"), checkpoint(tmp_path / "whole"))
+    assert steps_of(tmp_path / "cut", "eval") == [3, 6]
+    run(*flags, "--out", tmp_path / "cut", "--resume", "auto")          # a finished run: only the test text again
+    assert len(metrics(tmp_path / "cut", "test")) == 1
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+def test_two_processes_take_the_steps_of_one(tmp_path, small):
+    """Each has half of the streams with their own memory: the loss, the perplexities and the weights are those of one.
+
+    Without dropout, whose masks each process draws for itself; to rounding, which Adam's first steps magnify.
+    """
+    flags = [*RUN, "--data", small, "--lr", 0.001]
+    agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
+    run(*flags, "--out", tmp_path / "one")
+    two, one = finish(agent, tmp_path / "two"), checkpoint(tmp_path / "one")
+    assert all(torch.allclose(one["model"][k], two["model"][k], atol=2e-5) for k in one["model"])
+    assert all(a.shape == b.shape == (4, 8, a.shape[2]) and torch.allclose(a, b, atol=1e-3)
+               for a, b in zip(one["memory"], two["memory"]))
+    for event, key in (("eval", "valid_perplexity"), ("test", "test_perplexity")):
+        a, b = ([r[key] for r in metrics(tmp_path / n, event)] for n in ("one", "two"))
+        assert a == pytest.approx(b, rel=1e-4)
+    assert metrics(tmp_path / "two", "test")[0]["test_tokens"] == metrics(tmp_path / "one", "test")[0]["test_tokens"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path, small, undisturbed):
+    """SIGKILL to the second process: the job carries on by itself, to the same end bit for bit."""
+    out = tmp_path / "run"
+    agent = start(out, *LONG_RUN, "--data", small, "--resume", "auto",
+                  launcher=[*TORCHRUN, "--max-restarts=1", "--monitor-interval=0.1"], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+    def second_process():
+        for entry in Path("/proc").iterdir():
+            try:
+                if (entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == agent.pid
+                        and b"\0RANK=1\0" in (entry / "environ").read_bytes()):
+                    return int(entry.name)
+            except OSError:
+                continue                        # it has just ended
+
+    wait_for(lambda: saved_at(out) is not None, agent)
+    os.kill(wait_for(second_process, agent), signal.SIGKILL)
+    end, expected = finish(agent, out), finish(*undisturbed[2])
+    assert len(end["rng"]) == 2
+    assert_same_end(end, expected)
+    assert steps_of(out) == list(range(1, 61)) and len(steps_of(out, "start")) == 2
+
+
+# --- evaluation, official checkpoints, text, benchmark ---------------------------------------------------------------
+
+def test_a_checkpoint_is_evaluated_at_each_memory_length(tmp_path, small, capsys):
+    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 12, "--eval-every", 12)
+    capsys.readouterr()
+    run(*RUN, "--data", small, "--eval", "--resume", tmp_path / "checkpoint.pt", "--eval-mem-len", 8, 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["valid", "test", "valid", "test", "spectral"]
+    (test,) = metrics(tmp_path, "test")
+    assert lines[1].startswith(f"test perplexity {test['test_perplexity']:.2f} of {test['test_tokens']} tokens, memory 8;")
+    assert "memory 20" in lines[3] and "residual" in lines[3]
+    run(*RUN, "--data", small, "--eval", "--resume", tmp_path / "best.pt")
+    assert capsys.readouterr().out.splitlines()[1] == lines[1]
+
+
+@pytest.mark.parametrize("lm", [False, True])
+def test_official_checkpoints_are_evaluated_and_begun_with(lm, tmp_path, small, capsys):
+    more = "--norm pre --preln-residual raw --n-blocks 2 --ln-affine --attn-out-ln".split() if lm else []
+    torch.manual_seed(5)
+    model = deq_wikitext.build_model(parse_args([*RUN, *more]), 41, CPU)
+    torch.save(official_state_dict(model, lm), tmp_path / "official.pkl")
+    run(*RUN, *more, "--data", small, "--eval", "--resume", tmp_path / "official.pkl")
+    assert "test perplexity" in capsys.readouterr().out
+    run(*RUN, *more, "--data", small, "--init", tmp_path / "official.pkl", "--out", tmp_path / "run", "--lr", 1e-9)
+    weights = checkpoint(tmp_path / "run")["model"]
+    assert all(torch.allclose(weights[k], v, atol=1e-6) for k, v in model.state_dict().items())
+    assert "--eval" in refused(capsys, *RUN, *more, "--data", small, "--resume", tmp_path / "official.pkl")
+    message = refused(capsys, *RUN, *more, "--data", small, "--eval", "--resume", tmp_path / "official.pkl", "--d-inner", 25)
+    assert "does not fit" in message and "ff1" in message
+
+
+def test_text_is_continued(tmp_path, small, capsys):
+    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 60, "--eval-every", 60)
+    capsys.readouterr()
+    flags = [*RUN, "--data", small, "--resume", tmp_path / "checkpoint.pt", "--generate-tokens", 20]
+    out = []
+    for more in (["--temperature", 0], ["--temperature", 0], ["--seed", 1], ["--seed", 2]):
+        run(*flags, "--generate", "w1 w4 w7", *more)
+        out.append(capsys.readouterr().out)
+    assert all(o.startswith("w1 w4 w7 ") for o in out) and out[0] == out[1] and out[2] != out[3]
+    for o in out:
+        words = o.replace("\n", " <eos> ").split()[3:-1]
+        assert len(words) == 20 and all(w == "<eos>" or w.startswith("w") for w in words)
+    assert "'zebra' is not in the vocabulary" in refused(capsys, *flags, "--generate", "w1 zebra")
+
+
+def test_the_benchmark_measures_every_row(capsys):
+    model_k = "--k 3"
+    run(*RUN, "--data", "toy", "--benchmark", *model_k.split())
+    printed = capsys.readouterr().out
+    for row in deq_wikitext.TABLE3:
+        (line,) = [line for line in printed.splitlines() if line.startswith(row + " ") and "x" in line
+                   and line[len(row):].split()[0].replace(".", "").isdigit()]
+        assert all(float(x.rstrip("x")) > 0 for x in line[len(row):].split() if x != "nan")
+    assert "1.00x   1.00x" in printed and "solver overhead" in printed and "NPG peak memory" in printed
