@@ -600,8 +600,8 @@ class Process(NamedTuple):
 def init_process() -> Process:
     """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it --standalone "
-            "or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead processes "
+        die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it "
+            "--standalone or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead processes "
             "(github.com/pytorch/pytorch/issues/167288)")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -696,7 +696,8 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
     previous = path.with_name(path.name + ".previous")
     with contextlib.suppress(Exception):
         state = torch.load(previous, map_location="cpu", weights_only=True)
-        print(f"warning: {path} is damaged or not a checkpoint ({reason}); using {previous}", file=sys.stderr, flush=True)
+        print(f"warning: {path} is damaged or not a checkpoint ({reason}); using {previous}", file=sys.stderr,
+              flush=True)
         return state
     if could_run_code:
         die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
@@ -708,7 +709,8 @@ class SaveTimer:
     """Says when to save: every `minutes`, and as soon as one process was sent SIGTERM, which also ends the run.
 
     SIGTERM is what a cluster sends some seconds before it kills a job; without this the work since the last
-    checkpoint is lost.  Of one process per run; it takes over the process's SIGTERM.
+    checkpoint is lost.  Takes over the process's SIGTERM.  While `saved`, a process that is sent it ends alone: then
+    all must be sent it, as clusters and torchrun do.
     """
 
     def __init__(self, minutes: float):
@@ -721,6 +723,7 @@ class SaveTimer:
         def note(*_):       # does not hold self: a process that ends while its gloo group still exists may crash then
             sigterm.came = True
             if sigterm.nothing_to_lose:
+                print("SIGTERM: ends here, all is saved", file=sys.stderr, flush=True)
                 raise SystemExit(0)
 
         signal.signal(signal.SIGTERM, note)

@@ -18,8 +18,8 @@ torchrun --nproc_per_node=4 deq_wikitext.py with
                       --backward-max-iter 14 --jitter 2 --jr 2.0 --jr-freq 0.4 --jr-increment 30000
           24.4  2.2x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 14 --jitter 2 --jr 0.1
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
-          fails       --grad npg                                     # App. D.3; it says that this, or --jr, helps:
-                      --grad npg --lam auto                          # lam = 1 / rho(J)
+          fails -     --grad npg                          # App. D.3, where this or --jr helps, without a number:
+          -     -     --grad npg --lam auto               # lam = 1 / rho(J)
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
     22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln
@@ -868,7 +868,7 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
 
 def spell(name, record):
     """One line of what `evaluate` found."""
-    line = (f"{name} perplexity {record[f'{name}_perplexity']:.2f} of {record[f'{name}_tokens']} tokens, memory "
+    line = (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
             f"{record[f'{name}_mem_len']}")
     if f"{name}_evals" in record:
         line += ("; relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}, {:.1f} calls of F per segment".format(
@@ -1206,7 +1206,7 @@ def train(args, process, model, text):
             if main:
                 log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
                           seconds=time.perf_counter() - started, **record)
-                tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.2f} (step {best_step})")
+                tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})")
                 found = ["{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
                     name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
                     for name in ("train", "backward") if f"{name}_solved" in record]
@@ -1288,7 +1288,7 @@ def train(args, process, model, text):
                 more += f"  lam {model.lam:.2f}" if args.lam == "auto" else ""
                 more += f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                 tqdm.write(f"step {step:6d}  epoch {step / segments:5.2f}  loss {record['loss']:.4f}  perplexity "
-                           f"{math.exp(min(record['loss'], 700.0)):8.2f}  lr {lr:.2e}  |g| {record['grad_norm']:.3f}  "
+                           f"{math.exp(min(record['loss'], 700.0)):<8.6g}  lr {lr:.2e}  |g| {record['grad_norm']:.3f}  "
                            f"{record['ms_per_step']:.0f} ms/step  {world * record['samples_per_s']:.0f} tokens/s{more}")
         if saving:
             save()
@@ -1319,6 +1319,10 @@ def main(args):
     elif not args.out:
         args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
+    if process.world_size > 1:          # the default's time differs from process to process
+        shared = [args.out]
+        dist.broadcast_object_list(shared)
+        (args.out,) = shared
     if args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")

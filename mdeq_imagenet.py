@@ -2,16 +2,19 @@
 
     torchrun --nproc_per_node=8 mdeq_imagenet.py --grad upg --k 5 --lam 0.6     # the paper's row: 8 GPUs x 16 images
     python mdeq_imagenet.py --data toy                          # generated images, narrow: 2 min on two CPU cores
-    python mdeq_imagenet.py --accumulate 8                      # one GPU: the same step in 8 micro-batches of 16
+    python mdeq_imagenet.py --accumulate 8                      # one GPU: the same gradient in 8 micro-batches of 16
     python mdeq_imagenet.py --eval --resume FILE --max-iter 20  # top-1, top-5, residuals, spectral radii
     python mdeq_imagenet.py --benchmark --batch-size 16         # step time and memory of the three gradients
 
-Images: --data DIR (default data/imagenet) with DIR/train/CLASS/* and DIR/val/CLASS/*.  On each of two machines, and
-carrying on by itself after a process is lost, or when a lost machine but HOST is back and torchrun runs there again (R
-is a folder that both see):
+Images: --data DIR (default data/imagenet) with DIR/train/CLASS/* and DIR/val/CLASS/*.  On each of two machines (R is a
+folder that both see):
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 mdeq_imagenet.py --out R
+The same, carrying on by itself up to three times after a process is lost:
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1             # torch's restarts fail without it, see init_process
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --max-restarts=3 \\
         mdeq_imagenet.py --out R --resume auto
+SIGTERM, to all processes, saves and ends them with code 0; torchrun itself passes one on, ends with code 1, and kills
+what is left after 30 seconds.
 
 Table 3 (16,808,936 parameters, 100 epochs, batches of 128): torchrun --nproc_per_node=8 mdeq_imagenet.py with
     paper 75.3 %   --grad implicit --pretrain-steps 500000         # the exact gradient, 27 backward iterations
@@ -19,20 +22,20 @@ Table 3 (16,808,936 parameters, 100 epochs, batches of 128): torchrun --nproc_pe
           75.7 %   (none)                                          # App. D.3, setting 2: UPG from the first step on
 App. D.3's spectral radii: --radius-every 10000, or --eval.
 
-What makes it faster (--benchmark and the flag measure it; README.md has what was measured):
+What makes it faster (--benchmark with the flag measures the first four; README.md has what was measured):
     --compile                   F and head by torch.compile: fewer launches, fused norms; the same numbers to rounding
     --memory-format FORMAT      channels-last or contiguous; the same numbers to rounding
     --amp                       bf16 autocast, solver state in float32: changes results, so it is off by default
-    TF32 convolutions           torch's default on a GPU; --no-tf32 for full float32
-    --accumulate n              not faster: a 1/n of the memory, for smaller cards; BatchNorm then sees the micro-batch
+    TF32 convolutions           torch's default on a GPU, so here too, though it changes results; --no-tf32 without
+    --accumulate n              not faster: 1/n of the activations, for smaller cards; BatchNorm sees micro-batches
     always on                   effective weights once per forward, a solver that never waits for the GPU (--tol 0),
                                 images travel as uint8, and are cropped in worker processes (--workers)
 
 Measured: no GPU run yet.  README.md has the CPU runs on 1000 real images.
 
 Differs from the paper and its release: as mdeq_cifar.py in the solver (residuals per image, sign of Broyden's first
-step).  BatchNorm is per GPU, which is how the numbers of UPG were made; the released script has --sync-bn.  Random
-crops by torchvision with the release's area and aspect (there: DALI).  The last, incomplete batch of an epoch is
+step).  BatchNorm is per GPU, which is how UPG's numbers were made; the released script has SyncBN (here --sync-bn).
+Random crops by torchvision with the release's area and aspect (there: DALI).  The last, incomplete batch of an epoch is
 dropped: 10,009 steps.  The paper's 75.3 is of locuslab/mdeq, whose recipe differs in more than the gradient: 4 GPUs x
 32 images, crops of 8 to 100 % of the area, weights from Normal(0, 0.01); here all rows share UPG's.
 """
@@ -168,6 +171,8 @@ def parse_args(argv=None):
     if len(args.head_channels) != len(args.channels):
         p.error(f"--head-channels needs one number per branch: {len(args.channels)} --channels, "
                 f"{len(args.head_channels)} --head-channels")
+    if len(args.channels) < 2:
+        p.error(f"--channels needs at least two branches, got {args.channels}: with one, F has no fusion")
     if min(args.channels) < 8 or any(c % 8 for c in args.channels):
         p.error(f"--channels must be multiples of 8, the groups of GroupNorm, got {args.channels}")
     if min(args.head_channels) < 1:
@@ -773,7 +778,7 @@ def load_weights(flag, path, state, model):
     """Strictly, from one of our checkpoints or an official one."""
     try:
         model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
-    except (ValueError, RuntimeError, AttributeError) as error:
+    except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         die(f"{flag} {path} does not fit the model (--channels, --head-channels, --final-channels, classes of --data): "
             f"{' '.join(str(error).split())[:400]}")
 
@@ -785,11 +790,14 @@ def is_ours(state):
 def initialise(args, model):
     """--init: the weights of a checkpoint, and a new classifier where its number of classes is another one."""
     state = load_checkpoint(args.init, flag="--init")
-    weights = state["model"] if is_ours(state) else state.get("state_dict", state) if isinstance(state, dict) else {}
+    weights = {}
+    if isinstance(state, dict):
+        weights = state.get("model", {}) if is_ours(state) else state.get("state_dict", state)
     own = model.state_dict()
     for key in list(weights):
-        name = key.removeprefix("module.")
-        if name in ("classifier.weight", "classifier.bias") and len(weights[key]) != len(own[name]):
+        name = str(key).removeprefix("module.")
+        if name in ("classifier.weight", "classifier.bias") and torch.is_tensor(weights[key]) and (
+                len(weights[key]) != len(own[name])):
             print(f"note: --init has {len(weights[key])} classes, --data {len(own[name])}: new {name}", flush=True)
             weights[key] = own[name]
     load_weights("--init", args.init, state, model)
@@ -1008,6 +1016,10 @@ def main(args):
     elif not args.out:
         args.out = f"runs/imagenet-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
+    if process.world_size > 1:          # the default's time differs from process to process
+        shared = [args.out]
+        torch.distributed.broadcast_object_list(shared)
+        (args.out,) = shared
     if args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")

@@ -398,9 +398,15 @@ def test_an_unreadable_file_is_named_and_ends_the_run_or_is_left_out(split, kind
     assert [r["step"] for r in metrics(tmp_path / "skip", "train")] == [1, 2, 3, 4, 5]
 
 
-def test_workers_never_keep_a_process_from_ending(small):
-    """They ignore SIGTERM, by which Python ends them at exit, where they still exist: here, as something holds them."""
-    code = f"""
+@pytest.mark.parametrize("last, code, printed", [
+    ("", 0, ""), ("raise RuntimeError('no memory')", 1, "RuntimeError: no memory"),
+    ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt")])
+def test_workers_never_keep_a_process_from_ending(last, code, printed, small):
+    """They ignore SIGTERM, by which Python ends them at exit where they still exist: as something holds the loader.
+
+    A rank that hangs after its traceback would never be restarted by torchrun.
+    """
+    program = f"""
 import sys, torch, mdeq_imagenet as m
 from common import Process
 args = m.parse_args([*{NARROW!r}, '--data', {str(small)!r}, '--crop', '32', '--resize', '36', '--workers', '2',
@@ -408,17 +414,18 @@ args = m.parse_args([*{NARROW!r}, '--data', {str(small)!r}, '--crop', '32', '--r
 train, val, _ = m.load_images(args, Process(0, 1, torch.device('cpu')))
 sys.kept = iter(m.image_loader(val, [[(0, 0)], [(1, 0)]], args, torch.device('cpu')))
 next(sys.kept)
+{last}
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
-                          text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stderr.strip().split("\n")[-1] == printed
 
 
 # --- wrong flags and wrong data --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, named", [
     ("--crop 225", "--crop 225"), ("--crop 36 --resize 40", "--crop 36"), ("--crop 64", "--resize 36"),
-    ("--channels 8 12", "--channels"), ("--channels 4 8", "--channels"), ("--head-channels 4", "--head-channels"),
+    ("--channels 8 12", "--channels"), ("--channels 8 --head-channels 4", "at least two"), ("--channels 4 8", "--channels"), ("--head-channels 4", "--head-channels"),
     ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan", "--lam"),
     ("--lam 1.5", "--lam"), ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
     ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import deq_synthetic
+import deq_wikitext
 import mdeq_cifar
 import mdeq_imagenet
 
@@ -20,21 +21,24 @@ def test_the_example_runs_as_printed(capsys):
     assert 1 < n_evals <= 31
 
 
-SCRIPTS = {module.__name__: module for module in (deq_synthetic, mdeq_cifar, mdeq_imagenet)}
+SCRIPTS = {module.__name__: module for module in (deq_synthetic, deq_wikitext, mdeq_cifar, mdeq_imagenet)}
 
 
 def test_every_command_of_the_readme_and_the_headers_parses():
     text = (README + "".join(module.__doc__ for module in SCRIPTS.values())).replace("\\\n", " ")
     commands = re.findall(rf"(?:python|torchrun(?: +--\S+)+) +({'|'.join(SCRIPTS)})\.py((?: +-[^`#\n;(]*)?)", text)
-    assert len(commands) >= 24 and {script for script, _ in commands} == set(SCRIPTS)
+    assert len(commands) >= 32 and {script for script, _ in commands} == set(SCRIPTS)
     for script, flags in commands:
         SCRIPTS[script].parse_args(shlex.split(flags))
 
 
 @pytest.mark.parametrize("script, row, count", [(mdeq_cifar, r"^ +\d  .*?\+- \S+ +(.*)$", 8),
-                                                (mdeq_imagenet, r"^ +(?:paper )?\d\S+ %  +(.*?)(?:  +#.*)?$", 3)])
+                                                (mdeq_imagenet, r"^ +(?:paper )?\d\S+ %  +(.*?)(?:  +#.*)?$", 3),
+                                                (deq_wikitext, r"^ +(?:paper )?[\dfail.-]+s? +[\d.x-]*  +(.*?)(?:  +#.*)?$",
+                                                 8)])
 def test_the_rows_of_a_headers_table_parse_and_differ(script, row, count):
-    rows = re.findall(row, script.__doc__, re.MULTILINE)
+    text = re.sub(r"\n {20,}(?=--)", " ", script.__doc__)              # a row may go on in the next line
+    rows = re.findall(row, text, re.MULTILINE)
     parsed = [str(script.parse_args([] if row == "(none)" else shlex.split(row))) for row in rows]
     assert len(parsed) == len(set(parsed)) == count
 

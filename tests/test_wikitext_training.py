@@ -106,13 +106,15 @@ def assert_same_end(a, b):
 @pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit", "--grad bptt --solver fixed-point",
                                    "--norm pre --jr 0.1 --jitter 2", "--grad npg --lam auto", "--solver anderson",
                                    "--max-iter 0 --k 3 --lam 1", "--pretrain-steps 4", "--amp", "--checkpoint-blocks",
-                                   "--n-blocks 2 --norm pre --preln-residual raw --ln-affine --attn-out-ln"])
+                                   "--n-blocks 2 --norm pre --preln-residual raw --ln-affine --attn-out-ln "
+                                   "--init-before-norm --max-iter 0 --k 4 --lam 1"])
 def test_every_way_of_training_learns(flags, tmp_path, small):
-    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 30, "--eval-every", 30, *DROPOUT, *flags.split())
+    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 54, "--eval-every", 54, *DROPOUT, *flags.split())
     losses = [record["loss"] for record in metrics(tmp_path, "train")]
-    assert losses[0] > 3.3 and losses[-1] < losses[0] - 0.3 and all(map(math.isfinite, losses))
+    first, second = sum(losses[:27]) / 27, sum(losses[27:]) / 27            # the same text twice
+    assert second < first - 0.05
     (valid,), (test,) = metrics(tmp_path, "eval"), metrics(tmp_path, "test")
-    assert 1 < test["test_perplexity"] < 40 and valid["best_step"] == test["of_step"] == 30
+    assert 1 < test["test_perplexity"] < 100 and valid["best_step"] == test["of_step"] == 54
 
 
 def test_the_rate_rises_and_falls_as_the_recipe_says(tmp_path, small):
@@ -198,13 +200,29 @@ def test_adaptive_damping_is_measured_logged_and_kept(tmp_path, monkeypatch, sma
     assert end.value.code == 1
 
 
+def assert_same_training(a, b):
+    """Gradients (Adam's mean of them), memory and perplexities agree to rounding.
+
+    Not all weights do: where the true gradient is zero, as for a key's bias, Adam steps by the sign of rounding.  These
+    steps are as long as any, and meet the keys of the memory: the runs have a small --lr.
+    """
+    one, two = checkpoint(a), checkpoint(b)
+    for x, y in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        assert torch.allclose(x["exp_avg"], y["exp_avg"], rtol=0, atol=1e-3 * max(0.01, x["exp_avg"].abs().max().item()))
+    assert all(x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=2e-3) for x, y in zip(one["memory"], two["memory"]))
+    for event, key in (("eval", "valid_perplexity"), ("test", "test_perplexity")):
+        found = [[r[key] for r in metrics(out, event)] for out in (a, b)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_micro_batches_are_the_same_step(tmp_path, small):
-    """Each has its streams' memory; the weights agree to rounding, and a checkpoint of one continues as the other."""
+    """Each has its streams' memory.  A checkpoint of one continues as the other."""
     for n in (1, 2):
-        run(*RUN, "--data", small, "--out", tmp_path / str(n), "--accumulate", n)
-    a, b = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
-    assert all(torch.allclose(a["model"][k], b["model"][k], atol=2e-5) for k in a["model"])
-    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a["memory"], b["memory"]))
+        run(*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0, "--out", tmp_path / str(n), "--accumulate", n)
+    assert_same_training(tmp_path / "1", tmp_path / "2")
+    losses = [[r["loss"] for r in metrics(tmp_path / n, "train")] for n in "12"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    run(*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0, "--out", tmp_path / "2", "--accumulate", 4, "--resume", "auto")
 
 
 def test_diagnostics_and_evaluations_leave_no_trace(tmp_path, small):
@@ -258,7 +276,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
 
 @pytest.mark.parametrize("flags, named", [
     ("--d-head 7", "--d-head 7"), ("--n-head 3", "--n-head 3"), ("--d-model 15 --n-head 1", "--d-model 15"),
-    ("--cutoffs 20 10", "--cutoffs"), ("--cutoffs 0 10", "--cutoffs"), ("--cutoffs 10 40", "--cutoffs 10 40"),
+    ("--cutoffs 20 10", "--cutoffs"), ("--cutoffs 0 10", "--cutoffs"), ("--cutoffs 10 41", "--cutoffs 10 41"),
     ("--d-embed 8", "--d-embed 8"), ("--mem-len 995", "--local-size"), ("--eval-mem-len 8 995", "--local-size"),
     ("--local-size -1", "--local-size"), ("--lam 0", "--lam"), ("--lam nan", "--lam"), ("--lam best", "--lam"),
     ("--grad implicit --lam auto", "--lam auto"), ("--k 0", "--k"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
@@ -419,20 +437,15 @@ def test_an_evaluation_that_was_cut_off_is_done_by_the_resumed_run(tmp_path, mon
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 def test_two_processes_take_the_steps_of_one(tmp_path, small):
-    """Each has half of the streams with their own memory: the loss, the perplexities and the weights are those of one.
+    """Each has half of the streams with their own memory: gradients and perplexities are those of one, to rounding.
 
-    Without dropout, whose masks each process draws for itself; to rounding, which Adam's first steps magnify.
+    Without dropout, whose masks each process draws for itself.
     """
-    flags = [*RUN, "--data", small, "--lr", 0.001]
+    flags = [*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0]
     agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
     run(*flags, "--out", tmp_path / "one")
-    two, one = finish(agent, tmp_path / "two"), checkpoint(tmp_path / "one")
-    assert all(torch.allclose(one["model"][k], two["model"][k], atol=2e-5) for k in one["model"])
-    assert all(a.shape == b.shape == (4, 8, a.shape[2]) and torch.allclose(a, b, atol=1e-3)
-               for a, b in zip(one["memory"], two["memory"]))
-    for event, key in (("eval", "valid_perplexity"), ("test", "test_perplexity")):
-        a, b = ([r[key] for r in metrics(tmp_path / n, event)] for n in ("one", "two"))
-        assert a == pytest.approx(b, rel=1e-4)
+    assert finish(agent, tmp_path / "two")["memory"][0].shape == (4, 8, 16)         # of all streams
+    assert_same_training(tmp_path / "one", tmp_path / "two")
     assert metrics(tmp_path / "two", "test")[0]["test_tokens"] == metrics(tmp_path / "one", "test")[0]["test_tokens"]
 
 
@@ -469,7 +482,7 @@ def test_a_checkpoint_is_evaluated_at_each_memory_length(tmp_path, small, capsys
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["valid", "test", "valid", "test", "spectral"]
     (test,) = metrics(tmp_path, "test")
-    assert lines[1].startswith(f"test perplexity {test['test_perplexity']:.2f} of {test['test_tokens']} tokens, memory 8;")
+    assert lines[1].startswith(f"test perplexity {test['test_perplexity']:.6g} of {test['test_tokens']} tokens, memory 8;")
     assert "memory 20" in lines[3] and "residual" in lines[3]
     run(*RUN, "--data", small, "--eval", "--resume", tmp_path / "best.pt")
     assert capsys.readouterr().out.splitlines()[1] == lines[1]
