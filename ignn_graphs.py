@@ -70,8 +70,8 @@ def parse_args(argv=None):
     p.add_argument("--data", default="data", help="folder with NAME/raw/*; PyG downloads what is not there "
                    "(default data)")
     p.add_argument("--folds", type=int, default=10, help="of the cross-validation, COX2 and PROTEINS (default 10)")
-    p.add_argument("--val", action="store_true", help="hold out a tenth of each training fold and choose the epoch on it")
-    p.add_argument("--unstratified-folds", action="store_true", help="the official folds: the graphs are shuffled after "
+    p.add_argument("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
+    p.add_argument("--unstratified-folds", action="store_true", help="the official folds: graphs are shuffled after "
                    "stratification")
     p.add_argument("--evaluate-2a-too", action="store_true", help="also evaluate with the normalised 2A + I, as the "
                    "official release does; its own columns")
@@ -110,12 +110,14 @@ def parse_args(argv=None):
                    "results to rounding (default GPU all; CPU 1, where that is faster)")
     # run
     p.add_argument("--table4", action="store_true", help="train implicit, UPG lam 0.5, 0.8, 1.0 and print Table 4")
-    p.add_argument("--out", help="folder of checkpoint.pt, metrics.jsonl, results.json (default runs/ignn-DATASET-TIME)")
-    p.add_argument("--resume", metavar="FILE", help="continue from this checkpoint; 'auto': from --out's, if there is one")
+    p.add_argument("--out", help="folder of checkpoint.pt, metrics.jsonl, results.json (default "
+                   "runs/ignn-DATASET-TIME)")
+    p.add_argument("--resume", metavar="FILE", help="continue from this checkpoint; 'auto': from --out's, if "
+                   "there is one")
     p.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints; SIGTERM saves too "
                    "(default 5)")
     p.add_argument("--log-every", type=int, help="epochs between log lines (default a tenth of --epochs)")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume, ours or an official one")
+    p.add_argument("--eval", action="store_true", help="only evaluate --resume's checkpoint, ours or an official one")
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
     args = p.parse_args(argv)
@@ -125,7 +127,8 @@ def parse_args(argv=None):
     args.stop_mode = "abs" if official and args.ppi_model == "literal" else "rel"
     defaults = {"hidden": 64 if graphs else 16 if chains else 256 if ppi else 32, "kappa": 0.9 if graphs else 0.98,
                 "epochs": 1000 if ppi else 100 if args.dataset == "PPI-synthetic" else 200,
-                "batch_size": 128 if graphs else 64 if chains else 1, "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "abs" else 1e-6,
+                "batch_size": 128 if graphs else 64 if chains else 1,
+                "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "abs" else 1e-6,
                 "solver": "fixed-point" if graphs or args.stop_mode == "abs" else "anderson",
                 "lr": 0.001 if graphs else 0.01 if chains else 0.005, "clip": 0.0 if official else 1.0,
                 "folds_at_once": args.folds if torch.cuda.is_available() else 1}
@@ -158,7 +161,7 @@ def parse_args(argv=None):
         p.error(f"--chain-length must be at least 2, got {args.chain_length}")
     for name in ("val", "unstratified_folds", "evaluate_2a_too"):
         if getattr(args, name) and not graphs:
-            p.error(f"--{name.replace('_', '-')} is of the cross-validation of COX2 and PROTEINS, not of {args.dataset}")
+            p.error(f"--{name.replace('_', '-')} is of the folds of COX2 and PROTEINS, not of {args.dataset}")
     if args.table4 and chains:
         p.error("--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
     if args.table4 and (args.eval or args.resume not in (None, "auto")):
@@ -206,7 +209,7 @@ class Graphs:
     pool: Sparse                    # (folds G, folds n): the sum over the nodes of each graph
     offsets: torch.Tensor           # (folds G + 1,) first row of each graph
     longest: int                    # nodes of the largest graph
-    slots: torch.Tensor | None      # (rows,) place of each row where all graphs are padded to the longest; None: as it is
+    slots: torch.Tensor | None      # (rows,) place of each row when graphs are padded to the longest; None: as it is
     rho: float | None               # spectral radius of a raw adjacency; None: it is normalised, 1 at most
     count: torch.Tensor             # (...,) graphs of each fold
     adjacency_2a: Sparse | None     # the official evaluation's, if asked for
@@ -293,8 +296,8 @@ def load(args, process, make):
                                             ("graph.json", "feats.npy", "labels.npy", "graph_id.npy")])
     missing = [name for name in names if not (raw / name).is_file()]
     if raw.is_dir() and missing:
-        die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; unpack "
-            "it anew, or remove the folder to have it downloaded")
+        die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; "
+            "unpack it anew, or remove the folder to have it downloaded")
     for turn in range(2):
         if (process.rank > 0) == turn:
             try:
@@ -302,8 +305,8 @@ def load(args, process, make):
             except Exception as error:      # PyG lets through whatever the network, the archive or the numbers raise
                 what = str(error).splitlines()[0] if str(error) else type(error).__name__
                 die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
-                    + (f"the files in {raw} are damaged" if raw.is_dir() else f"unpack it to {raw}, or give this machine "
-                       "internet access"))
+                    + (f"the files in {raw} are damaged" if raw.is_dir() else
+                       f"unpack it to {raw}, or give this machine internet access"))
         if process.world_size > 1:
             dist.barrier()
     return result
@@ -332,12 +335,21 @@ def check_graphs(args, graphs, nodes):
 
 def load_tu(args, process):
     """COX2 or PROTEINS as a list of graphs; x is the one-hot node label."""
-    dataset = load(args, process, lambda: TUDataset(args.data, args.dataset))
-    labels = dataset.y
-    if labels is None or len(labels) != len(dataset):
-        die(f"--data {args.data}: {args.dataset} has {0 if labels is None else len(labels)} labels for {len(dataset)} "
+    def make():
+        raw = Path(args.data) / args.dataset / "raw" / args.dataset
+        if Path(f"{raw}_A.txt").is_file():          # PyG drops an index of 0 without a word
+            nodes = len(Path(f"{raw}_graph_indicator.txt").read_text().split())
+            ends = np.loadtxt(f"{raw}_A.txt", delimiter=",", dtype=int)
+            if ends.min() < 1 or ends.max() > nodes:
+                raise ValueError(f"an edge to a node outside 1..{nodes} in {raw}_A.txt")
+        dataset = TUDataset(args.data, args.dataset)
+        return dataset.y, list(dataset)
+
+    labels, graphs = load(args, process, make)
+    if labels is None or len(labels) != len(graphs):
+        die(f"--data {args.data}: {args.dataset} has {0 if labels is None else len(labels)} labels for {len(graphs)} "
             "graphs")
-    return check_graphs(args, list(dataset), nodes=False)
+    return check_graphs(args, graphs, nodes=False)
 
 
 def stratified_folds(labels, folds, seed):
@@ -565,7 +577,7 @@ class Solve:
 
 
 class ImplicitLayer(nn.Module):
-    """H* = relu(A H* W^T + B), B = A V Omega_1^T, for V (..., n, p) and H (..., n, m): X = H^T, U = V^T in the IGNN paper.
+    """H* = relu(A H* W^T + B), B = A V Omega_1^T, with V (..., n, p), H (..., n, m): the IGNN paper's X^T, U^T.
 
     The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses; they are in its parameter counts.
     omega_2: B = A V Omega_1^T + V Omega_2^T, as in torchdeq's node model.
@@ -643,7 +655,7 @@ def check_kappa(kappa):
 
 
 class GraphIGNN(nn.Module):
-    """Log-probabilities (..., G, classes): three implicit layers, the sum over each graph's nodes, two linear layers."""
+    """Log-probabilities (..., G, classes): three implicit layers, sum over each graph's nodes, two linear layers."""
 
     def __init__(self, num_features, num_classes, hidden=64, kappa=0.9, dropout=0.5, solve=None):
         super().__init__()
@@ -762,18 +774,16 @@ def node_loss(logits, y, reduction="mean"):
 
 
 @torch.no_grad()
-def evaluate_nodes(model, batches):
+def evaluate_nodes(model, batch):
     """(score in %, loss) over all nodes of all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
     model.eval()
-    sums = 0
-    for batch in batches:
-        logits, y = model(batch), batch.y
-        if y.is_floating_point():           # F1 = 2 tp / (predicted + true)
-            counts = [2 * ((logits > 0) * y).sum(), (logits > 0).sum() + y.sum()]
-        else:
-            counts = [(logits.argmax(dim=1) == y).sum(), torch.tensor(len(y), device=y.device)]
-        sums = sums + torch.stack([*counts, node_loss(logits, y, "sum"), torch.tensor(y.numel(), device=y.device)]).double()
+    logits, y = model(batch), batch.y
+    if y.is_floating_point():               # F1 = 2 tp / (predicted + true)
+        counts = [2 * ((logits > 0) * y).sum(), (logits > 0).sum() + y.sum()]
+    else:
+        counts = [(logits.argmax(dim=1) == y).sum(), y.new_tensor(len(y))]
     model.train()
+    sums = torch.stack([c.double() for c in (*counts, node_loss(logits, y, "sum"), y.new_tensor(y.numel()))])
     right, of, loss, n = all_reduce_sum(sums).tolist()                      # host sync
     return 100 * right / max(of, 1), loss / n
 
@@ -901,8 +911,9 @@ def solver_settings(args):
 
 def node_model(args, num_features, num_classes, hops=0):
     zoo = args.ppi_model == "zoo" and args.dataset != "chains"
-    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), omega_2=zoo, spectral=zoo,
-                    widths=[args.hidden] if args.dataset == "chains" else None, hops=hops)
+    widths = [args.hidden] if args.dataset == "chains" else None
+    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), widths, omega_2=zoo,
+                    spectral=zoo, hops=hops)
 
 
 def official_count(model):
@@ -968,7 +979,7 @@ def is_ours(state):
 
 
 def label(args):
-    return {"implicit": "implicit", "npg": f"NPG A_{{{args.k},{args.lam}}}"}.get(args.grad, f"UPG A_{{{args.k},{args.lam}}}")
+    return "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
 
 
 def health(log):
@@ -1002,7 +1013,12 @@ def train_graphs(args, process, graphs):
     if min(min(len(train), len(test)) for train, _, test in splits) < 1:
         die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
     classes, features = max(labels) + 1, graphs[0].x.shape[1]
-    groups = [list(range(i, min(i + args.folds_at_once, args.folds))) for i in range(0, args.folds, args.folds_at_once)]
+    steps, groups = [math.ceil(len(train) / args.batch_size) for train, _, _ in splits], []
+    for fold in range(args.folds):                      # together only with as many steps: an empty one would move Adam
+        if groups and len(groups[-1]) < args.folds_at_once and steps[groups[-1][0]] == steps[fold]:
+            groups[-1].append(fold)
+        else:
+            groups.append([fold])
     own, rounds = groups[process.rank::world], math.ceil(len(groups) / world)
     majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
 
@@ -1035,10 +1051,9 @@ def train_graphs(args, process, graphs):
     for round in range(state["round"], rounds):
         folds, model, optimizer = own[round] if round < len(own) else [], None, None
         if folds:
-            def batch_of(part, step=0, size=None, with_2a=False):
-                lists = [[graphs[i] for i in splits[fold][part][step * size:(step + 1) * size] if size]
-                         if size else [graphs[i] for i in splits[fold][part]] for fold in folds]
-                return make_batch(lists, device, with_2a=with_2a)
+            def batch_of(part, start=0, stop=None, with_2a=False):
+                return make_batch([[graphs[i] for i in splits[fold][part][start:stop]] for fold in folds], device,
+                                  with_2a=with_2a)
 
             model = stack_folds([fold_model(fold) for fold in folds]) if len(folds) > 1 else fold_model(folds[0])
             model.to(device)
@@ -1046,8 +1061,8 @@ def train_graphs(args, process, graphs):
             if mine["model"] is not None:
                 model.load_state_dict(mine["model"])
                 optimizer.load_state_dict(mine["optimizer"])
-            steps = math.ceil(max(len(splits[fold][0]) for fold in folds) / args.batch_size)
-            batches = [batch_of(0, step, args.batch_size) for step in range(steps)]
+            size = args.batch_size
+            batches = [batch_of(0, step * size, (step + 1) * size) for step in range(steps[folds[0]])]
             val = batch_of(1) if args.val else None
             test = batch_of(2, with_2a=args.evaluate_2a_too)
         for epoch in tqdm(range(state["epoch"], args.epochs), desc=f"folds {folds}", leave=False,
@@ -1078,24 +1093,26 @@ def train_graphs(args, process, graphs):
                         results.setdefault(fold, {}).setdefault(name, [])
                     for name, value in zip(columns, row):
                         results[fold][name].append(value)
-                record = {"folds": folds, **{n: [row[i] for row in values] for i, n in enumerate(columns)}, **health(solves)}
+                record = {"folds": folds, **dict(zip(columns, map(list, zip(*values)))), **health(solves)}
             records = gathered(record, process)
             broken = [r for r in records if r and not all(map(math.isfinite, r["loss"]))]
             if broken:
-                die(f"the loss of folds {broken[0]['folds']} became {broken[0]['loss']} in epoch {epoch + 1}: try a lower "
-                    f"--lr or --kappa; {f'the last good state is {path}' if path.exists() else 'nothing was saved yet'}",
-                    code=1)
+                kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
+                die(f"the loss of folds {broken[0]['folds']} became {broken[0]['loss']} in epoch {epoch + 1}: try a "
+                    f"lower --lr or --kappa; {kept}", code=1)
             done = epoch + 1 == args.epochs
             if process.rank == 0:
                 for r in filter(None, records):
                     log.write(event="epoch", step=round * args.epochs + epoch + 1, epoch=epoch + 1,
                               seconds=time.perf_counter() - started, **r)
                 if (epoch + 1) % args.log_every == 0 or done:
-                    ms, since = 1e3 * (time.perf_counter() - since) / ((epoch % args.log_every) + 1), time.perf_counter()
+                    now = time.perf_counter()
+                    ms, since = 1e3 * (now - since) / (epoch % args.log_every + 1), now
                     tqdm.write(f"epoch {epoch + 1:4d}  " + "  ".join(
-                        f"folds {r['folds']}  loss {statistics.mean(r['loss']):.4f}  test {statistics.mean(r['test']):.1f} "
-                        f"%  {r['forward_evals']:.0f} + {r.get('backward_evals', 0):.0f} calls of f, "
-                        f"{100 * r['forward_solved']:.0f} % solved" for r in records if r) + f"  {ms:.0f} ms/epoch")
+                        f"folds {r['folds']}  loss {statistics.mean(r['loss']):.4f}  test "
+                        f"{statistics.mean(r['test']):.1f} %  {r['forward_evals']:.0f} + "
+                        f"{r.get('backward_evals', 0):.0f} calls of f, {100 * r['forward_solved']:.0f} % solved"
+                        for r in records if r) + f"  {ms:.0f} ms/epoch")
             if done and folds:
                 for i, fold in enumerate(folds):
                     weights[fold] = {k: (v[i] if len(folds) > 1 else v).cpu().clone()
@@ -1147,22 +1164,22 @@ def train_nodes(args, process, splits, hops=0):
     groups = [splits[0][i:i + args.batch_size] for i in range(0, len(splits[0]), args.batch_size)]
     groups = [group for group in groups if len(group) == args.batch_size]
     batches = [make_batch([group[rank * each:(rank + 1) * each]], device, kind=kind) for group in groups]
-    # With a raw adjacency the projection's radius is that of the step's densest graph, of all processes.
-    radii = [max(gathered(batch.rho, process)) if batch.rho else None for batch in batches]
-    for batch, radius in zip(batches, radii):
-        batch.rho = radius
     share = [world * len(batch.x) / sum(len(graph.x) for graph in group) for batch, group in zip(batches, groups)]
-    evaluation = [[make_batch([graphs[rank::world]], device, kind=kind)] for graphs in splits[1:]]
+    evaluation = [make_batch([graphs[rank::world]], device, kind=kind) for graphs in splits[1:]]
+    # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
+    for batch in [*batches, *evaluation] if kind == "raw" else []:
+        batch.rho = max(gathered(batch.rho, process))
     seed_everything(args.seed)                                  # the same weights on all processes
     model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     metric, constant = ("micro-F1", positive_f1(splits[1])) if binary else ("accuracy", 100 / classes)
-    what = "synthetic " if args.dataset == "PPI-synthetic" else ""
+    what, method = "synthetic " if args.dataset == "PPI-synthetic" else "", f"{hops} hops" if hops else label(args)
+    fingerprint = [[len(graphs), sum(len(graph.x) for graph in graphs)] for graphs in splits]
     path, state, log, timer = begin(
-        args, process, f"{f'{hops} hops' if hops else label(args)}: {sum(p.numel() for p in model.parameters()):,} parameters "
+        args, process, f"{method}: {sum(p.numel() for p in model.parameters()):,} parameters "
         f"({official_count(model):,} as the paper counts); {' + '.join(str(len(s)) for s in splits)} {what}graphs, "
-        f"{args.epochs} epochs of {len(groups)} steps; a constant prediction has a validation {metric} of {constant:.1f} %",
-        [[len(s), sum(len(graph.x) for graph in s)] for s in splits])
+        f"{args.epochs} epochs of "
+        f"{len(groups)} steps; a constant prediction has a validation {metric} of {constant:.1f} %", fingerprint)
     state = state or {"epoch": 0, "curve": [], "collapsed": "", "seconds": 0.0}
     if "model" in state:
         model.load_state_dict(state["model"])
@@ -1176,7 +1193,7 @@ def train_nodes(args, process, splits, hops=0):
         solves, losses = [], []
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
         for i in order.tolist():
-            model.project_(batches[i].rho)          # the radius is the graph's where the adjacency is raw
+            model.project_(batches[i].rho)          # as in the release: with a raw adjacency, this graph's radius
             loss = node_loss(net(batches[i], log=solves), batches[i].y)
             (loss * share[i]).backward()            # processes' means weighted by their nodes
             if args.clip:
@@ -1184,11 +1201,11 @@ def train_nodes(args, process, splits, hops=0):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach() * share[i])
-        model.project_(None if radii[0] is None else max(radii))
+        model.project_()                            # the last step's
 
         # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
         loss = all_reduce_sum(torch.stack(losses).mean()).item() / world                        # host sync
-        (val, val_loss), (test, _) = (evaluate_nodes(model, batches_of) for batches_of in evaluation)
+        (val, val_loss), (test, _) = (evaluate_nodes(model, batch) for batch in evaluation)
         curve.append((val, test))
         best = max(range(len(curve)), key=lambda e: curve[e][0])
         above = curve[best][0] > constant + 1
@@ -1206,19 +1223,19 @@ def train_nodes(args, process, splits, hops=0):
                 {} if hops else health(solves))}
             log.write(event="epoch", step=epoch + 1, epoch=epoch + 1, seconds=time.perf_counter() - started, **record)
             if (epoch + 1) % args.log_every == 0 or done or now:
-                ms, since = 1e3 * (time.perf_counter() - since) / ((epoch % args.log_every) + 1), time.perf_counter()
-                solved = "" if hops else (f"  {record['forward_evals']:.0f} + {record.get('backward_evals', 0):.0f} calls "
-                                          f"of f, {100 * record['forward_solved']:.0f} % solved")
-                tqdm.write(f"epoch {epoch + 1:4d}  loss {loss:.4g}  {metric}: val {val:.2f} %, test {test:.2f} %{solved}  "
-                           f"{ms:.0f} ms/epoch")
+                ms, since = 1e3 * (time.perf_counter() - since) / (epoch % args.log_every + 1), time.perf_counter()
+                solved = "" if hops else (f"  {record['forward_evals']:.0f} + {record.get('backward_evals', 0):.0f} "
+                                          f"calls of f, {100 * record['forward_solved']:.0f} % solved")
+                tqdm.write(f"epoch {epoch + 1:4d}  loss {loss:.4g}  {metric}: val {val:.2f} %, test {test:.2f} %"
+                           f"{solved}  {ms:.0f} ms/epoch")
         if not math.isfinite(loss):
             break
         saving, stop = timer.poll()
         if (saving or done) and rank == 0:
             save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
                                    "step": epoch + 1, "curve": curve, "collapsed": collapsed, "args": vars(args),
-                                   "processes": world, "seconds": time.perf_counter() - started, "fingerprint":
-                                   [[len(s), sum(len(graph.x) for graph in s)] for s in splits]})
+                                   "processes": world, "seconds": time.perf_counter() - started,
+                                   "fingerprint": fingerprint})
         if stop:
             break
     if stop and not done:
@@ -1228,11 +1245,13 @@ def train_nodes(args, process, splits, hops=0):
     if binary and not collapsed and max(score for score, _ in curve) <= constant + 1:
         collapsed = f"never above the constant prediction's {constant:.1f} %"
     best, minutes = max(range(len(curve)), key=lambda e: curve[e][0]), (time.perf_counter() - started) / 60
-    table = {"epoch by val": curve[best][1], "best test epoch": max(test for _, test in curve), "last epoch": curve[-1][1]}
+    table = {"epoch by val": curve[best][1], "best test epoch": max(test for _, test in curve),
+             "last epoch": curve[-1][1]}
     if rank == 0:
-        (Path(args.out) / "results.json").write_text(json.dumps(
-            {"args": vars(args), "minutes": minutes, **table, "val_epoch": best + 1, "collapsed": collapsed, "curve": curve}))
-        print(f"{what}{args.dataset}, {f'{hops} hops' if hops else label(args)}, test {metric}: "
+        (Path(args.out) / "results.json").write_text(json.dumps({"args": vars(args), "minutes": minutes, **table,
+                                                                 "val_epoch": best + 1, "collapsed": collapsed,
+                                                                 "curve": curve}))
+        print(f"{what}{args.dataset}, {method}, test {metric}: "
               + ", ".join(f"{name} {value:.2f} %" for name, value in table.items()) + f"; {minutes:.1f} minutes"
               + (f"; {collapsed}" if collapsed else ""), flush=True)
     return {"table": table, "collapsed": collapsed, "minutes": minutes}
@@ -1278,7 +1297,7 @@ def evaluate_checkpoint(args, process):
         model = node_model(args, splits[0][0].x.shape[1], splits[0][0].y.shape[1]).to(process.device)
         model.load_state_dict(state["model"]) if ours else load_official(model, state)
         for name, part in zip(("validation", "test"), splits[1:]):
-            score, loss = evaluate_nodes(model, [make_batch([part], process.device, kind=ADJACENCY[args.ppi_model])])
+            score, loss = evaluate_nodes(model, make_batch([part], process.device, kind=ADJACENCY[args.ppi_model]))
             print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         die(f"--resume {args.resume} does not fit the model (--dataset, --hidden, --ppi-model): "
@@ -1332,8 +1351,9 @@ def main(args):
             args.out = f"{out}/{args.hops}-hops"
             few = train_nodes(args, process, splits, hops=args.hops)
             if few and process.rank == 0:
-                print(f"accuracy on chains of up to {args.chain_length} nodes: implicit {row['table']['epoch by val']:.1f} "
-                      f"%, {args.hops} hops {few['table']['epoch by val']:.1f} %, guessing 50.0 %", flush=True)
+                print(f"accuracy on chains of up to {args.chain_length} nodes: implicit "
+                      f"{row['table']['epoch by val']:.1f} %, {args.hops} hops {few['table']['epoch by val']:.1f} %, "
+                      "guessing 50.0 %", flush=True)
     if process.world_size > 1:
         dist.destroy_process_group()
 
