@@ -230,8 +230,9 @@ def make_batch(folds, device, *, kind="sym", with_2a=False, dtype=torch.float32)
     graph = torch.repeat_interleave(offsets.diff())                                     # (rows,) graph of each row
     longest = int(offsets.diff().max())                                                 # host sync
     slots = graph * longest + torch.arange(total, device=device) - offsets[graph]
-    pool = sparse(torch.stack([graph, torch.arange(total, device=device)]),
-                  torch.ones(total, device=device, dtype=dtype), (len(offsets) - 1, total))
+    # Padding belongs to its fold's last graph, with weight 0: no gradient may come back to it and count in a residual.
+    real = torch.stack([torch.arange(n) < part.num_nodes for part in parts]).flatten().to(device, dtype)
+    pool = sparse(torch.stack([graph, torch.arange(total, device=device)]), real, (len(offsets) - 1, total))
 
     def normalised(weight):
         """(D + I)^-1/2 (w A + I) (D + I)^-1/2 with D the degrees of w A."""
@@ -1348,7 +1349,7 @@ def main(args):
         splits, out = load_nodes(args, process), args.out
         row = train_nodes(args, process, splits)
         if args.dataset == "chains" and row:
-            args.out = f"{out}/{args.hops}-hops"
+            args.out, args.resume = f"{out}/{args.hops}-hops", args.resume and "auto"
             few = train_nodes(args, process, splits, hops=args.hops)
             if few and process.rank == 0:
                 print(f"accuracy on chains of up to {args.chain_length} nodes: implicit "

@@ -143,7 +143,8 @@ def official_node_weights(p=5, h=3, classes=6, seed=0, zoo=False):
                         f"ignn.{i}.{name}_u": U[:, 0], f"ignn.{i}.{name}_v": V[0]}
             stem = f"proj.{i}"
         else:
-            out |= {f"ig{i + 1}.W": torch.rand(b, b).double() - 0.5, f"ig{i + 1}.Omega_1": torch.rand(b, a).double() - 0.5,
+            out |= {f"ig{i + 1}.W": torch.rand(b, b).double() - 0.5,
+                    f"ig{i + 1}.Omega_1": torch.rand(b, a).double() - 0.5,
                     f"ig{i + 1}.Omega_2": torch.rand(b, a).double(), f"ig{i + 1}.bias": torch.rand(b, 1).double()}
             stem = f"V_{i}" if i < 4 else "V"
         out |= {f"{stem}.weight": torch.randn(b, a).double() / 3, f"{stem}.bias": torch.randn(b).double() / 3}
@@ -196,8 +197,8 @@ def test_projection_twice_is_projection_once_and_rows_inside_stay_bit_for_bit():
 
 def test_projection_of_ties_zero_rows_the_boundary_and_one_number():
     W = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0, 0, 0, 0], [0.25, -0.25, 0.25, 0.25], [3.0, 0, 0, 0]]).double()
-    expected = torch.tensor([[0.25, -0.25, 0.25, -0.25], [0, 0, 0, 0], [0.25, -0.25, 0.25, 0.25], [1.0, 0, 0, 0]]).double()
-    assert torch.equal(project_rows(W, 1.0), expected)
+    expected = torch.tensor([[0.25, -0.25, 0.25, -0.25], [0, 0, 0, 0], [0.25, -0.25, 0.25, 0.25], [1.0, 0, 0, 0]])
+    assert torch.equal(project_rows(W, 1.0), expected.double())
     assert project_rows(torch.tensor([[-5.0]]), 0.9).item() == pytest.approx(-0.9)
     assert torch.equal(project_rows(W, 100.0), W)
 
@@ -242,7 +243,8 @@ def test_adjacencies_are_the_formulas_in_training_and_in_evaluation():
 
 def test_the_transpose_is_the_transpose_and_pool_sums_over_graphs():
     graphs = some_graphs(4)
-    directed = Data(x=torch.ones(3, 4).double(), edge_index=torch.tensor([[0, 1], [1, 2]]), y=torch.tensor([0]))
+    directed = Data(x=torch.ones(3, 4).double(), edge_index=torch.tensor([[0, 1], [1, 2]]), y=torch.tensor([0]),
+                    num_nodes=3)
     batch = make_batch([[*graphs, directed]], "cpu", dtype=torch.float64)
     for pair in (batch.adjacency, batch.pool):
         assert torch.equal(pair.matrix.to_dense().T, pair.transpose.to_dense())
@@ -252,9 +254,10 @@ def test_the_transpose_is_the_transpose_and_pool_sums_over_graphs():
     assert relative(ignn_graphs.propagate(batch.pool, batch.x), sums) < 1e-14
 
 
-@pytest.mark.parametrize("edges", [[(0, 1), (1, 2), (2, 3)], [(0, 1), (0, 2), (0, 3), (4, 5)], [(0, 1), (1, 2), (2, 0)]])
+@pytest.mark.parametrize("edges", [[(0, 1), (1, 2), (2, 3)], [(0, 1), (0, 2), (0, 3), (4, 5)],
+                                   [(0, 1), (1, 2), (2, 0)]])
 def test_the_spectral_radius_is_an_upper_bound_and_within_a_thousandth(edges):
-    """A path and a star (bipartite), another component and isolated nodes (radius 0), a triangle; together and alone."""
+    """A path and a star (bipartite), another component and isolated nodes, a triangle; together and alone."""
     graphs = []
     for more in (edges, [(0, 1), (0, 2), (1, 2), (2, 3), (1, 3)]):
         graphs.append(Data(x=torch.ones(8, 1), edge_index=to_undirected(torch.tensor(more).T, num_nodes=8),
@@ -511,7 +514,8 @@ def test_parameter_counts_are_the_papers():
 def test_weights_begin_uniform_and_projected():
     torch.manual_seed(0)
     layer = GraphIGNN(35, 2).implicit[1]
-    assert layer.Omega_1.abs().max() <= 1 / 8 and layer.Omega_1.std().item() == pytest.approx(1 / 8 / 3 ** 0.5, rel=0.03)
+    assert layer.Omega_1.abs().max() <= 1 / 8
+    assert layer.Omega_1.std().item() == pytest.approx(1 / 8 / 3 ** 0.5, rel=0.03)
     assert (layer.W.abs().sum(1) <= 0.9 * (1 + 1e-6)).all() and 20 < (layer.W != 0).sum(1).float().mean() < 40
 
 
@@ -656,7 +660,8 @@ def write_ppi(root, seed=0, scale=12):
         for g in ids:
             n = scale + g % 3
             links += [{"source": first + i, "target": first + (i + 1) % n} for i in range(n)]
-            links += [{"source": first + int(a), "target": first + int(b)} for a, b in rng.randint(0, n, (n, 2)) if a != b]
+            links += [{"source": first + int(a), "target": first + int(b)}
+                      for a, b in rng.randint(0, n, (n, 2)) if a != b]
             graph_id += [g] * n
             first += n
         (raw / f"{split}_graph.json").write_text(json.dumps(
@@ -728,7 +733,7 @@ def test_folds_are_stratified_disjoint_and_seeded():
     for c in range(3):
         counts = [sum(1 for f, y in zip(fold_of, labels) if (f, y) == (i, c)) for i in range(10)]
         assert max(counts) - min(counts) <= 1
-    # Held by a small case; scikit-learn's folds of COX2 and PROTEINS (seed 42) were compared by hand, all 20 are the same.
+    # Compared by hand: scikit-learn's 20 folds of COX2 and PROTEINS with seed 42 are ours.  This small case holds it.
     small = stratified_folds([0, 1, 0, 1, 1, 0, 1, 0, 1], 3, 42)
     assert [np.flatnonzero(small == i).tolist() for i in range(3)] == [[0, 4, 5], [1, 7, 8], [2, 3, 6]]
 
@@ -767,7 +772,8 @@ def test_ppi_is_read_from_files_of_the_real_format(ppi):
 
 @pytest.mark.parametrize("model", ["robust", "literal", "zoo"])
 def test_ppi_trains_and_its_checkpoint_is_evaluated(ppi, model, tmp_path, capsys):
-    flags = ["--dataset", "PPI", "--data", ppi, "--hidden", 4, "--epochs", 1, "--tol", 1e-3, "--ppi-model", model, "--log-every", 1]
+    flags = ["--dataset", "PPI", "--data", ppi, "--hidden", 4, "--epochs", 1, "--tol", 1e-3,
+             "--ppi-model", model, "--log-every", 1]
     run(*flags, "--out", tmp_path)
     assert [r["epoch"] for r in metrics(tmp_path)] == [1] and "test micro-F1" in capsys.readouterr().out
     run(*flags, "--eval", "--resume", tmp_path / "checkpoint.pt")
@@ -803,7 +809,8 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--dataset MUTAG", "--dataset"), ("--kappa 1", "--kappa must be in"), ("--kappa 0", "--kappa must be in"),
     ("--lam 0", "--lam must be in"), ("--lam 1.5", "--lam must be in"), ("--k 0", "--k must be at least 1"),
-    ("--grad bptt", "--grad"), ("--epochs 0", "--epochs must be at least 1"), ("--tol -1", "--tol must not be negative"),
+    ("--grad bptt", "--grad"), ("--epochs 0", "--epochs must be at least 1"),
+    ("--tol -1", "--tol must not be negative"),
     ("--lr 0", "--lr must be positive"), ("--lr nan", "--lr must be positive"), ("--dropout 1", "--dropout must be in"),
     ("--dataset COX2 --folds 1", "--folds must be at least 2"), ("--val", "--val is of the folds of COX2"),
     ("--table4", "--table4 is of COX2"), ("--eval", "--eval needs --resume FILE"),
@@ -826,8 +833,10 @@ def edit(root, part, change, name="COX2"):
 
 @pytest.mark.parametrize("part, change, message", [
     ("graph_labels", lambda lines: lines[:-2], "damaged"), ("graph_labels", lambda lines: [*lines, "1"], "labels"),
-    ("A", lambda lines: [*lines, "1, 9999"], "edge to a node outside"), ("A", lambda lines: [*lines, "x, y"], "damaged"),
-    ("A", lambda lines: [*lines, "0, 1"], "edge to a node outside"), ("node_labels", lambda lines: lines[:-3], "damaged")])
+    ("A", lambda lines: [*lines, "1, 9999"], "edge to a node outside"),
+    ("A", lambda lines: [*lines, "x, y"], "damaged"),
+    ("A", lambda lines: [*lines, "0, 1"], "edge to a node outside"),
+    ("node_labels", lambda lines: lines[:-3], "damaged")])
 def test_damaged_files_end_in_one_line(part, change, message, tmp_path, capsys):
     write_tu(tmp_path)
     edit(tmp_path, part, change)
@@ -871,7 +880,8 @@ def test_graphs_that_do_not_fit_together_are_named(capsys):
 
 def test_a_graph_without_edges_is_classified_too():
     """S = I there: an ordinary, well-posed case with the normalised adjacency."""
-    lonely = Data(x=torch.randn(3, 4).double(), edge_index=torch.empty(2, 0, dtype=torch.long), y=torch.tensor([1]))
+    lonely = Data(x=torch.randn(3, 4).double(), edge_index=torch.empty(2, 0, dtype=torch.long), y=torch.tensor([1]),
+                  num_nodes=3)
     graphs = [*some_graphs(2), lonely]
     weights = official_graph_weights()
     with torch.no_grad():
@@ -895,7 +905,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_lost(tu, tmp_path
     assert "was not written by this script" in error
     other = write_tu(tmp_path / "other", count=27)
     assert "other data" in refused(capsys, *SMALL, "--data", other, "--out", tmp_path / "a", "--resume", "auto")
-    error = refused(capsys, *SMALL, "--data", tu, "--hidden", 16, "--eval", "--resume", tmp_path / "a" / "checkpoint.pt")
+    error = refused(capsys, *SMALL, "--data", tu, "--hidden", 16, "--eval", "--resume",
+                    tmp_path / "a" / "checkpoint.pt")
     assert "does not fit the model" in error
     assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before
 
@@ -909,7 +920,7 @@ def test_a_loss_that_is_not_finite_ends_the_folds_with_the_last_good_state(tu, t
 
 @pytest.mark.parametrize("grad", ["implicit", "upg", "npg"])
 def test_every_gradient_trains(grad, tu, tmp_path):
-    """The loss of graphs and of nodes falls, by a tenth and a fiftieth at least; the metrics hold what the table is made of."""
+    """The loss of graphs and of nodes falls, by 10 and 2 % at least; the metrics hold what the table is made of."""
     run(*SMALL, "--data", tu, "--out", tmp_path / "g", "--grad", grad, "--epochs", 12, "--lr", 0.02, "--dropout", 0)
     for fold in ("0", "1", "2"):
         loss = results(tmp_path / "g")["folds"][fold]["loss"]
@@ -941,7 +952,8 @@ def test_the_training_recipe_is_the_official_one(tu, tmp_path):
     epoch = [0]
     torch.optim.Adam.step = step
     try:
-        run(*SMALL, "--data", tu, "--out", tmp_path, "--folds", 2, "--batch-size", 4, "--epochs", 52, "--hidden", 2, "--tol", 0.1, "--k", 1)
+        run(*SMALL, "--data", tu, "--out", tmp_path, "--folds", 2, "--batch-size", 4, "--epochs", 52,
+            "--hidden", 2, "--tol", 0.1, "--k", 1)
     finally:
         torch.optim.Adam.step = original
     assert [seen[e] for e in (0, 49, 50, 51)] == [0.001, 0.001, 0.0005, 0.0005]
@@ -1013,7 +1025,8 @@ def test_table4_prints_four_methods_beside_the_paper(tu, tmp_path, capsys):
     losses = [results(tmp_path / name)["folds"]["0"]["loss"][0] for name in ("implicit", "upg-0.5", "upg-1.0")]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-2) and len(set(losses)) > 1      # same weights and batches
     done = {path: path.read_bytes() for path in tmp_path.glob("*/checkpoint.pt")}
-    run(*SMALL, "--data", tu, "--out", tmp_path, "--table4", "--val", "--evaluate-2a-too", "--epochs", 2, "--resume", "auto")
+    run(*SMALL, "--data", tu, "--out", tmp_path, "--table4", "--val", "--evaluate-2a-too", "--epochs", 2, "--resume",
+        "auto")
     again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| UPG")]
     assert [line.rsplit("|", 2)[0] for line in again] == ["|" + "|".join(row[:-1]) for row in rows[3:]]
     assert len(done) == 4 and all(path.read_bytes() == content for path, content in done.items())
@@ -1063,8 +1076,9 @@ def assert_same_run(a, b, graphs):
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_killed_run_continues_bit_for_bit(graphs, tu, tmp_path):
-    """SIGKILL, then SIGTERM (which saves and ends with code 0), each in the middle of a real process; then to the end."""
-    flags = ([*SMALL, "--data", tu] if graphs else [*NODES]) + ["--epochs", 25 if graphs else 14, "--save-every", 0]
+    """SIGKILL, then SIGTERM (which saves and ends with code 0), both in mid-run of real processes; then to the end."""
+    flags = [*SMALL, "--data", tu, "--epochs", 25] if graphs else ["--chain-length", 5, "--epochs", 40]
+    flags += ["--save-every", 0]
     whole = start(*flags, "--out", tmp_path / "whole")
     broken = tmp_path / "broken"
     for kill in (signal.SIGKILL, signal.SIGTERM):
@@ -1102,6 +1116,7 @@ def test_two_processes_take_the_steps_of_one_for_nodes(tmp_path):
     run(*flags, "--out", tmp_path / "1")
     finish(two)
     for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-3)
     a, b = (checkpoint(tmp_path / n)["model"] for n in "12")
     assert all(relative(b[k], a[k]) < 2e-2 for k in a)
