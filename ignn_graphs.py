@@ -1,0 +1,1363 @@
+"""Implicit graph neural networks with phantom gradients: "On Training Implicit Models" (NeurIPS 2021), Table 4.
+
+    python ignn_graphs.py --dataset chains                      # generated, a minute on a CPU; implicit beside 2 hops
+    python ignn_graphs.py --dataset COX2                        # UPG A_{5,0.5}, 10 stratified folds, 200 epochs
+    python ignn_graphs.py --dataset PROTEINS --table4           # four methods, same folds and weights; prints the table
+    torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4          # the folds divided over two processes
+    python ignn_graphs.py --dataset PPI --ppi-model literal --epochs 1000       # Table 4's PPI rows: the paper's model
+    python ignn_graphs.py --dataset PPI-synthetic --ppi-model robust            # generated look-alike of PPI
+    python ignn_graphs.py --dataset COX2 --benchmark            # step time and memory of the three gradients
+
+Data: --data DIR (default data): PyG downloads COX2, PROTEINS and PPI, or finds them unpacked in DIR/NAME/raw/.
+
+Table 4: --table4 for COX2, PROTEINS and PPI, or one row:
+    paper COX2 84.1 ± 2.9  PROTEINS 78.6 ± 4.1  PPI 97.6        --grad implicit
+               83.9 ± 3.0           78.4 ± 4.2      98.2        --grad upg --lam 0.5
+               83.9 ± 2.7           78.6 ± 4.2      97.4        --grad upg --lam 0.8
+               83.0 ± 2.9           78.8 ± 4.2      96.2        --grad upg --lam 1.0
+The paper's protocol takes the best TEST epoch of each fold.  Beside it stand the best common epoch, the last epoch
+and, with --val, the epoch chosen on held-out training graphs.  What the official release does and changes numbers:
+    --evaluate-2a-too       evaluate with the matrix of 2A + I as well, as the release does after training with A + I
+    --unstratified-folds    the release shuffles the graphs after it has stratified them
+    --ppi-model literal     raw adjacency, W projected with the radius of each step's graph, absolute tolerance 3e-6
+
+Layer (IGNN, Gu et al. 2020), rows are nodes: H* = relu(A H* W^T + A V Omega_1^T), ||W||_inf <= kappa / rho(A).
+Measured: README.md.
+"""
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch_geometric.data import Batch, Data
+from torch_geometric.datasets import PPI, TUDataset
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import degree, to_undirected
+from tqdm import tqdm
+
+from common import (MetricsLog, SaveTimer, SolverResult, all_reduce_sum, anderson, broyden, describe_run, die,
+                    equilibrium, init_process, load_checkpoint, peak_memory, reset_peak_memory, save_checkpoint,
+                    seed_everything, upg)
+
+PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
+         "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"), "PPI": ("97.6", "98.2", "97.4", "96.2")}
+METHODS = (("implicit", None), ("upg", 0.5), ("upg", 0.8), ("upg", 1.0))        # Table 4's rows
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Trains IGNN on graphs; no flags: the generated chains, a minute.")
+    # data
+    p.add_argument("--dataset", choices=["COX2", "PROTEINS", "PPI", "PPI-synthetic", "chains"], default="chains",
+                   help="COX2, PROTEINS: graph classification; PPI: node classification; PPI-synthetic: its generated "
+                   "look-alike; chains: generated long-range task (default chains)")
+    p.add_argument("--data", default="data", help="folder with NAME/raw/*; PyG downloads what is not there "
+                   "(default data)")
+    p.add_argument("--folds", type=int, default=10, help="of the cross-validation, COX2 and PROTEINS (default 10)")
+    p.add_argument("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
+    p.add_argument("--unstratified-folds", action="store_true", help="the official folds: graphs are shuffled after "
+                   "stratification")
+    p.add_argument("--evaluate-2a-too", action="store_true", help="also evaluate with the normalised 2A + I, as the "
+                   "official release does; its own columns")
+    p.add_argument("--graph-scale", type=float, default=0.1, help="nodes of PPI-synthetic's graphs as a fraction of "
+                   "PPI's (default 0.1)")
+    p.add_argument("--chain-length", type=int, default=20, help="nodes of the longest chain (default 20)")
+    # model
+    p.add_argument("--hidden", type=int, help="width (default 64, PPI 256, PPI-synthetic 32, chains 16)")
+    p.add_argument("--kappa", type=float, help="bound of ||W||_inf rho(A), in (0, 1) (default 0.9; PPI, chains 0.98)")
+    p.add_argument("--dropout", type=float, default=0.5, help="before the last layer of COX2, PROTEINS (default 0.5)")
+    p.add_argument("--ppi-model", choices=["robust", "literal", "zoo"], default="robust",
+                   help="robust: A / rho(A), relative tolerance, clipping; literal: the paper's, raw A; zoo: raw A, "
+                   "spectral norm and Omega_2, torchdeq's (default robust)")
+    p.add_argument("--hops", type=int, default=2, help="iterations of the few-hop network of chains (default 2)")
+    # equilibrium
+    p.add_argument("--grad", choices=["implicit", "upg", "npg"], default="upg",
+                   help="how the gradient is computed (default upg)")
+    p.add_argument("--solver", choices=["fixed-point", "anderson", "broyden"], help="forward and backward (default "
+                   "fixed-point for COX2, PROTEINS and --ppi-model literal, else anderson)")
+    p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
+    p.add_argument("--lam", type=float, default=0.5, help="damping of the phantom gradient, in (0, 1] (default 0.5)")
+    p.add_argument("--max-iter", type=int, default=300, help="forward iterations at most (default 300)")
+    p.add_argument("--tol", type=float, help="residual at which a graph is solved: relative, or the largest entry with "
+                   "--ppi-model literal (default COX2, PROTEINS 1e-5, else 1e-6; literal 3e-6)")
+    p.add_argument("--backward-max-iter", type=int, default=300, help="of --grad implicit (default 300)")
+    p.add_argument("--backward-tol", type=float, help="relative, of --grad implicit (default ten times "
+                   "--tol, 1e-5 with literal)")
+    # optimisation
+    p.add_argument("--epochs", type=int, help="(default 200; PPI 1000; PPI-synthetic 100; chains 200)")
+    p.add_argument("--batch-size", type=int, help="graphs per step over all processes; for COX2 and PROTEINS, whose "
+                   "folds are divided, per fold (default 128; PPI 1; chains all)")
+    p.add_argument("--lr", type=float, help="Adam's (default 0.001, halved from epoch 51 on; PPI 0.005; chains 0.01)")
+    p.add_argument("--clip", type=float, help="gradient norm, PPI and chains; 0: none (default 1; literal, zoo 0)")
+    p.add_argument("--seed", type=int, default=42, help="of folds, weights, order and dropout (default 42)")
+    p.add_argument("--folds-at-once", type=int, help="folds that train as one batched model in a process, the same "
+                   "results to rounding (default GPU all; CPU 1, where that is faster)")
+    # run
+    p.add_argument("--table4", action="store_true", help="train implicit, UPG lam 0.5, 0.8, 1.0 and print Table 4")
+    p.add_argument("--out", help="folder of checkpoint.pt, metrics.jsonl, results.json (default "
+                   "runs/ignn-DATASET-TIME)")
+    p.add_argument("--resume", metavar="FILE", help="continue from this checkpoint; 'auto': from --out's, if "
+                   "there is one")
+    p.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints; SIGTERM saves too "
+                   "(default 5)")
+    p.add_argument("--log-every", type=int, help="epochs between log lines (default a tenth of --epochs)")
+    p.add_argument("--eval", action="store_true", help="only evaluate --resume's checkpoint, ours or an official one")
+    p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
+                   "implicit, UPG and NPG, on generated graphs")
+    args = p.parse_args(argv)
+
+    graphs, chains, ppi = args.dataset in ("COX2", "PROTEINS"), args.dataset == "chains", args.dataset == "PPI"
+    official = args.ppi_model != "robust" and not graphs and not chains
+    args.stop_mode = "abs" if official and args.ppi_model == "literal" else "rel"
+    defaults = {"hidden": 64 if graphs else 16 if chains else 256 if ppi else 32, "kappa": 0.9 if graphs else 0.98,
+                "epochs": 1000 if ppi else 100 if args.dataset == "PPI-synthetic" else 200,
+                "batch_size": 128 if graphs else 64 if chains else 1,
+                "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "abs" else 1e-6,
+                "solver": "fixed-point" if graphs or args.stop_mode == "abs" else "anderson",
+                "lr": 0.001 if graphs else 0.01 if chains else 0.005, "clip": 0.0 if official else 1.0,
+                "folds_at_once": args.folds if torch.cuda.is_available() else 1}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.backward_tol is None:
+        args.backward_tol = 1e-5 if args.stop_mode == "abs" else 10 * args.tol
+    if args.log_every is None:
+        args.log_every = max(1, args.epochs // 10)
+    for name in ("k", "max_iter", "backward_max_iter", "epochs", "batch_size", "hidden", "hops", "log_every",
+                 "folds_at_once"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("tol", "backward_tol", "save_every", "clip"):
+        if not getattr(args, name) >= 0:
+            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("lr", "graph_scale"):
+        if not 0 < getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(args, name)}")
+    if not 0 < args.kappa < 1:
+        p.error(f"--kappa must be in (0, 1), got {args.kappa}: from 1 on the equilibrium may not exist")
+    if not 0 < args.lam <= 1:
+        p.error(f"--lam must be in (0, 1], got {args.lam}")
+    if not 0 <= args.dropout < 1:
+        p.error(f"--dropout must be in [0, 1), got {args.dropout}")
+    if args.folds < 2:
+        p.error(f"--folds must be at least 2, got {args.folds}")
+    if args.chain_length < 2:
+        p.error(f"--chain-length must be at least 2, got {args.chain_length}")
+    for name in ("val", "unstratified_folds", "evaluate_2a_too"):
+        if getattr(args, name) and not graphs:
+            p.error(f"--{name.replace('_', '-')} is of the folds of COX2 and PROTEINS, not of {args.dataset}")
+    if args.table4 and chains:
+        p.error("--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
+    if args.table4 and (args.eval or args.resume not in (None, "auto")):
+        p.error("--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
+    if args.eval and (not args.resume or args.resume == "auto"):
+        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
+    if args.eval and chains:
+        p.error("--eval is of COX2, PROTEINS and PPI: chains trains in a minute")
+    if args.benchmark and (args.eval or args.resume or args.table4):
+        p.error("--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
+    if args.benchmark and "RANK" in os.environ:
+        p.error("--benchmark measures one process: run it without torchrun")
+    if args.resume == "auto" and not args.out:
+        p.error("--resume auto continues the training in --out DIR")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
+        p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    return args
+
+
+# --- data: graphs to one block-diagonal batch ------------------------------------------------------------------------
+
+class Sparse(NamedTuple):
+    """A sparse matrix and its transpose, both CSR: torch's own backward of a CSR product transposes anew, each time."""
+    matrix: torch.Tensor
+    transpose: torch.Tensor
+
+
+def sparse(index, values, shape):
+    """index (2, E): row and column of each value; duplicates are added."""
+    matrix, transpose = (torch.sparse_coo_tensor(i, values, s).coalesce().to_sparse_csr()
+                         for i, s in ((index, shape), (index.flip(0), shape[::-1])))
+    return Sparse(matrix, transpose)
+
+
+@dataclasses.dataclass
+class Graphs:
+    """A batch on the device.  With more than one list of graphs (folds), everything has a leading fold axis.
+
+    A fold with fewer nodes or graphs than another is padded with isolated nodes without features, whose state stays
+    zero, and with graphs without nodes, whose label is -100.
+    """
+    x: torch.Tensor                 # (..., n, p)
+    y: torch.Tensor                 # (..., G) long for graphs; (n,) long or (n, C) float for nodes
+    adjacency: Sparse               # (folds n, folds n)
+    pool: Sparse                    # (folds G, folds n): the sum over the nodes of each graph
+    offsets: torch.Tensor           # (folds G + 1,) first row of each graph
+    longest: int                    # nodes of the largest graph
+    slots: torch.Tensor | None      # (rows,) place of each row when graphs are padded to the longest; None: as it is
+    rho: float | None               # spectral radius of a raw adjacency; None: it is normalised, 1 at most
+    count: torch.Tensor             # (...,) graphs of each fold
+    adjacency_2a: Sparse | None     # the official evaluation's, if asked for
+
+
+def make_batch(folds, device, *, kind="sym", with_2a=False, dtype=torch.float32):
+    """One batch of lists of PyG graphs, a list per fold.  Build it once: nothing of it changes in training.
+
+    kind: "sym" S = (D + I)^-1/2 (A + I) (D + I)^-1/2, rho(S) = 1; "rho" A / rho(A), graph by graph; "raw" A.
+    """
+    parts = [Batch.from_data_list(graphs) for graphs in folds]
+    n, G = max(part.num_nodes for part in parts), max(part.num_graphs for part in parts)
+    total = n * len(parts)
+    index = torch.cat([part.edge_index + i * n for i, part in enumerate(parts)], dim=1).to(device)
+    ends = [torch.full((G - part.num_graphs,), (i + 1) * n) for i, part in enumerate(parts)]
+    offsets = torch.cat([t for i, part in enumerate(parts) for t in (part.ptr[:-1] + i * n, ends[i])]
+                        + [torch.tensor([total])]).to(device)
+    graph = torch.repeat_interleave(offsets.diff())                                     # (rows,) graph of each row
+    longest = int(offsets.diff().max())                                                 # host sync
+    slots = graph * longest + torch.arange(total, device=device) - offsets[graph]
+    # Padding belongs to its fold's last graph, with weight 0: no gradient may come back to it and count in a residual.
+    real = torch.stack([torch.arange(n) < part.num_nodes for part in parts]).flatten().to(device, dtype)
+    pool = sparse(torch.stack([graph, torch.arange(total, device=device)]), real, (len(offsets) - 1, total))
+
+    def normalised(weight):
+        """(D + I)^-1/2 (w A + I) (D + I)^-1/2 with D the degrees of w A."""
+        values = torch.full(index.shape[1:], weight, dtype=dtype, device=device)
+        return sparse(*gcn_norm(index, values, total, dtype=dtype), (total, total))
+
+    rho = None
+    if kind == "sym":
+        adjacency = normalised(1.0)
+    else:
+        ones = torch.ones(index.shape[1], dtype=dtype, device=device)
+        adjacency = sparse(index, ones, (total, total))
+        radius = spectral_radii(adjacency, offsets, graph)
+        if kind == "raw":
+            rho = radius.max().item() + 1e-5                # of the batch, as in the official release
+        else:
+            adjacency = sparse(index, ones / radius.to(dtype)[graph[index[0]]], (total, total))
+    x = torch.zeros(len(parts), n, parts[0].x.shape[1], dtype=dtype)
+    for xi, part in zip(x, parts):
+        xi[:part.num_nodes] = part.x
+    if parts[0].y.shape[0] == parts[0].num_graphs and len(parts[0].y) != parts[0].num_nodes:
+        y = torch.full((len(parts), G), -100)
+        for yi, part in zip(y, parts):
+            yi[:part.num_graphs] = part.y
+    else:
+        y = torch.stack([part.y for part in parts])
+    count = torch.tensor([part.num_graphs for part in parts], dtype=dtype)
+    single = len(parts) == 1
+    return Graphs(*((t[0] if single else t).to(device) for t in (x, y)), adjacency, pool, offsets, longest,
+                  None if longest * (len(offsets) - 1) == total else slots, rho,
+                  (count[0] if single else count).to(device), normalised(2.0) if with_2a else None)
+
+
+def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
+    """An upper bound (G,) of rho(A) of each graph, within tol of it unless max_iter comes first; A >= 0, symmetric.
+
+    Power iteration with A + I, which also converges for a bipartite graph.  For x > 0 the Rayleigh quotient is a lower
+    bound and max_i (A x)_i / x_i an upper one (Collatz-Wielandt), so the projection's radius kappa / rho is safe.
+    """
+    matrix = A.matrix.double()
+    x = torch.ones(matrix.shape[0], 1, dtype=torch.float64, device=graph.device)
+    for i in range(max_iter):
+        y = torch.sparse.mm(matrix, x)
+        upper = torch.segment_reduce((y / x)[:, 0], "max", offsets=offsets, initial=0)
+        if i % 10 == 9:
+            lower, square = (torch.segment_reduce(v[:, 0], "sum", offsets=offsets) for v in (x * y, x * x))
+            if bool((upper - lower / square <= tol * upper).all()):                 # host sync
+                break
+        x = x + y
+        largest = torch.segment_reduce(x[:, 0], "max", offsets=offsets, initial=0)
+        x = (x / largest[graph, None]).clamp_min(1e-200)        # stays positive where a component's radius is smaller
+    return upper
+
+
+# --- data: COX2, PROTEINS, PPI ---------------------------------------------------------------------------------------
+
+def load(args, process, make):
+    """The data set of PyG; the first process downloads and converts, the others then read what it has written."""
+    raw = Path(args.data) / args.dataset / "raw"
+    names = ([f"{args.dataset}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
+             if args.dataset != "PPI" else [f"{split}_{part}" for split in ("train", "valid", "test") for part in
+                                            ("graph.json", "feats.npy", "labels.npy", "graph_id.npy")])
+    missing = [name for name in names if not (raw / name).is_file()]
+    if raw.is_dir() and missing:
+        die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; "
+            "unpack it anew, or remove the folder to have it downloaded")
+    for turn in range(2):
+        if (process.rank > 0) == turn:
+            try:
+                result = make()
+            except Exception as error:      # PyG lets through whatever the network, the archive or the numbers raise
+                what = str(error).splitlines()[0] if str(error) else type(error).__name__
+                die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
+                    + (f"the files in {raw} are damaged" if raw.is_dir() else
+                       f"unpack it to {raw}, or give this machine internet access"))
+        if process.world_size > 1:
+            dist.barrier()
+    return result
+
+
+def check_graphs(args, graphs, nodes):
+    """Ends the run with one line where a graph's edges, features and labels do not fit together."""
+    where = f"--data {args.data}: {args.dataset}"
+    if not graphs:
+        die(f"{where} holds no graphs")
+    for i, graph in enumerate(graphs):
+        n = 0 if graph.x is None else len(graph.x)
+        if n == 0:
+            die(f"{where}: graph {i} has no node features")
+        if graph.edge_index.numel() and not 0 <= int(graph.edge_index.min()) <= int(graph.edge_index.max()) < n:
+            die(f"{where}: graph {i} has an edge to a node outside 0..{n - 1}")
+        if nodes and graph.edge_index.numel() == 0:
+            die(f"{where}: graph {i} has no edges, so rho(A) = 0 and its projection has no radius; remove it")
+        if graph.y is None or len(graph.y) != (n if nodes else 1):
+            die(f"{where}: graph {i} has {0 if graph.y is None else len(graph.y)} labels for "
+                f"{f'{n} nodes' if nodes else 'one graph'}")
+        if nodes and graph.y.dim() == 2 and not bool(((graph.y == 0) | (graph.y == 1)).all()):
+            die(f"{where}: graph {i} has a label that is neither 0 nor 1")
+    return graphs
+
+
+def load_tu(args, process):
+    """COX2 or PROTEINS as a list of graphs; x is the one-hot node label."""
+    def make():
+        raw = Path(args.data) / args.dataset / "raw" / args.dataset
+        if Path(f"{raw}_A.txt").is_file():          # PyG drops an index of 0 without a word
+            nodes = len(Path(f"{raw}_graph_indicator.txt").read_text().split())
+            ends = np.loadtxt(f"{raw}_A.txt", delimiter=",", dtype=int)
+            if ends.min() < 1 or ends.max() > nodes:
+                raise ValueError(f"an edge to a node outside 1..{nodes} in {raw}_A.txt")
+        dataset = TUDataset(args.data, args.dataset)
+        return dataset.y, list(dataset)
+
+    labels, graphs = load(args, process, make)
+    if labels is None or len(labels) != len(graphs):
+        die(f"--data {args.data}: {args.dataset} has {0 if labels is None else len(labels)} labels for {len(graphs)} "
+            "graphs")
+    return check_graphs(args, graphs, nodes=False)
+
+
+def stratified_folds(labels, folds, seed):
+    """(n,) the fold of each graph: scikit-learn's StratifiedKFold(folds, shuffle=True, random_state=seed).
+
+    Of the sorted labels every folds-th goes to the same fold, which fixes how many of each class a fold gets; which
+    ones is drawn class by class, in the order in which the classes first appear.
+    """
+    labels, rng = np.asarray(labels), np.random.RandomState(seed)
+    classes = labels[np.sort(np.unique(labels, return_index=True)[1])]
+    ordered = np.repeat(np.arange(len(classes)), [(labels == c).sum() for c in classes])
+    fold_of = np.empty(len(labels), dtype=int)
+    for c, label in enumerate(classes):
+        places = np.repeat(np.arange(folds), [(ordered[i::folds] == c).sum() for i in range(folds)])
+        rng.shuffle(places)
+        fold_of[labels == label] = places
+    return fold_of
+
+
+def split(args, labels):
+    """[(train, val, test)] of each fold, lists of graph numbers; the order of train is that of its fixed batches.
+
+    --unstratified-folds: the official split, whose indices of the graphs in file order are used on shuffled ones.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)).numpy()
+    fold_of = stratified_folds(labels, args.folds, args.seed)
+    if args.unstratified_folds:
+        shuffled = np.empty_like(fold_of)
+        shuffled[order] = fold_of
+        fold_of = shuffled
+    splits = []
+    for fold in range(args.folds):
+        train, val = order[fold_of[order] != fold], []
+        if args.val:
+            held_out = stratified_folds(np.asarray(labels)[train], 10, args.seed) == 0
+            train, val = train[~held_out], train[held_out]
+        splits.append((list(train), list(val), list(np.flatnonzero(fold_of == fold))))
+    return splits
+
+
+# --- data: generated -------------------------------------------------------------------------------------------------
+
+PPI_NODES = ((1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312, 2401, 1878, 1819, 3480, 2794, 2326, 2650, 2815,
+              3163, 3021), (3230, 3284), (3224, 2300))         # of the graphs of train, val and test
+
+
+def ppi_lookalike(scale, seed):
+    """[train, val, test], lists of graphs of PPI's sizes times scale: 50 features, 121 labels; heavy-tailed degrees.
+
+    Edges join nodes with probability proportional to the product of log-normal weights, 13.65 per node.  The labels
+    come from one linear teacher of a node's features and its neighbours' mean, cut at the 70th percentile.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    own, around = torch.randn(50, 121, generator=rng), torch.randn(50, 121, generator=rng)
+    splits, scores = [], []
+    for sizes in PPI_NODES:
+        graphs = []
+        for n in (max(30, round(scale * n)) for n in sizes):
+            weight = torch.exp(1.15 * torch.randn(n, generator=rng))
+            weight = weight.clamp(max=25 * weight.mean().item())
+            wanted, edges = round(min(13.65 * n, 0.3 * n * (n - 1) / 2)), torch.empty(0, dtype=torch.long)
+            while len(edges) < wanted:
+                ends = torch.multinomial(weight, 2 * wanted, replacement=True, generator=rng).view(2, -1).sort(dim=0)[0]
+                drawn = (ends[0] * n + ends[1])[ends[0] < ends[1]]
+                edges = torch.unique(torch.cat([edges, drawn]))
+            edges = edges[torch.randperm(len(edges), generator=rng)[:wanted]]
+            edge_index = to_undirected(torch.stack([edges // n, edges % n]), num_nodes=n)
+            x = ((torch.rand(n, 50, generator=rng) < 0.08).float() - 0.08) / math.sqrt(0.08 * 0.92)
+            mean = torch.zeros(n, 50).index_add_(0, edge_index[0], x[edge_index[1]])
+            mean = mean / degree(edge_index[0], n).clamp_min(1)[:, None]
+            graphs.append(Data(x=x, edge_index=edge_index, y=x @ own + mean @ around))
+        splits.append(graphs)
+    threshold = torch.cat([graph.y for graph in splits[0]]).quantile(0.7, dim=0)
+    for graph in (graph for graphs in splits for graph in graphs):
+        graph.y = (graph.y > threshold).float()
+    return splits
+
+
+def chains(length, seed):
+    """[train, val, test]: chains of length / 2 to length nodes; the first node shows the class that all nodes have.
+
+    No other node has a feature, so a network of t hops can only guess farther than t nodes away.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    splits = []
+    for count in (64, 32, 32):
+        graphs = []
+        for i in range(count):
+            n = int(torch.randint(max(2, length // 2), length + 1, (1,), generator=rng))
+            x = torch.zeros(n, 2)
+            x[0, i % 2] = 1
+            path = torch.stack([torch.arange(n - 1), torch.arange(1, n)])
+            graphs.append(Data(x=x, edge_index=to_undirected(path), y=torch.full((n,), i % 2)))
+        splits.append(graphs)
+    return splits
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+def project_rows(W, v):
+    """Each row of W (..., m, m) to its nearest point, in Euclidean norm, of the L1 ball of radius v > 0; a new tensor.
+
+    A row inside stays as it is, bit for bit.  Sort and cumulated sums of all rows at once (IGNN's well-posedness
+    condition ||W||_inf <= v, which decouples over rows): theta = (u_1 + ... + u_r - v) / r, with u the sorted absolute
+    values and r the number of j with u_j > (u_1 + ... + u_j - v) / j, is what every absolute value loses.
+    """
+    if not v > 0:
+        raise ValueError(f"v, the radius of the L1 ball, must be positive, got {v}")
+    size = W.abs()
+    u = size.sort(dim=-1, descending=True).values
+    total = u.cumsum(dim=-1)
+    j = torch.arange(1, W.shape[-1] + 1, device=W.device, dtype=W.dtype)
+    r = (u * j > total - v).sum(dim=-1, keepdim=True).clamp_min(1)                  # 0 only if the row is not finite
+    theta = (total.gather(-1, r - 1) - v) / r
+    return torch.where(total[..., -1:] > v, W.sign() * (size - theta).clamp_min(0), W)
+
+
+class _Propagate(torch.autograd.Function):
+    """matrix @ h, with the stored transpose for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, h, matrix, transpose):
+        ctx.matrices = transpose, matrix
+        return torch.sparse.mm(matrix, h)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Propagate.apply(g.contiguous(), *ctx.matrices), None, None
+
+
+def propagate(A, h):
+    """A h for h (..., n, m): the folds, if any, are blocks of A.  Returns (..., rows of A / folds, m)."""
+    out = _Propagate.apply(h.reshape(-1, h.shape[-1]), *A)
+    return out.view(*h.shape[:-2], -1, h.shape[-1])
+
+
+def linear(layer, x):
+    """layer(x) for an nn.Linear, also with a leading fold axis in its parameters."""
+    return x @ layer.weight.mT + layer.bias.unsqueeze(-2)
+
+
+def fixed_point_per_graph(f, h0, *, max_iter, tol, stop_mode="rel", offsets):
+    """The plain iteration h <- f(h), Eq. (9), of many graphs of different size, each of which stops by itself.
+
+    As common.fixed_point, whose samples are the rows of a tensor; here sample i is the rows offsets[i] to
+    offsets[i + 1] of a state (..., n, m) flattened to (rows, m).  Graphs do not see each other, so those that are
+    solved need not be held back: the state that met tol is kept, and what the iteration does to them later is not.
+    The residual, relative (Frobenius) or absolute (largest entry), is looked at in every second iteration on a CPU
+    and every eighth on a GPU, which waits there: so a graph may do better than tol, in a batch as alone.
+    """
+    single = torch.is_tensor(h0)                                # the backward solve of common.implicit has a list
+    x = h0 if single else h0[0]
+    every = 2 if x.device.type == "cpu" else 8
+    graphs = len(offsets) - 1
+    rows = torch.repeat_interleave(offsets.diff(), output_size=x.shape[:-1].numel())            # graph of each row
+    best, x_best, evals, trace = x.new_full((graphs,), math.inf), x, 0, []
+    with torch.no_grad():
+        while True:
+            for _ in range(min(every, max_iter + 1 - evals)):
+                last, x = x, f(x) if single else f([x])[0]
+                evals += 1
+            change, size = (x - last).flatten(0, -2), x.flatten(0, -2)
+            if stop_mode == "abs":
+                residual = torch.segment_reduce(change.abs().amax(dim=1), "max", offsets=offsets, initial=0)
+            else:
+                change, size = (torch.segment_reduce(torch.linalg.vector_norm(t, dim=1).square(), "sum",
+                                                     offsets=offsets).sqrt() for t in (change, size))
+                residual = torch.where(size.isfinite(), change / size.clamp_min(1e-12), math.inf)
+            trace.append(residual)
+            better = (residual < best) & (best > tol)           # False for NaN
+            if x.device.type == "cpu" and bool(better.all()):   # nearly always: saves a copy
+                best, x_best = residual, last
+            else:
+                best = torch.where(better, residual, best)
+                x_best = torch.where(better[rows].view(*x.shape[:-1], 1), last, x_best)
+            if evals > max_iter or tol > 0 and bool((best <= tol).all()):               # host sync
+                return SolverResult(x_best if single else [x_best], best, evals, torch.stack(trace), best <= tol)
+
+
+def padded(solver, batch):
+    """common.anderson or common.broyden for a batch: its graphs are the samples, padded to the longest with zeros.
+
+    Few iterations where the contraction is slow, as with kappa = 0.98; but a batch with one large graph, as PROTEINS
+    has, is mostly padding.
+    """
+    graphs, slots, longest = len(batch.offsets) - 1, batch.slots, batch.longest
+
+    def solve(f, h0, **options):
+        single = torch.is_tensor(h0)                            # the backward solve of common.implicit has a list
+        shape = (h0 if single else h0[0]).shape
+
+        def pack(x):
+            x = x.reshape(-1, shape[-1])
+            if slots is not None:
+                x = x.new_zeros(graphs * longest, shape[-1]).index_copy_(0, slots, x)
+            return x.view(graphs, longest, shape[-1])
+
+        def unpack(x):
+            x = x.reshape(-1, shape[-1])
+            return (x if slots is None else x[slots]).view(shape)
+
+        result = solver(lambda x: pack(f(unpack(x)) if single else f([unpack(x)])[0]), pack(h0 if single else h0[0]),
+                        **options)
+        return result._replace(h=unpack(result.h) if single else [unpack(result.h)])
+
+    return solve
+
+
+SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point_per_graph, offsets=batch.offsets),
+           "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden)}
+
+
+@dataclasses.dataclass
+class Solve:
+    """How equilibria and their gradients are computed: the arguments of common.equilibrium."""
+    solver: str = "fixed-point"
+    grad: str = "upg"
+    k: int = 5
+    lam: float = 0.5
+    max_iter: int = 300
+    tol: float = 1e-6
+    stop_mode: str = "rel"
+    backward_max_iter: int = 300
+    backward_tol: float = 1e-5
+
+
+class ImplicitLayer(nn.Module):
+    """H* = relu(A H* W^T + B), B = A V Omega_1^T, with V (..., n, p), H (..., n, m): the IGNN paper's X^T, U^T.
+
+    The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses; they are in its parameter counts.
+    omega_2: B = A V Omega_1^T + V Omega_2^T, as in torchdeq's node model.
+    spectral: that model's normalisation, M <- diag(min(1, g / sigma)) M of each weight, sigma = u^T M v.
+    hops: so many iterations from zero in place of the equilibrium, to see what that adds.
+    """
+
+    def __init__(self, p, m, kappa, solve, omega_2=False, spectral=False, hops=0):
+        super().__init__()
+        self.kappa, self.solve, self.spectral, self.hops = kappa, solve, spectral, hops
+        self.names = ["W", "Omega_1", *(["Omega_2"] if omega_2 else [])]
+        for name in self.names:
+            weight = torch.empty(m, m if name == "W" else p).uniform_(-m ** -0.5, m ** -0.5)
+            setattr(self, name, nn.Parameter(weight))
+            if spectral:
+                setattr(self, name + "_g", nn.Parameter(torch.ones(m, 1)))
+                self.register_buffer(name + "_u", F.normalize(torch.randn(m), dim=0))
+                self.register_buffer(name + "_v", F.normalize(torch.randn(weight.shape[1]), dim=0))
+        for _ in range(15 if spectral else 1):
+            self.project_()
+
+    @torch.no_grad()
+    def project_(self, rho=None):
+        """To be called after every change of the weights: a forward pass changes nothing.
+
+        Puts W into the ball of radius kappa / rho.  With spectral W may be anywhere; then one power iteration of u, v.
+        """
+        if not self.spectral:
+            self.W.copy_(project_rows(self.W, self.kappa / (rho or 1.0)))
+            return
+        for name in self.names:
+            M, u, v = (getattr(self, name + part) for part in ("", "_u", "_v"))
+            v.copy_(F.normalize(M.T @ u, dim=0))
+            u.copy_(F.normalize(M @ v, dim=0))
+
+    def weights(self, rho):
+        """The effective W, Omega_1 and Omega_2 (or None) for a batch whose adjacency has this radius (None: 1)."""
+        W, Omega_1, Omega_2 = (getattr(self, name, None) for name in ("W", "Omega_1", "Omega_2"))
+        if self.spectral:
+            W, Omega_1, Omega_2 = (M if M is None else M * (getattr(self, name + "_g") / (
+                getattr(self, name + "_u") @ M @ getattr(self, name + "_v"))).clamp(max=1)
+                for name, M in (("W", W), ("Omega_1", Omega_1), ("Omega_2", Omega_2)))
+        if self.spectral or rho is not None:        # of a temporary; the gradient passes straight through
+            W = project_rows(W.detach(), self.kappa / (rho or 1.0)) + (W - W.detach())
+        return W, Omega_1, Omega_2
+
+    def f(self, h, B, W, A):
+        """One application of the layer: h (..., n, m)."""
+        product = torch.addmm if h.dim() == 2 else torch.baddbmm
+        return product(B, propagate(A, h), W.mT).relu_()
+
+    def forward(self, V, batch, log=None):
+        """H* (..., n, m).  log: a list that receives ("forward" or "backward", SolverResult)."""
+        W, Omega_1, Omega_2 = self.weights(batch.rho)
+        A, (m, p) = batch.adjacency, Omega_1.shape[-2:]
+        B = propagate(A, V) @ Omega_1.mT if p < m else propagate(A, V @ Omega_1.mT)     # they commute: narrow first
+        if Omega_2 is not None:
+            B = B + V @ Omega_2.mT
+        f = functools.partial(self.f, B=B, W=W, A=A)
+        if self.hops:
+            return upg(f, torch.zeros_like(B), k=self.hops, lam=1.0)
+        options = vars(self.solve)
+        solver = SOLVERS[options["solver"]](batch)
+        # From X = B, as in the official release.  From zero one more iteration would be needed: f(0) = relu(B).
+        h, result = equilibrium(f, B.detach(), **{**options, "solver": solver, "backward_solver": solver},
+                                on_backward=None if log is None else lambda r: log.append(("backward", r)))
+        if log is not None:
+            log.append(("forward", result))
+        return h
+
+
+def check_kappa(kappa):
+    if not 0 < kappa < 1:
+        raise ValueError(f"kappa must be in (0, 1), got {kappa}")
+
+
+class GraphIGNN(nn.Module):
+    """Log-probabilities (..., G, classes): three implicit layers, sum over each graph's nodes, two linear layers."""
+
+    def __init__(self, num_features, num_classes, hidden=64, kappa=0.9, dropout=0.5, solve=None):
+        super().__init__()
+        check_kappa(kappa)
+        self.solve, self.dropout = solve or Solve(), dropout
+        widths = [num_features, hidden, hidden, hidden]
+        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, self.solve) for p, m in zip(widths, widths[1:]))
+        self.readout = nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, num_classes)])
+
+    def project_(self, rho=None):
+        """After every step of an optimiser: puts the weights back into the well-posed set."""
+        for layer in self.implicit:
+            layer.project_(rho)
+
+    def forward(self, batch, keep=None, log=None):
+        """batch: Graphs.  keep (..., G, hidden): the dropout mask, 0 or 1 / (1 - dropout); drawn here if None."""
+        h = batch.x
+        for layer in self.implicit:
+            h = layer(h, batch, log)
+        g = F.relu(linear(self.readout[0], propagate(batch.pool, h)))                   # (..., G, hidden)
+        g = F.dropout(g, self.dropout, self.training) if keep is None else g * keep
+        return F.log_softmax(linear(self.readout[1], g), dim=-1)
+
+
+class NodeIGNN(nn.Module):
+    """Logits (n, classes) of the nodes: h <- elu(IGNN_i(h) + V_i h) for each layer i, without elu after the last.
+
+    widths: of the layers; the paper's PPI model is the default, 4, 2, 2, 1 times hidden, then the classes.
+    """
+
+    def __init__(self, num_features, num_classes, hidden=256, kappa=0.98, solve=None, widths=None, omega_2=False,
+                 spectral=False, hops=0):
+        super().__init__()
+        check_kappa(kappa)
+        self.solve = solve or Solve(solver="anderson")
+        widths = [num_features, *(widths or [4 * hidden, 2 * hidden, 2 * hidden, hidden]), num_classes]
+        pairs = list(zip(widths, widths[1:]))
+        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, self.solve, omega_2, spectral, hops) for p, m in pairs)
+        self.skip = nn.ModuleList(nn.Linear(p, m) for p, m in pairs)
+
+    project_ = GraphIGNN.project_
+
+    def forward(self, batch, log=None):
+        h = batch.x
+        for i, (layer, skip) in enumerate(zip(self.implicit, self.skip)):
+            h = layer(h, batch, log) + skip(h)
+            if i < len(self.skip) - 1:
+                h = F.elu(h)
+        return h
+
+
+def load_official(model, state_dict):
+    """Loads a state dict of the official IGNN release (graph or PPI model) or of torchdeq's zoo, then projects W.
+
+    Strict: ValueError names keys that are unknown, missing or of another shape.  Parameters that those models own and
+    never use (bias; Omega_2 where the model here has none) are left out.
+    """
+    node, own, found = isinstance(model, NodeIGNN), model.state_dict(), {}
+    last = len(model.implicit) - 1
+    for key, value in state_dict.items():
+        stem, _, rest = key.removeprefix("module.").partition(".")
+        name = key
+        if stem.startswith("ig") and stem[2:].isdigit():
+            name = f"implicit.{int(stem[2:]) - 1}.{rest}"
+        elif stem == "V":
+            name = f"skip.{last}.{rest}"                                # the official node model's fifth
+        elif stem.startswith("V_"):
+            name = f"{'skip' if node else 'readout'}.{stem[2:]}.{rest}"
+        elif stem in ("ignn", "proj"):                                  # the zoo's node model
+            name = f"{'implicit' if stem == 'ignn' else 'skip'}.{rest.removesuffix('_orig')}"
+        unused = name.endswith(".bias") and name.startswith("implicit") or name.endswith(".Omega_2") and name not in own
+        if not unused or name.removesuffix("bias").removesuffix("Omega_2") + "W" not in own:
+            found[name] = value
+    problems = [f"unknown {k}" for k in found if k not in own] + [f"missing {k}" for k in own if k not in found]
+    problems += [f"{k} is {tuple(found[k].shape)} instead of {tuple(v.shape)}"
+                 for k, v in own.items() if k in found and found[k].shape != v.shape]
+    if problems:
+        raise ValueError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    model.load_state_dict(found)
+    if not any(layer.spectral for layer in model.implicit):         # else u and v of the checkpoint are as they must be
+        model.project_()
+
+
+def stack_folds(models):
+    """One model of models of the same shape: every parameter gets a leading fold axis, and so does the state."""
+    stacked = copy.deepcopy(models[0])
+    for p, *parts in zip(stacked.parameters(), *(model.parameters() for model in models)):
+        p.data = torch.stack([part.data for part in parts])
+    return stacked
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate_graphs(model, batch, with_2a=False):
+    """(accuracy in % , loss) of each fold (...,), on the device; with_2a: with the official evaluation's adjacency."""
+    model.eval()
+    if with_2a:
+        batch = dataclasses.replace(batch, adjacency=batch.adjacency_2a)
+    log_probs = model(batch)
+    model.train()
+    hits = (log_probs.argmax(dim=-1) == batch.y).sum(dim=-1)                # never where the label is -100
+    return 100 * hits / batch.count, graph_loss(log_probs, batch)
+
+
+def graph_loss(log_probs, batch):
+    """NLL (...,) per fold, the mean over its graphs."""
+    loss = F.nll_loss(log_probs.flatten(0, -2), batch.y.flatten(), reduction="none", ignore_index=-100)
+    return loss.view(batch.y.shape).sum(dim=-1) / batch.count
+
+
+def node_loss(logits, y, reduction="mean"):
+    """Binary cross entropy over nodes and labels (y float), or cross entropy over nodes (y long)."""
+    return (F.binary_cross_entropy_with_logits if y.is_floating_point() else F.cross_entropy)(logits, y,
+                                                                                              reduction=reduction)
+
+
+@torch.no_grad()
+def evaluate_nodes(model, batch):
+    """(score in %, loss) over all nodes of all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
+    model.eval()
+    logits, y = model(batch), batch.y
+    if y.is_floating_point():               # F1 = 2 tp / (predicted + true)
+        counts = [2 * ((logits > 0) * y).sum(), (logits > 0).sum() + y.sum()]
+    else:
+        counts = [(logits.argmax(dim=1) == y).sum(), y.new_tensor(len(y))]
+    model.train()
+    sums = torch.stack([c.double() for c in (*counts, node_loss(logits, y, "sum"), y.new_tensor(y.numel()))])
+    right, of, loss, n = all_reduce_sum(sums).tolist()                      # host sync
+    return 100 * right / max(of, 1), loss / n
+
+
+def positive_f1(graphs):
+    """Micro-F1 (%) of the constant prediction that every label is 1: what a collapsed network scores at most."""
+    positive = sum(graph.y.sum().item() for graph in graphs)
+    return 100 * 2 * positive / (sum(graph.y.numel() for graph in graphs) + positive)
+
+
+def protocols(results):
+    """{protocol: accuracies of the folds}, from {fold: {"test": accuracy after each epoch, ...}}."""
+    folds = sorted(results)
+    test = np.array([results[fold]["test"] for fold in folds])                                  # (folds, epochs)
+    table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, test.mean(axis=0).argmax()],
+             "last epoch": test[:, -1]}
+    if results[folds[0]]["val"]:
+        epochs = [max(range(test.shape[1]), key=lambda e: (results[fold]["val"][e], -results[fold]["val_loss"][e]))
+                  for fold in folds]                            # ties: the lower loss
+        table["epoch by val"] = test[range(len(folds)), epochs]
+    if results[folds[0]]["test_2a"]:
+        test = np.array([results[fold]["test_2a"] for fold in folds])
+        table["2A + I: best per fold"], table["2A + I: last"] = test.max(axis=1), test[:, -1]
+    return table
+
+
+# --- benchmark -------------------------------------------------------------------------------------------------------
+
+def molecules(count, seed):
+    """Graphs of COX2's size (41 nodes, 43.5 edges) for the benchmark: random trees with three more edges."""
+    rng = torch.Generator().manual_seed(seed)
+    graphs = []
+    for i in range(count):
+        n = int(torch.randint(32, 51, (1,), generator=rng))
+        parent = (torch.arange(1, n) - 1 - (3 * torch.rand(n - 1, generator=rng)).long()).clamp_min(0)
+        more = torch.randint(0, n, (2, 3), generator=rng)
+        edge_index = torch.cat([torch.stack([torch.arange(1, n), parent]), more[:, more[0] != more[1]]], dim=1)
+        x = F.one_hot(torch.randint(0, 8, (n,), generator=rng), 35).float()
+        graphs.append(Data(x=x, edge_index=to_undirected(edge_index, num_nodes=n), y=torch.tensor([i % 2])))
+    return graphs
+
+
+def benchmark(args, process, repeats=5):
+    """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats."""
+    device, grads, nodes = process.device, ("implicit", "upg", "npg"), args.dataset in ("PPI", "PPI-synthetic")
+    if nodes:
+        graphs = ppi_lookalike(args.graph_scale, args.seed)[0][:args.batch_size]
+        batch = make_batch([graphs], device, kind=ADJACENCY[args.ppi_model])
+        model = node_model(args, 50, 121).to(device)
+    else:
+        graphs = molecules(args.batch_size, args.seed)
+        batch = make_batch([graphs], device)
+        model = GraphIGNN(35, 2, args.hidden, args.kappa, args.dropout, solver_settings(args)).to(device)
+    loss_of = (lambda log: node_loss(model(batch, log=log), batch.y)) if nodes else (
+        lambda log: graph_loss(model(batch, log=log), batch))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(grad, k):
+        model.solve.grad, model.solve.k = grad, k
+        reset_peak_memory(device)
+        log, start = [], clock()
+        loss = loss_of(log)
+        forward = clock()
+        loss.backward()
+        backward = clock()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.project_(batch.rho)
+        end = clock()
+        evals = [statistics.mean(r.n_evals for w, r in log if w == which) if which in {w for w, _ in log} else 0
+                 for which in ("forward", "backward")]
+        return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device), *evals]
+
+    @torch.no_grad()
+    def overhead():
+        layer = model.implicit[0]
+        W, Omega_1, _ = layer.weights(batch.rho)
+        B = propagate(batch.adjacency, batch.x @ Omega_1.mT)
+        f = functools.partial(layer.f, B=B, W=W, A=batch.adjacency)
+        start = clock()
+        result = SOLVERS[args.solver](batch)(f, B, max_iter=19, tol=0.0)
+        solved, h = clock(), B
+        for _ in range(result.n_evals):
+            h = f(h)
+        return (solved - start) / (clock() - solved), 1e3 * (clock() - solved) / result.n_evals
+
+    for grad in grads:
+        step(grad, args.k)          # warm-up
+    times, overheads = {grad: [] for grad in grads}, [overhead()]
+    for _ in range(repeats):
+        for grad in grads:
+            times[grad].append(step(grad, args.k))
+        overheads.append(overhead())
+    median = {grad: [statistics.median(column) for column in zip(*times[grad])] for grad in grads}
+    about = describe_run(device, 1)
+    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(graphs)} generated graphs, "
+          f"{batch.x.shape[-2]} nodes, {args.solver} to {args.tol:g}, k = {args.k}; {about['device']}, torch "
+          f"{about['torch']}, commit {about['commit']}")
+    print("gradient   forward ms  backward ms  step ms  peak GB  calls of f: forward, backward  backward    step  "
+          "(ratios: implicit / this)")
+    base = median["implicit"]
+    for grad in grads:
+        forward, backward, whole, gb, *evals = median[grad]
+        print(f"{grad:9s} {forward:11.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} {evals[0]:20.1f} {evals[1]:9.1f} "
+              f"{base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
+    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
+    print(f"F: {f_ms:.2f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
+    memory = {k: step("npg", k)[3] for k in (1, 20)}
+    print(f"NPG peak memory: k = 1 {memory[1]:.3f} GB, k = 20 {memory[20]:.3f} GB, ratio {memory[20] / memory[1]:.3f}")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
+
+
+def solver_settings(args):
+    return Solve(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Solve)})
+
+
+def node_model(args, num_features, num_classes, hops=0):
+    zoo = args.ppi_model == "zoo" and args.dataset != "chains"
+    widths = [args.hidden] if args.dataset == "chains" else None
+    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), widths, omega_2=zoo,
+                    spectral=zoo, hops=hops)
+
+
+def official_count(model):
+    """Parameters as the paper counts them: with the official layers' Omega_2 and bias, which nothing uses."""
+    dead = sum(layer.Omega_1.shape[0] * (1 + (layer.Omega_1.shape[1] if "Omega_2" not in layer.names else 0))
+               for layer in model.implicit)
+    return sum(p.numel() for p in model.parameters()) + dead
+
+
+def gathered(value, process):
+    """[value of each process]; all must call it."""
+    values = [value]
+    if process.world_size > 1:
+        values = [None] * process.world_size
+        dist.all_gather_object(values, value)
+    return values
+
+
+FREE = {"data", "out", "resume", "eval", "benchmark", "table4", "save_every", "log_every"}      # may differ in --resume
+
+
+def begin(args, process, about_data, fingerprint):
+    """Opens --out: (checkpoint's path, what --resume restores or None, log or None, SaveTimer)."""
+    out = Path(args.out)
+    path = out / "checkpoint.pt"
+    here = gathered(path.exists(), process)
+    if any(here) != all(here):
+        die(f"--out {out}: {path.name} is there for some processes only; all machines must see one and the same folder")
+    resume = (str(path) if here[0] else None) if args.resume == "auto" else args.resume
+    if here[0] and not (resume and Path(resume).resolve() == path.resolve()):
+        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    state = None
+    if resume:
+        state = load_checkpoint(resume)
+        if not is_ours(state):
+            die(f"--resume {resume} was not written by this script: an official checkpoint can be evaluated (--eval)")
+        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
+                  for name, value in state["args"].items() if name not in FREE and value != getattr(args, name, None)]
+        if differ:
+            die(f"--resume {resume} is of a run with {', '.join(differ)}; use the same flags, or start afresh with "
+                "another --out")
+        if state["processes"] != process.world_size:
+            die(f"--resume {resume} is of a run with {state['processes']} process(es), here are {process.world_size}")
+        if state["fingerprint"] != fingerprint:
+            die(f"--resume {resume} is of a run on other data than --data {args.data} holds")
+    log = None
+    if process.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            die(f"--out {out}: cannot make this folder ({error.strerror})")
+        log = MetricsLog(out / "metrics.jsonl", last_step=state["step"] if state else None)
+        about = describe_run(process.device, process.world_size)
+        log.write(event="start", step=state["step"] if state else 0, args=vars(args), **about)
+        print(f"{about['command']}\n{about['device']} x {process.world_size}, torch {about['torch']}, commit "
+              f"{about['commit']}; writing to {out}\n{about_data}"
+              + (f"; continues after step {state['step']}" if state else ""), flush=True)
+    return path, state, log, SaveTimer(args.save_every)
+
+
+def is_ours(state):
+    return isinstance(state, dict) and isinstance(state.get("args"), dict)
+
+
+def label(args):
+    return "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
+
+
+def health(log):
+    """Means over a log of solves: calls of f, and the share of graphs solved; host sync."""
+    record = {}
+    for which in ("forward", "backward"):
+        results = [r for name, r in log if name == which]
+        if results:
+            record[f"{which}_evals"] = statistics.mean(r.n_evals for r in results)
+            record[f"{which}_solved"] = torch.cat([r.converged.float() for r in results]).mean().item()
+    return record
+
+
+def dropout_masks(args, folds, epoch, step, batch):
+    """(..., G, hidden) for a step: drawn fold by fold, so that it does not matter which folds train together."""
+    keep = torch.zeros(*batch.y.shape, args.hidden).view(len(folds), -1, args.hidden)
+    for mask, fold, count in zip(keep, folds, batch.count.view(-1).long().tolist()):
+        rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
+        mask[:count] = (torch.rand(count, args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
+    return keep.view(*batch.y.shape, args.hidden).to(batch.x.device, non_blocking=True)
+
+
+def train_graphs(args, process, graphs):
+    """Cross-validation: --folds-at-once folds train together, others in turn or in other processes.
+
+    Returns {fold: {"loss", "test", "test_2a", "val", "val_loss": a value per epoch}}, or None after a SIGTERM.
+    """
+    device, world = process.device, process.world_size
+    labels = [int(graph.y) for graph in graphs]
+    splits = split(args, labels)
+    if min(min(len(train), len(test)) for train, _, test in splits) < 1:
+        die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
+    classes, features = max(labels) + 1, graphs[0].x.shape[1]
+    steps, groups = [math.ceil(len(train) / args.batch_size) for train, _, _ in splits], []
+    for fold in range(args.folds):                      # together only with as many steps: an empty one would move Adam
+        if groups and len(groups[-1]) < args.folds_at_once and steps[groups[-1][0]] == steps[fold]:
+            groups[-1].append(fold)
+        else:
+            groups.append([fold])
+    own, rounds = groups[process.rank::world], math.ceil(len(groups) / world)
+    majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
+
+    def fold_model(fold):
+        seed_everything(args.seed * 1000 + fold)            # the same weights for every method and arrangement
+        return GraphIGNN(features, classes, args.hidden, args.kappa, args.dropout, solver_settings(args))
+
+    parameters = sum(p.numel() for p in fold_model(0).parameters())
+    path, state, log, timer = begin(
+        args, process, f"{label(args)}: {parameters:,} parameters ({official_count(fold_model(0)):,} with the official "
+        f"layers' unused ones); {len(graphs)} graphs, {args.folds} {'un' if args.unstratified_folds else ''}stratified "
+        f"folds, {args.epochs} epochs; majority class {statistics.mean(majority):.1f} ± "
+        f"{statistics.pstdev(majority):.1f} % of the test folds", [len(graphs), sum(labels), features])
+    state = state or {"ranks": [{"results": {}, "weights": {}, "model": None, "optimizer": None}] * world, "round": 0,
+                      "epoch": 0, "seconds": 0.0}
+    mine = copy.deepcopy(state["ranks"][process.rank])
+    results, weights = mine["results"], mine["weights"]
+    started, since = time.perf_counter() - state["seconds"], time.perf_counter()
+    stop = False
+
+    def save(round, epoch, model, optimizer):
+        parts = {"results": results, "weights": weights, "model": model and model.state_dict(),
+                 "optimizer": optimizer and optimizer.state_dict()}
+        ranks = gathered(parts, process)
+        if process.rank == 0:
+            save_checkpoint(path, {"ranks": ranks, "round": round, "epoch": epoch, "step": round * args.epochs + epoch,
+                                   "args": vars(args), "processes": world, "seconds": time.perf_counter() - started,
+                                   "fingerprint": [len(graphs), sum(labels), features]})
+
+    for round in range(state["round"], rounds):
+        folds, model, optimizer = own[round] if round < len(own) else [], None, None
+        if folds:
+            def batch_of(part, start=0, stop=None, with_2a=False):
+                return make_batch([[graphs[i] for i in splits[fold][part][start:stop]] for fold in folds], device,
+                                  with_2a=with_2a)
+
+            model = stack_folds([fold_model(fold) for fold in folds]) if len(folds) > 1 else fold_model(folds[0])
+            model.to(device)
+            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+            if mine["model"] is not None:
+                model.load_state_dict(mine["model"])
+                optimizer.load_state_dict(mine["optimizer"])
+            size = args.batch_size
+            batches = [batch_of(0, step * size, (step + 1) * size) for step in range(steps[folds[0]])]
+            val = batch_of(1) if args.val else None
+            test = batch_of(2, with_2a=args.evaluate_2a_too)
+        for epoch in tqdm(range(state["epoch"], args.epochs), desc=f"folds {folds}", leave=False,
+                          disable=not (process.rank == 0 and sys.stderr.isatty())):
+            record = None
+            if folds:
+                solves, loss = [], 0
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * (0.5 if epoch >= 50 else 1)             # halved once, for epoch 51
+                for step, batch in enumerate(batches):
+                    fold_loss = graph_loss(model(batch, dropout_masks(args, folds, epoch, step, batch), solves), batch)
+                    fold_loss.sum().backward()              # folds share no parameter: each gets its own gradient
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    model.project_()
+                    loss = loss + fold_loss.detach() * batch.count
+
+                # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
+                loss = loss / sum(batch.count for batch in batches)
+                columns = {"loss": loss, "test": evaluate_graphs(model, test)[0]}
+                if args.evaluate_2a_too:
+                    columns["test_2a"] = evaluate_graphs(model, test, with_2a=True)[0]
+                if args.val:
+                    columns["val"], columns["val_loss"] = evaluate_graphs(model, val)
+                values = torch.stack([c.view(-1).double() for c in columns.values()], dim=1).tolist()       # host sync
+                for fold, row in zip(folds, values):
+                    for name in ("loss", "test", "test_2a", "val", "val_loss"):
+                        results.setdefault(fold, {}).setdefault(name, [])
+                    for name, value in zip(columns, row):
+                        results[fold][name].append(value)
+                record = {"folds": folds, **dict(zip(columns, map(list, zip(*values)))), **health(solves)}
+            records = gathered(record, process)
+            broken = [r for r in records if r and not all(map(math.isfinite, r["loss"]))]
+            if broken:
+                kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
+                die(f"the loss of folds {broken[0]['folds']} became {broken[0]['loss']} in epoch {epoch + 1}: try a "
+                    f"lower --lr or --kappa; {kept}", code=1)
+            done = epoch + 1 == args.epochs
+            if process.rank == 0:
+                for r in filter(None, records):
+                    log.write(event="epoch", step=round * args.epochs + epoch + 1, epoch=epoch + 1,
+                              seconds=time.perf_counter() - started, **r)
+                if (epoch + 1) % args.log_every == 0 or done:
+                    now = time.perf_counter()
+                    ms, since = 1e3 * (now - since) / (epoch % args.log_every + 1), now
+                    tqdm.write(f"epoch {epoch + 1:4d}  " + "  ".join(
+                        f"folds {r['folds']}  loss {statistics.mean(r['loss']):.4f}  test "
+                        f"{statistics.mean(r['test']):.1f} %  {r['forward_evals']:.0f} + "
+                        f"{r.get('backward_evals', 0):.0f} calls of f, {100 * r['forward_solved']:.0f} % solved"
+                        for r in records if r) + f"  {ms:.0f} ms/epoch")
+            if done and folds:
+                for i, fold in enumerate(folds):
+                    weights[fold] = {k: (v[i] if len(folds) > 1 else v).cpu().clone()
+                                     for k, v in model.state_dict().items()}
+            saving, stop = timer.poll()
+            if done:
+                save(round + 1, 0, None, None)
+            elif saving:
+                save(round, epoch + 1, model, optimizer)
+            if stop:
+                break
+        state["epoch"], mine["model"] = 0, None
+        if stop:
+            break
+    if stop:
+        if process.rank == 0:
+            print(f"SIGTERM: saved to {path}; continue with --out {args.out} --resume auto", flush=True)
+        return None
+    results = {fold: r for part in gathered(results, process) for fold, r in part.items()}
+    minutes = (time.perf_counter() - started) / 60
+    if process.rank == 0:
+        table = protocols(results)
+        record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
+        (Path(args.out) / "results.json").write_text(json.dumps(
+            {"args": vars(args), "majority": majority, "minutes": minutes, "mean, std, folds": record,
+             "folds": results}, default=float))
+        print(f"{args.dataset}, {label(args)}, {args.folds} folds, mean ± standard deviation, {minutes:.1f} minutes")
+        print(f"  {'majority class':26s} {statistics.mean(majority):5.1f} ± {statistics.pstdev(majority):.1f} %")
+        for name, values in table.items():
+            print(f"  {name:26s} {values.mean():5.1f} ± {values.std():.1f} %", flush=True)
+    return {"table": protocols(results), "majority": np.array(majority), "minutes": minutes}
+
+
+def train_nodes(args, process, splits, hops=0):
+    """PPI, its look-alike or chains; a step is --batch-size graphs, divided over the processes.
+
+    Returns {protocol: test score (%), "collapsed": what happened or ""}, or None after a SIGTERM.
+    """
+    device, world, rank = process.device, process.world_size, process.rank
+    if args.batch_size % world:
+        die(f"--batch-size {args.batch_size} is not divisible by {world} processes")
+    each, binary = args.batch_size // world, splits[0][0].y.dim() == 2
+    if len(splits[0]) < args.batch_size:
+        die(f"--batch-size {args.batch_size}: there are only {len(splits[0])} training graphs")
+    if min(map(len, splits)) < world:
+        die(f"{min(map(len, splits))} graphs in a split for {world} processes: use fewer (--nproc_per_node)")
+    kind = "sym" if args.dataset == "chains" else ADJACENCY[args.ppi_model]
+    classes = splits[0][0].y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
+    groups = [splits[0][i:i + args.batch_size] for i in range(0, len(splits[0]), args.batch_size)]
+    groups = [group for group in groups if len(group) == args.batch_size]
+    batches = [make_batch([group[rank * each:(rank + 1) * each]], device, kind=kind) for group in groups]
+    share = [world * len(batch.x) / sum(len(graph.x) for graph in group) for batch, group in zip(batches, groups)]
+    evaluation = [make_batch([graphs[rank::world]], device, kind=kind) for graphs in splits[1:]]
+    # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
+    for batch in [*batches, *evaluation] if kind == "raw" else []:
+        batch.rho = max(gathered(batch.rho, process))
+    seed_everything(args.seed)                                  # the same weights on all processes
+    model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    metric, constant = ("micro-F1", positive_f1(splits[1])) if binary else ("accuracy", 100 / classes)
+    what, method = "synthetic " if args.dataset == "PPI-synthetic" else "", f"{hops} hops" if hops else label(args)
+    fingerprint = [[len(graphs), sum(len(graph.x) for graph in graphs)] for graphs in splits]
+    path, state, log, timer = begin(
+        args, process, f"{method}: {sum(p.numel() for p in model.parameters()):,} parameters "
+        f"({official_count(model):,} as the paper counts); {' + '.join(str(len(s)) for s in splits)} {what}graphs, "
+        f"{args.epochs} epochs of "
+        f"{len(groups)} steps; a constant prediction has a validation {metric} of {constant:.1f} %", fingerprint)
+    state = state or {"epoch": 0, "curve": [], "collapsed": "", "seconds": 0.0}
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    curve, collapsed = state["curve"], state["collapsed"]       # [(val score, test score)] after each epoch
+    started, since = time.perf_counter() - state["seconds"], time.perf_counter()
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    stop = False
+    for epoch in tqdm(range(state["epoch"], args.epochs), desc="training", leave=False,
+                      disable=not (rank == 0 and sys.stderr.isatty())):
+        solves, losses = [], []
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
+        for i in order.tolist():
+            model.project_(batches[i].rho)          # as in the release: with a raw adjacency, this graph's radius
+            loss = node_loss(net(batches[i], log=solves), batches[i].y)
+            (loss * share[i]).backward()            # processes' means weighted by their nodes
+            if args.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach() * share[i])
+        model.project_()                            # the last step's
+
+        # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
+        loss = all_reduce_sum(torch.stack(losses).mean()).item() / world                        # host sync
+        (val, val_loss), (test, _) = (evaluate_nodes(model, batch) for batch in evaluation)
+        curve.append((val, test))
+        best = max(range(len(curve)), key=lambda e: curve[e][0])
+        above = curve[best][0] > constant + 1
+        now = (f"the loss became {loss}" if not math.isfinite(loss) else
+               f"validation {metric} fell from {curve[best][0]:.1f} to {val:.1f} %, a constant prediction's"
+               if binary and above and val <= constant + 1 else "")
+        if now and not collapsed:
+            collapsed = f"collapsed in epoch {epoch + 1}: {now}"
+            if rank == 0:
+                log.write(event="collapse", step=epoch + 1, what=collapsed)
+                tqdm.write(collapsed)
+        done = epoch + 1 == args.epochs
+        if rank == 0:
+            record = {"loss": loss, "val": val, "val_loss": val_loss, "test": test, "best_val_epoch": best + 1, **(
+                {} if hops else health(solves))}
+            log.write(event="epoch", step=epoch + 1, epoch=epoch + 1, seconds=time.perf_counter() - started, **record)
+            if (epoch + 1) % args.log_every == 0 or done or now:
+                ms, since = 1e3 * (time.perf_counter() - since) / (epoch % args.log_every + 1), time.perf_counter()
+                solved = "" if hops else (f"  {record['forward_evals']:.0f} + {record.get('backward_evals', 0):.0f} "
+                                          f"calls of f, {100 * record['forward_solved']:.0f} % solved")
+                tqdm.write(f"epoch {epoch + 1:4d}  loss {loss:.4g}  {metric}: val {val:.2f} %, test {test:.2f} %"
+                           f"{solved}  {ms:.0f} ms/epoch")
+        if not math.isfinite(loss):
+            break
+        saving, stop = timer.poll()
+        if (saving or done) and rank == 0:
+            save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                                   "step": epoch + 1, "curve": curve, "collapsed": collapsed, "args": vars(args),
+                                   "processes": world, "seconds": time.perf_counter() - started,
+                                   "fingerprint": fingerprint})
+        if stop:
+            break
+    if stop and not done:
+        if rank == 0:
+            print(f"SIGTERM: saved to {path}; continue with --out {args.out} --resume auto", flush=True)
+        return None
+    if binary and not collapsed and max(score for score, _ in curve) <= constant + 1:
+        collapsed = f"never above the constant prediction's {constant:.1f} %"
+    best, minutes = max(range(len(curve)), key=lambda e: curve[e][0]), (time.perf_counter() - started) / 60
+    table = {"epoch by val": curve[best][1], "best test epoch": max(test for _, test in curve),
+             "last epoch": curve[-1][1]}
+    if rank == 0:
+        (Path(args.out) / "results.json").write_text(json.dumps({"args": vars(args), "minutes": minutes, **table,
+                                                                 "val_epoch": best + 1, "collapsed": collapsed,
+                                                                 "curve": curve}))
+        print(f"{what}{args.dataset}, {method}, test {metric}: "
+              + ", ".join(f"{name} {value:.2f} %" for name, value in table.items()) + f"; {minutes:.1f} minutes"
+              + (f"; {collapsed}" if collapsed else ""), flush=True)
+    return {"table": table, "collapsed": collapsed, "minutes": minutes}
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
+
+def load_nodes(args, process):
+    """[train, val, test] of PPI, its look-alike or the chains."""
+    if args.dataset == "chains":
+        return chains(args.chain_length, args.seed)
+    if args.dataset == "PPI-synthetic":
+        return ppi_lookalike(args.graph_scale, args.seed)
+    root = Path(args.data) / "PPI"
+    splits = load(args, process, lambda: [list(PPI(root, split=name)) for name in ("train", "val", "test")])
+    for graphs in splits:
+        check_graphs(args, graphs, nodes=True)
+    return splits
+
+
+def evaluate_checkpoint(args, process):
+    """--eval: prints the scores of a checkpoint, ours or an official one."""
+    state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
+    ours = is_ours(state)
+    try:
+        if graphs:
+            data = load_tu(args, process)
+            splits = split(args, [int(graph.y) for graph in data])
+            model = GraphIGNN(data[0].x.shape[1], 2, args.hidden, args.kappa, args.dropout, solver_settings(args))
+            model.to(process.device)
+            weights = {f: w for part in state["ranks"] for f, w in part["weights"].items()} if ours else {None: state}
+            if not weights:
+                die(f"--resume {args.resume}: no fold of it is finished yet")
+            for fold, w in sorted(weights.items()):
+                model.load_state_dict(w) if ours else load_official(model, w)
+                numbers = splits[fold][2] if ours else range(len(data))
+                batch = make_batch([[data[i] for i in numbers]], process.device, with_2a=True)
+                scores = [evaluate_graphs(model, batch, with_2a)[0].item() for with_2a in (False, True)]
+                print(f"{f'fold {fold}' if ours else 'all graphs'}: accuracy {scores[0]:.2f} % of {len(numbers)}; with "
+                      f"2A + I {scores[1]:.2f} %", flush=True)
+            return
+        splits = load_nodes(args, process)
+        model = node_model(args, splits[0][0].x.shape[1], splits[0][0].y.shape[1]).to(process.device)
+        model.load_state_dict(state["model"]) if ours else load_official(model, state)
+        for name, part in zip(("validation", "test"), splits[1:]):
+            score, loss = evaluate_nodes(model, make_batch([part], process.device, kind=ADJACENCY[args.ppi_model]))
+            print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        die(f"--resume {args.resume} does not fit the model (--dataset, --hidden, --ppi-model): "
+            f"{' '.join(str(error).split())[:400]}")
+
+
+def table4(args, process):
+    """Trains METHODS, each in a folder of its own, and prints the table beside the paper's."""
+    data = load_tu(args, process) if args.dataset in ("COX2", "PROTEINS") else load_nodes(args, process)
+    rows = []
+    for i, (grad, lam) in enumerate(METHODS):
+        name = grad if lam is None else f"{grad}-{lam}"
+        one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam or args.lam, "out": f"{args.out}/{name}"})
+        row = (train_graphs if args.dataset in ("COX2", "PROTEINS") else train_nodes)(one, process, data)
+        if row is None:
+            return
+        rows.append((label(one), PAPER.get(args.dataset, [""] * 4)[i], row))
+    if process.rank == 0:
+        names = list(rows[0][2]["table"])
+        print(f"\nTable 4, {args.dataset}{', synthetic' if args.dataset not in PAPER else ''}")
+        print("| method | paper | " + " | ".join(names) + " | minutes |\n" + "|---" * (len(names) + 3) + "|")
+        for method, paper, row in rows:
+            cells = [f"{v.mean():.1f} ± {v.std():.1f}" if isinstance(v, np.ndarray) else f"{v:.2f}"
+                     for v in row["table"].values()]
+            print(f"| {method} | {paper} | " + " | ".join(cells) + f" | {row['minutes']:.1f} |"
+                  + (f" {row['collapsed']}" if row.get("collapsed") else ""))
+        if "majority" in rows[0][2]:
+            v = rows[0][2]["majority"]
+            print(f"Majority class of the test folds: {v.mean():.1f} ± {v.std():.1f} %", flush=True)
+
+
+def main(args):
+    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
+    if not args.out and args.resume:
+        args.out = str(Path(args.resume).parent)
+    elif not args.out:
+        args.out = f"runs/ignn-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    process = init_process()
+    if args.benchmark:
+        benchmark(args, process)
+    elif args.eval:
+        evaluate_checkpoint(args, process)
+    elif args.table4:
+        table4(args, process)
+    elif args.dataset in ("COX2", "PROTEINS"):
+        train_graphs(args, process, load_tu(args, process))
+    else:
+        splits, out = load_nodes(args, process), args.out
+        row = train_nodes(args, process, splits)
+        if args.dataset == "chains" and row:
+            args.out, args.resume = f"{out}/{args.hops}-hops", args.resume and "auto"
+            few = train_nodes(args, process, splits, hops=args.hops)
+            if few and process.rank == 0:
+                print(f"accuracy on chains of up to {args.chain_length} nodes: implicit "
+                      f"{row['table']['epoch by val']:.1f} %, {args.hops} hops {few['table']['epoch by val']:.1f} %, "
+                      "guessing 50.0 %", flush=True)
+    if process.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
