@@ -20,17 +20,6 @@ from deq_wikitext import (BlockMasks, DEQTransformer, Masks, Memory, checksum, e
                           load_text, official_names, official_state_dict, parse_args, streams, toy_text)
 
 CPU = Process(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More only wait for each other, on tensors of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 SMALL = dict(n_token=60, cutoffs=(10, 20, 35), d_model=16, n_head=2, d_inner=24, div_val=2, mem_len=5)
 VARIANTS = {"PostLN": {}, "PreLN": dict(pre_ln=True), "PreLN, raw residual": dict(pre_ln=True, preln_residual="raw"),
             "deq-lm": dict(pre_ln=True, preln_residual="raw", ln_affine=True, attn_out_ln=True, n_blocks=3),

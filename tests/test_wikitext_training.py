@@ -33,15 +33,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 @pytest.fixture(autouse=True)
 def a_process_of_its_own(monkeypatch):
-    """The script takes over SIGTERM, reads torchrun's variables and sets the precision of products; one thread."""
-    handler, threads, precision = signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    """The script takes over SIGTERM, reads torchrun's variables and sets the precision of products."""
+    handler, precision = signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    torch.set_num_threads(1)
     yield
     signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
 
 
