@@ -425,7 +425,8 @@ next(sys.kept)
 
 @pytest.mark.parametrize("flags, named", [
     ("--crop 225", "--crop 225"), ("--crop 36 --resize 40", "--crop 36"), ("--crop 64", "--resize 36"),
-    ("--channels 8 12", "--channels"), ("--channels 8 --head-channels 4", "at least two"), ("--channels 4 8", "--channels"), ("--head-channels 4", "--head-channels"),
+    ("--channels 8 12", "--channels"), ("--channels 4 8", "--channels"),
+    ("--channels 8 --head-channels 4", "at least two"), ("--head-channels 4", "--head-channels"),
     ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan", "--lam"),
     ("--lam 1.5", "--lam"), ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
     ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),
