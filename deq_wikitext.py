@@ -29,7 +29,7 @@ in training, and twelve unrolled steps from zero:
 What makes it faster (--benchmark and the flag measure it; README.md has what was measured):
     --compile                   F by torch.compile: fewer launches; the same numbers to rounding
     --amp                       bf16 autocast, solver state and softmax in float32: changes results, so off by default
-    TF32 products               on a GPU, F's and the solver's inner products; --no-tf32 for full float32
+    TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq; --no-tf32 without
     --accumulate n              not faster: 1/n of the memory, for smaller cards; the same numbers to rounding
     --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
     always on                   once per forward: effective weights, position keys, keys and values of the memory;
@@ -1319,7 +1319,7 @@ def main(args):
     elif not args.out:
         args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
-    if process.world_size > 1:          # the default's time differs from process to process
+    if dist.is_initialized():           # the default's time differs from process to process
         shared = [args.out]
         dist.broadcast_object_list(shared)
         (args.out,) = shared

@@ -1016,7 +1016,7 @@ def main(args):
     elif not args.out:
         args.out = f"runs/imagenet-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
-    if process.world_size > 1:          # the default's time differs from process to process
+    if torch.distributed.is_initialized():      # the default's time differs from process to process
         shared = [args.out]
         torch.distributed.broadcast_object_list(shared)
         (args.out,) = shared
