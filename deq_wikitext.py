@@ -1,8 +1,8 @@
 """DEQ-Transformer on WikiText-103, phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
     torchrun --nproc_per_node=4 deq_wikitext.py                     # PostLN, UPG A_{5,0.8}: 4 GPUs x 14 streams
-    python deq_wikitext.py --data toy                               # text of a known source, narrow: two CPU cores
-    python deq_wikitext.py --accumulate 4                           # one GPU: the same step in 4 micro-batches
+    python deq_wikitext.py --data toy                               # a small model on generated text, on a CPU
+    python deq_wikitext.py --accumulate 4                           # one GPU: the same streams in 4 micro-batches
     python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480     # our checkpoints and the official ones
     python deq_wikitext.py --generate "The game was" --resume FILE         # continues the text
     python deq_wikitext.py --benchmark --batch-size 14              # step time and memory of Table 3's rows
@@ -18,7 +18,7 @@ torchrun --nproc_per_node=4 deq_wikitext.py with
                       --backward-max-iter 14 --jitter 2 --jr 2.0 --jr-freq 0.4 --jr-increment 30000
           24.4  2.2x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 14 --jitter 2 --jr 0.1
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
-          fails -     --grad npg                          # App. D.3, where this or --jr helps, without a number:
+          fails -     --grad npg                          # App. D.3: --jr helps, or, without a number, the next row
           -     -     --grad npg --lam auto               # lam = 1 / rho(J)
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
@@ -26,14 +26,14 @@ in training, and twelve unrolled steps from zero:
                       --init-before-norm --k 12 --lam 1 --max-iter 0 --eval-solver fixed-point --eval-max-iter 12
                       --checkpoint-blocks --pretrain-steps 0 --steps 150000 --warmup-steps 8000
 
-What makes it faster (--benchmark and the flag measure it; README.md has what was measured):
+What makes it faster (--benchmark with the flag measures all but --accumulate; README.md has what was measured):
     --compile                   F by torch.compile: fewer launches; the same numbers to rounding
     --amp                       bf16 autocast, solver state and softmax in float32: changes results, so off by default
     TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq; --no-tf32 without
-    --accumulate n              not faster: 1/n of the memory, for smaller cards; the same numbers to rounding
+    --accumulate n              not faster: 1/n of the activations, for smaller cards; dropout masks are drawn for each
     --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
     always on                   once per forward: effective weights, position keys, keys and values of the memory;
-                                fused attention inside the solver; targets sorted into clusters on the host
+                                fused attention inside the solver (dropatt 0); targets sorted into clusters on the host
 
 Measured: no GPU run yet.  README.md has a small-scale counterpart of Table 3 on real text, on a CPU.
 
@@ -102,8 +102,8 @@ def parse_args(argv=None):
                    "softmax clusters (default 20000 40000 200000, toy 200 800)")
     p.add_argument("--div-val", type=int, default=4, help="each cluster's embedding is so many times narrower than the "
                    "one before (default 4)")
-    p.add_argument("--local-size", type=int, default=0, help="keys that a position sees, itself included; 0: 1000, and "
-                   "a longer --mem-len plus --segment is refused (default 0)")
+    p.add_argument("--local-size", type=int, default=0, help="keys that a position sees, itself included; 0: 1000, "
+                   "which --mem-len plus --segment may then not exceed (default 0)")
     p.add_argument("--ln-affine", action="store_true", help="layer normalisation with scale and shift")
     p.add_argument("--attn-out-ln", action="store_true", help="one more, on the concatenated heads")
     p.add_argument("--init-std", type=float, help="standard deviation of the first embedding, injection and softmax "
@@ -230,9 +230,11 @@ def parse_args(argv=None):
     for name in ("dropout", "dropatt"):
         if not 0 <= getattr(args, name) < 1:
             p.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
-    for name in ("lr", "clip"):
+    if args.temperature and args.temperature < 0.01:
+        p.error(f"--temperature must be 0 or at least 0.01, got {args.temperature}")
+    for name in ("lr", "clip", "init_std"):
         if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name} must be positive and finite, got {getattr(args, name)}")
+            p.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(args, name)}")
     if not 0 < args.jr_freq <= 1:
         p.error(f"--jr-freq must be in (0, 1], got {args.jr_freq}")
     if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
@@ -382,6 +384,9 @@ def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
     return Text(*texts, ["<eos>", *(f"w{i}" for i in range(1, types))], best)
 
 
+BEST = "best possible perplexity: {1:.2f}; for a model that sees the last token alone: {0:.2f}"
+
+
 def streams(ids, n):
     """(n, tokens): the text cut into n runs of equal length, one below the other; what is left over is dropped."""
     length = len(ids) // n
@@ -494,9 +499,9 @@ class Block(nn.Module):
         K = k.shape[2]
         # Score of positions: query i needs key distance i + M - j in column j, that is row i shifted by T - 1 - i.  The
         # zero key in front makes every row K + 1 long: read as rows of K from element T on, the rows are shifted.
-        s = torch.matmul(q + self.r_r_bias[:, None], c.r)                                   # (B, H, T, K + 1)
+        s = torch.matmul(q + self.r_r_bias[:, None].to(q.dtype), c.r)                       # (B, H, T, K + 1)
         s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden
-        q = q + self.r_w_bias[:, None]
+        q = q + self.r_w_bias[:, None].to(q.dtype)
         if c.masks.attn_prob is None and not torch.is_grad_enabled():
             a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype))
         else:       # with a graph: the fused kernels take no mask that needs a gradient, and have no second derivative
@@ -637,7 +642,7 @@ class DEQTransformer(nn.Module):
         for block, c in zip(self.blocks, constants):
             for part in (block.attention, block.feed_forward):
                 if self.checkpoint_blocks and torch.is_grad_enabled():
-                    h = recompute(part, h, c, use_reentrant=False)
+                    h = recompute(part, h, c, use_reentrant=False, preserve_rng_state=False)     # F draws nothing
                 else:
                     h = part(h, c)
         return h
@@ -645,6 +650,9 @@ class DEQTransformer(nn.Module):
     def softmax_parts(self, h):
         """Logits of h (N, D): head (N, S + n), with columns of the n later clusters in reverse, and a function of i."""
         def linear(h, weight, bias, projection):
+            if not self.training:           # a perplexity to report is of logits in full precision, also under autocast
+                with torch.autocast(h.device.type, enabled=False):
+                    return F.linear(h if projection is None else h @ projection, weight, bias)
             return at_least_float32(F.linear(h if projection is None else h @ projection, weight, bias))
 
         weight = torch.cat([self.tables[0], self.cluster_weight])
@@ -707,7 +715,8 @@ class DEQTransformer(nn.Module):
                                     backward_solver=self.solver, backward_max_iter=self.backward_max_iter,
                                     backward_tol=self.tol, on_backward=on_backward)
             if regularize:      # one more evaluation of F; sharing the gradient's would cost UPG's backward as much
-                jr = jacobian_regularization(f, result.h)
+                eager = functools.partial(type(self).f, self, **f.keywords)     # compiled F has no second derivative
+                jr = jacobian_regularization(eager, result.h)
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in
                         ((memory.h, h), (memory.u, u[:, M:]))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
@@ -1065,7 +1074,20 @@ def load_weights(flag, path, state, model):
 
 
 MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_head", "d_inner", "n_blocks", "cutoffs",
-               "div_val", "ln_affine", "attn_out_ln"}
+               "div_val", "ln_affine", "attn_out_ln", "local_size"}
+
+
+def check_flags(flag, path, state, args, types, checked):
+    """Ends the run where a checkpoint of ours is of other flags, or of another vocabulary, than this run."""
+    if "n_head" not in state["args"]:
+        die(f"{flag} {path} is of another script")
+    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
+              for name, value in state["args"].items() if name in checked and value != getattr(args, name, None)]
+    if differ:
+        die(f"{flag} {path} is of a run with {', '.join(differ)}; use the same flags, or start afresh with another "
+            "--out")
+    if state["types"] != types:
+        die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
 
 
 def restore(args, model, types, optimizer=None, scheduler=None):
@@ -1075,19 +1097,17 @@ def restore(args, model, types, optimizer=None, scheduler=None):
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "or begun with (--init)")
     if is_ours(state):
-        if "n_head" not in state["args"]:
-            die(f"--resume {args.resume} is of another script")
         free = {"data", "out", "resume", "init", "eval", "benchmark", "save_every", "log_every", "radius_every",
                 "compile", "checkpoint_blocks", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter",
                 "generate", "generate_tokens", "temperature", "accumulate"}
         checked = set(vars(args)) - free if training else MODEL_FLAGS
-        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
-                  for name, value in state["args"].items() if name in checked and value != getattr(args, name, None)]
-        if differ:
-            die(f"--resume {args.resume} is of a run with {', '.join(differ)}; use the same flags, or start afresh "
-                "with another --out")
-        if state["types"] != types:
-            die(f"--resume {args.resume} is of a run with another vocabulary than --data {args.data} has")
+        check_flags("--resume", args.resume, state, args, types, checked)
+        for name in () if training else ("solver", "max_iter", "k", "tol", "segment", "mem_len"):
+            if state["args"][name] != getattr(args, name):
+                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
+                      f"{getattr(args, name)}", flush=True)
+        if training and "optimizer" not in state:
+            die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
         model.lam = state.get("lam", model.lam)
     load_weights("--resume", args.resume, state, model)
     if training:
@@ -1146,7 +1166,10 @@ def train(args, process, model, text):
             parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
             memories = [Memory(*pair) for pair in zip(*parts)]
     elif args.init:
-        load_weights("--init", args.init, load_checkpoint(args.init, flag="--init"), model)
+        first = load_checkpoint(args.init, flag="--init")
+        if is_ours(first):
+            check_flags("--init", args.init, first, args, types, MODEL_FLAGS)
+        load_weights("--init", args.init, first, model)
     step, evaluated, best, best_step, last = (state[k] for k in ("step", "evaluated", "best", "best_step", "last"))
     seed_everything(args.seed + rank)
     if args.resume:
@@ -1193,6 +1216,8 @@ def train(args, process, model, text):
             unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
             with timer.saved():
                 record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
+            if evaluated <= args.pretrain_steps < step:
+                best = math.inf                             # until now it was of the pretraining network
             evaluated, last = step, record["valid_perplexity"]
             if last < best:
                 best, best_step = last, step
@@ -1308,8 +1333,7 @@ def train(args, process, model, text):
         print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
               f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
         if text.best:
-            print(f"best possible: {text.best[1]:.2f}; for a model that sees the last token alone: {text.best[0]:.2f}",
-                  flush=True)
+            print(BEST.format(*text.best), flush=True)
 
 
 def main(args):
@@ -1347,6 +1371,8 @@ def main(args):
             if process.rank == 0:
                 print(spell(name, record), flush=True)
         record = radii(model, text.valid, args, process)
+        if process.rank == 0 and text.best:
+            print(BEST.format(*text.best))
         if process.rank == 0:
             print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of "
                   f"the streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")

@@ -105,7 +105,7 @@ def assert_same_end(a, b):
                                    "--norm pre --jr 0.1 --jitter 2", "--grad npg --lam auto", "--solver anderson",
                                    "--max-iter 0 --k 3 --lam 1", "--pretrain-steps 4", "--amp", "--checkpoint-blocks",
                                    "--n-blocks 2 --norm pre --preln-residual raw --ln-affine --attn-out-ln "
-                                   "--init-before-norm --max-iter 0 --k 4 --lam 1"])
+                                   "--init-before-norm --max-iter 0 --k 4 --lam 1 --lr 0.003"])
 def test_every_way_of_training_learns(flags, tmp_path, small):
     run(*RUN, "--data", small, "--out", tmp_path, "--steps", 54, "--eval-every", 54, *DROPOUT, *flags.split())
     losses = [record["loss"] for record in metrics(tmp_path, "train")]
@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--benchmark --eval --resume x", "--benchmark"), ("--benchmark --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--save-every nan", "--save-every"),
     ("--batch-size 400", "--batch-size 400"), ("--eval-streams 90", "--eval-streams 90"),
-    ("--temperature -1", "--temperature"),
+    ("--temperature -1", "--temperature"), ("--temperature 1e-9", "--temperature"), ("--init-std -1", "--init-std"),
     ("--resume nowhere.pt --out unused", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
     ("--resume nowhere.pt --eval", "nowhere.pt"),
     ("--data nowhere", "--data nowhere: needs the files wiki.train.tokens")])
@@ -328,8 +328,12 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
                         ("--batch-size 8", "--batch-size 4 (here 8)"), ("--jr 1", "--jr 0.0 (here 1.0)"),
                         ("--d-inner 25", "--d-inner 24 (here 25)")):
         assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
-    message = refused(capsys, *flags, "--eval", "--resume", out / "checkpoint.pt", "--norm", "pre")
-    assert "--norm post (here pre)" in message
+    for mode in (["--eval", "--resume"], ["--init"]):
+        for more, named in (("--norm pre", "--norm post (here pre)"), ("--local-size 9", "--local-size 0 (here 9)")):
+            target = [] if mode == ["--init"] else flags[-2:]
+            message = refused(capsys, *flags[:-2], *target, *mode, out / "checkpoint.pt", *more.split())
+            assert named in message
+    assert "weights alone" in refused(capsys, *flags[:-2], "--out", out, "--resume", out / "best.pt")
     other = make_text(tmp_path / "other")
     (other / "train.txt").write_text((other / "train.txt").read_text() + "w39 w39 w39 w39 w39 " * 9 + "\n")
     for mode in (["--resume", "auto"], ["--eval", "--resume", out / "checkpoint.pt"]):
