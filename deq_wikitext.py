@@ -152,7 +152,8 @@ def parse_args(argv=None):
     p.add_argument("--eval-mem-len", type=int, nargs="+",
                    help="memory lengths in evaluation; training uses the first (default --mem-len)")
     p.add_argument("--eval-solver", choices=list(SOLVERS),
-                   help="solver in evaluation; fixed-point never looks ahead in the text (default --solver)")
+                   help="solver in evaluation; fixed-point never looks ahead in the text (default --solver; with "
+                   "--max-iter 0 fixed-point)")
     p.add_argument("--eval-max-iter", type=int,
                    help="steps of the solver in evaluation (default --max-iter, or --k where that is 0)")
     # speed
@@ -186,7 +187,7 @@ def parse_args(argv=None):
                 "pretrain_steps": 0 if toy else 32000, "steps": 1000 if toy else 300000,
                 "warmup_steps": 50 if toy else 16000, "batch_size": 20 if toy else 56, "segment": 30 if toy else 150,
                 "mem_len": 30 if toy else 150, "lr": 2e-3 if toy else 2.5e-4, "eval_every": 250 if toy else 5000,
-                "log_every": 50 if toy else 200, "eval_solver": args.solver}
+                "log_every": 50 if toy else 200}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -203,6 +204,8 @@ def parse_args(argv=None):
     args.init_std = 0.01 * math.sqrt(700 / args.d_model) if args.init_std is None else args.init_std
     if args.d_head is None:
         args.d_head = args.d_model // args.n_head
+    if args.eval_solver is None:        # what is trained without a solver iterates plainly: Broyden may leave it
+        args.eval_solver = args.solver if args.max_iter else "fixed-point"
     if args.eval_max_iter is None:
         args.eval_max_iter = args.max_iter or args.k
     if args.n_head * args.d_head != args.d_model or args.d_model % 2:
