@@ -1,6 +1,6 @@
 """Implicit graph neural networks with phantom gradients: "On Training Implicit Models" (NeurIPS 2021), Table 4.
 
-    python ignn_graphs.py --dataset chains                      # generated, a minute on a CPU; implicit beside 2 hops
+    python ignn_graphs.py --dataset chains                      # generated, no download; implicit beside 2 hops
     python ignn_graphs.py --dataset COX2                        # UPG A_{5,0.5}, 10 stratified folds, 200 epochs
     python ignn_graphs.py --dataset PROTEINS --table4           # four methods, same folds and weights; prints the table
     torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4          # the folds divided over two processes
@@ -22,7 +22,7 @@ and, with --val, the epoch chosen on held-out training graphs.  What the officia
     --ppi-model literal     raw adjacency, W projected with the radius of each step's graph, absolute tolerance 3e-6
 
 Layer (IGNN, Gu et al. 2020), rows are nodes: H* = relu(A H* W^T + A V Omega_1^T), ||W||_inf <= kappa / rho(A).
-Measured: README.md.
+Measured: not run yet on the real data.
 """
 import argparse
 import copy
