@@ -97,7 +97,7 @@ class _Layout:
 
 
 class SolverResult(NamedTuple):
-    """What a solver found.  `residual` and `trace` are in the units of its stop mode (relative or absolute)."""
+    """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples."""
     h: State                # same structure as h0; per sample, the state with the lowest finite residual seen
     residual: Tensor        # (N,) its residual; inf where f was never finite
     n_evals: int            # calls of f
@@ -114,19 +114,34 @@ class _Progress:
     the budget is the stop.
     """
 
-    def __init__(self, f, h0, max_iter, tol, stop_mode):
+    def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
         _require(isinstance(max_iter, int) and max_iter >= 1, f"max_iter must be an integer >= 1, got {max_iter!r}")
         _require(tol >= 0, f"tol must be >= 0, got {tol!r}")
-        _require(stop_mode in ("rel", "abs"), f"stop_mode must be 'rel' or 'abs', got {stop_mode!r}")
-        self.f, self.max_iter, self.tol, self.relative = f, max_iter, tol, stop_mode == "rel"
+        _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
+        self.f, self.max_iter, self.tol, self.stop_mode, self.offsets = f, max_iter, tol, stop_mode, offsets
         self.layout = _Layout(h0)
         self.x0 = self.layout.pack(h0)
         N, device = self.layout.N, self.x0.device
+        if offsets is not None:
+            _require(device.type != "cpu" or int(offsets[-1]) == N,
+                     f"offsets must end with the number of rows of h0, {N}, got {int(offsets[-1])}")
+            self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
+            N = len(offsets) - 1
         self.trace = self.x0.new_empty(max_iter + 1, N)
         self.best = self.x0.new_full((N,), math.inf)
         self.best_at = torch.zeros(N, dtype=torch.long, device=device)     # index of the evaluation
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
         self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
+
+    def per_row(self, mask):
+        """A mask of the samples (N,) as one that broadcasts over a state (rows, D)."""
+        return (mask if self.offsets is None else mask[self.sample_of])[:, None]
+
+    def per_sample(self, row_norms):
+        """Norms of the samples (N,) from those of the state's rows."""
+        if self.offsets is None:
+            return row_norms
+        return torch.segment_reduce(row_norms.square(), "sum", offsets=self.offsets, initial=0, unsafe=True).sqrt()
 
     def evaluate(self, x, g, f_out=None):
         """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.
@@ -142,12 +157,15 @@ class _Progress:
         if f_out is not None:
             for f_part, out in zip(f_parts, self.layout.split(f_out)):
                 out.copy_(f_part)
-        norm = torch.linalg.vector_norm(g, dim=1)
-        residual = norm
-        if self.relative:
+        norm = residual = self.per_sample(torch.linalg.vector_norm(g, dim=1))
+        if self.stop_mode == "max":
+            residual = torch.linalg.vector_norm(g, math.inf, dim=1)
+            if self.offsets is not None:
+                residual = torch.segment_reduce(residual, "max", offsets=self.offsets, initial=0, unsafe=True)
+        elif self.stop_mode == "rel":
             sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) if p.dim() > 1
                      else p.to(g.dtype).abs() for p in f_parts]
-            size = torch.linalg.vector_norm(torch.stack(sizes), dim=0)
+            size = self.per_sample(sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
             residual = torch.where(size.isfinite(), norm / size.clamp_min(1e-12), math.inf)     # x / inf is no root
         if self.evals == 0:
             self.limit = 1e6 * norm
@@ -189,22 +207,32 @@ def _solver(method):
 
 @_solver
 def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
-                lam: float = 1.0) -> SolverResult:
+                lam: float = 1.0, offsets: Tensor | None = None) -> SolverResult:
     """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
 
-    Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| <= tol ("abs") or
-    ||f(h) - h|| / ||f(h)|| <= tol ("rel"): the residual of f, not the length of the damped step.  Never raises for a
-    map that does not converge: look at `converged`.  Raises ValueError for an impossible argument.
+    Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel"),
+    ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the residual of f, not the length of the damped step.
+    Never raises for a map that does not converge: look at `converged`.  Raises ValueError for an impossible argument.
+
+    offsets (N + 1,): for samples of different length, as graphs: sample i is the rows offsets[i] to offsets[i + 1] of
+    the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the number of rows.
     """
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
-    run = _Progress(f, h0, max_iter, tol, stop_mode)
+    run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best, g = run.x0.clone(), run.x0, torch.empty_like(run.x0)
+    on_cpu = x.device.type == "cpu"                         # where looking at a mask costs nothing
     while True:
         better, _ = run.evaluate(x, g)
-        torch.where(better[:, None], x, x_best, out=x_best)
+        out = x
+        if on_cpu and bool((better | (run.best <= run.tol)).all()):
+            x_best, out = x, x_best                         # no copy: what is solved rests at its best state
+        else:
+            torch.where(run.per_row(better), x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
-        x.add_(g.masked_fill_(~run.moving[:, None], 0), alpha=lam)
+        if not (on_cpu and bool(run.moving.all())):
+            g.masked_fill_(run.per_row(~run.moving), 0)
+        x = torch.add(x, g, alpha=lam, out=out)
 
 
 @_solver

@@ -34,6 +34,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +53,8 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
-from common import (MetricsLog, SaveTimer, SolverResult, all_reduce_sum, anderson, broyden, describe_run, die,
-                    equilibrium, init_process, load_checkpoint, peak_memory, reset_peak_memory, save_checkpoint,
+from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
+                    fixed_point, init_process, load_checkpoint, peak_memory, reset_peak_memory, save_checkpoint,
                     seed_everything, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
@@ -125,19 +126,19 @@ def parse_args(argv=None):
 
     graphs, chains, ppi = args.dataset in ("COX2", "PROTEINS"), args.dataset == "chains", args.dataset == "PPI"
     official = args.ppi_model != "robust" and not graphs and not chains
-    args.stop_mode = "abs" if official and args.ppi_model == "literal" else "rel"
+    args.stop_mode = "max" if official and args.ppi_model == "literal" else "rel"
     defaults = {"hidden": 64 if graphs else 16 if chains else 256 if ppi else 32, "kappa": 0.9 if graphs else 0.98,
                 "epochs": 1000 if ppi else 100 if args.dataset == "PPI-synthetic" else 200,
                 "batch_size": 128 if graphs else 64 if chains else 1,
-                "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "abs" else 1e-6,
-                "solver": "fixed-point" if graphs or args.stop_mode == "abs" else "anderson",
+                "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "max" else 1e-6,
+                "solver": "fixed-point" if graphs or args.stop_mode == "max" else "anderson",
                 "lr": 0.001 if graphs else 0.01 if chains else 0.005, "clip": 0.0 if official else 1.0,
                 "folds_at_once": args.folds if torch.cuda.is_available() else 1}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.backward_tol is None:
-        args.backward_tol = 1e-5 if args.stop_mode == "abs" else 10 * args.tol
+        args.backward_tol = 1e-5 if args.stop_mode == "max" else 10 * args.tol
     if args.log_every is None:
         args.log_every = max(1, args.epochs // 10)
     for name in ("k", "max_iter", "backward_max_iter", "epochs", "batch_size", "hidden", "hops", "log_every",
@@ -192,8 +193,10 @@ class Sparse(NamedTuple):
 
 def sparse(index, values, shape):
     """index (2, E): row and column of each value; duplicates are added."""
-    matrix, transpose = (torch.sparse_coo_tensor(i, values, s).coalesce().to_sparse_csr()
-                         for i, s in ((index, shape), (index.flip(0), shape[::-1])))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+        matrix, transpose = (torch.sparse_coo_tensor(i, values, s).coalesce().to_sparse_csr()
+                             for i, s in ((index, shape), (index.flip(0), shape[::-1])))
     return Sparse(matrix, transpose)
 
 
@@ -493,44 +496,6 @@ def linear(layer, x):
     return x @ layer.weight.mT + layer.bias.unsqueeze(-2)
 
 
-def fixed_point_per_graph(f, h0, *, max_iter, tol, stop_mode="rel", offsets):
-    """The plain iteration h <- f(h), Eq. (9), of many graphs of different size, each of which stops by itself.
-
-    As common.fixed_point, whose samples are the rows of a tensor; here sample i is the rows offsets[i] to
-    offsets[i + 1] of a state (..., n, m) flattened to (rows, m).  Graphs do not see each other, so those that are
-    solved need not be held back: the state that met tol is kept, and what the iteration does to them later is not.
-    The residual, relative (Frobenius) or absolute (largest entry), is looked at in every second iteration on a CPU
-    and every eighth on a GPU, which waits there: so a graph may do better than tol, in a batch as alone.
-    """
-    single = torch.is_tensor(h0)                                # the backward solve of common.implicit has a list
-    x = h0 if single else h0[0]
-    every = 2 if x.device.type == "cpu" else 8
-    graphs = len(offsets) - 1
-    rows = torch.repeat_interleave(offsets.diff(), output_size=x.shape[:-1].numel())            # graph of each row
-    best, x_best, evals, trace = x.new_full((graphs,), math.inf), x, 0, []
-    with torch.no_grad():
-        while True:
-            for _ in range(min(every, max_iter + 1 - evals)):
-                last, x = x, f(x) if single else f([x])[0]
-                evals += 1
-            change, size = (x - last).flatten(0, -2), x.flatten(0, -2)
-            if stop_mode == "abs":
-                residual = torch.segment_reduce(change.abs().amax(dim=1), "max", offsets=offsets, initial=0)
-            else:
-                change, size = (torch.segment_reduce(torch.linalg.vector_norm(t, dim=1).square(), "sum",
-                                                     offsets=offsets).sqrt() for t in (change, size))
-                residual = torch.where(size.isfinite(), change / size.clamp_min(1e-12), math.inf)
-            trace.append(residual)
-            better = (residual < best) & (best > tol)           # False for NaN
-            if x.device.type == "cpu" and bool(better.all()):   # nearly always: saves a copy
-                best, x_best = residual, last
-            else:
-                best = torch.where(better, residual, best)
-                x_best = torch.where(better[rows].view(*x.shape[:-1], 1), last, x_best)
-            if evals > max_iter or tol > 0 and bool((best <= tol).all()):               # host sync
-                return SolverResult(x_best if single else [x_best], best, evals, torch.stack(trace), best <= tol)
-
-
 def padded(solver, batch):
     """common.anderson or common.broyden for a batch: its graphs are the samples, padded to the longest with zeros.
 
@@ -539,28 +504,26 @@ def padded(solver, batch):
     """
     graphs, slots, longest = len(batch.offsets) - 1, batch.slots, batch.longest
 
+    def pack(x):
+        if slots is not None:
+            x = x.new_zeros(graphs * longest, x.shape[1]).index_copy_(0, slots, x)
+        return x.view(graphs, longest, -1)
+
+    def unpack(x):
+        x = x.flatten(0, 1)
+        return x if slots is None else x[slots]
+
     def solve(f, h0, **options):
-        single = torch.is_tensor(h0)                            # the backward solve of common.implicit has a list
-        shape = (h0 if single else h0[0]).shape
-
-        def pack(x):
-            x = x.reshape(-1, shape[-1])
-            if slots is not None:
-                x = x.new_zeros(graphs * longest, shape[-1]).index_copy_(0, slots, x)
-            return x.view(graphs, longest, shape[-1])
-
-        def unpack(x):
-            x = x.reshape(-1, shape[-1])
-            return (x if slots is None else x[slots]).view(shape)
-
-        result = solver(lambda x: pack(f(unpack(x)) if single else f([unpack(x)])[0]), pack(h0 if single else h0[0]),
-                        **options)
-        return result._replace(h=unpack(result.h) if single else [unpack(result.h)])
+        if not torch.is_tensor(h0):                             # the backward solve of common.implicit has a list
+            result = solve(lambda h: f([h])[0], h0[0], **options)
+            return result._replace(h=[result.h])
+        result = solver(lambda x: pack(f(unpack(x))), pack(h0), **options)
+        return result._replace(h=unpack(result.h))
 
     return solve
 
 
-SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point_per_graph, offsets=batch.offsets),
+SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point, offsets=batch.offsets),
            "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden)}
 
 
@@ -638,17 +601,20 @@ class ImplicitLayer(nn.Module):
         B = propagate(A, V) @ Omega_1.mT if p < m else propagate(A, V @ Omega_1.mT)     # they commute: narrow first
         if Omega_2 is not None:
             B = B + V @ Omega_2.mT
-        f = functools.partial(self.f, B=B, W=W, A=A)
+
+        def f(h):           # the solvers' state is (rows, m), whether or not there is a fold axis
+            return self.f(h.view(B.shape), B, W, A).view(h.shape)
+
+        h0 = B.detach().reshape(-1, m)      # as in the official release; from zero, f(0) = relu(B), one iteration more
         if self.hops:
-            return upg(f, torch.zeros_like(B), k=self.hops, lam=1.0)
+            return upg(f, torch.zeros_like(h0), k=self.hops, lam=1.0).view(B.shape)
         options = vars(self.solve)
         solver = SOLVERS[options["solver"]](batch)
-        # From X = B, as in the official release.  From zero one more iteration would be needed: f(0) = relu(B).
-        h, result = equilibrium(f, B.detach(), **{**options, "solver": solver, "backward_solver": solver},
+        h, result = equilibrium(f, h0, **{**options, "solver": solver, "backward_solver": solver},
                                 on_backward=None if log is None else lambda r: log.append(("backward", r)))
         if log is not None:
             log.append(("forward", result))
-        return h
+        return h.view(B.shape)
 
 
 def check_kappa(kappa):

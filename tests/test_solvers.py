@@ -51,14 +51,15 @@ def residual(f, h):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("mode", ["rel", "abs"])
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
 def test_residual_is_that_of_the_returned_state(solver, mode):
     """Also where the budget ends the solve, and whatever the damping: f's residual, not the damped step's length."""
     f, h0 = tanh_layer()
     kwargs = {"lam": 0.1} if solver is fixed_point else {}
     result = solver(f, h0, max_iter=7, tol=0, stop_mode=mode, **kwargs)
     absolute, size = residual(f, result.h)
-    torch.testing.assert_close(result.residual, absolute / size if mode == "rel" else absolute, rtol=1e-9, atol=1e-15)
+    expected = {"rel": absolute / size, "abs": absolute, "max": (f(result.h) - result.h).abs().amax(1)}[mode]
+    torch.testing.assert_close(result.residual, expected, rtol=1e-9, atol=1e-15)
     assert result.n_evals == 8 and result.trace.shape == (8, 5)
     torch.testing.assert_close(result.residual, result.trace.min(0).values)
 
@@ -117,6 +118,34 @@ def test_a_batch_gives_the_answers_of_its_samples_one_at_a_time(solver):
             alone = solver(f_i, h0[i:i + 1] if single else tuple(p[i:i + 1] for p in h0), max_iter=12, tol=1e-4)
             for a, b in zip(parts, (alone.h,) if single else alone.h):
                 torch.testing.assert_close(a[i:i + 1], b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+def test_offsets_make_samples_of_rows(mode):
+    """Samples of 1, 4, 2 and 0 rows, each stopping by itself, one of them broken: each as it is alone."""
+    g = torch.Generator().manual_seed(0)
+    w, u = torch.randn(12, 12, generator=g).double() / 8, torch.randn(7, 12, generator=g).double()
+    u[5:] = math.nan
+    slow = torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    h0, offsets = torch.zeros_like(u), torch.tensor([0, 1, 5, 7, 7])
+
+    def f(h, rows=slice(None)):
+        return torch.tanh(slow[rows] * h @ w + u[rows])
+
+    result = fixed_point(f, h0, max_iter=200, tol=1e-6, stop_mode=mode, offsets=offsets)
+    assert result.trace.shape == (result.n_evals, 4) and result.converged.tolist() == [True, True, False, True]
+    evals = []
+    for i, rows in ((0, slice(0, 1)), (1, slice(1, 5))):
+        def one(h):
+            return f(h.view(-1, 12), rows).view(h.shape)
+
+        alone = fixed_point(one, h0[rows].reshape(1, -1), max_iter=200, tol=1e-6, stop_mode=mode)
+        torch.testing.assert_close(result.h[rows], alone.h.view(-1, 12), rtol=1e-12, atol=1e-12)
+        assert result.residual[i].item() == pytest.approx(alone.residual.item(), rel=1e-6)
+        evals.append(alone.n_evals)
+    assert evals[0] < evals[1] < 200 and torch.equal(result.h[5:], h0[5:])
+    with pytest.raises(ValueError, match="offsets"):
+        fixed_point(f, h0, offsets=torch.tensor([0, 6]))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
