@@ -123,6 +123,11 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
     args = p.parse_args(argv)
+    if args.eval and args.resume:                   # what is not given here is as it was in training
+        state = load_checkpoint(args.resume)
+        if is_ours(state):
+            p.set_defaults(**{name: value for name, value in state["args"].items() if name not in FREE})
+            args = p.parse_args(argv)
 
     graphs, chains, ppi = args.dataset in ("COX2", "PROTEINS"), args.dataset == "chains", args.dataset == "PPI"
     official = args.ppi_model != "robust" and not graphs and not chains
@@ -608,12 +613,16 @@ class ImplicitLayer(nn.Module):
         h0 = B.detach().reshape(-1, m)      # as in the official release; from zero, f(0) = relu(B), one iteration more
         if self.hops:
             return upg(f, torch.zeros_like(h0), k=self.hops, lam=1.0).view(B.shape)
+
+        def keep(which, result):
+            if log is not None:
+                log.append((which, result._replace(h=None)))        # an epoch's states would fill the memory
+
         options = vars(self.solve)
         solver = SOLVERS[options["solver"]](batch)
         h, result = equilibrium(f, h0, **{**options, "solver": solver, "backward_solver": solver},
-                                on_backward=None if log is None else lambda r: log.append(("backward", r)))
-        if log is not None:
-            log.append(("forward", result))
+                                on_backward=lambda r: keep("backward", r))
+        keep("forward", result)
         return h.view(B.shape)
 
 

@@ -777,7 +777,7 @@ def test_ppi_trains_and_its_checkpoint_is_evaluated(ppi, model, tmp_path, capsys
              "--ppi-model", model, "--log-every", 1]
     run(*flags, "--out", tmp_path)
     assert [r["epoch"] for r in metrics(tmp_path)] == [1] and "test micro-F1" in capsys.readouterr().out
-    run(*flags, "--eval", "--resume", tmp_path / "checkpoint.pt")
+    run("--data", ppi, "--eval", "--resume", tmp_path / "checkpoint.pt")         # all else is the checkpoint's
     lines = capsys.readouterr().out.splitlines()
     assert f"test: micro-F1 {results(tmp_path)['last epoch']:.2f} %" in lines[-1]
 
@@ -1034,7 +1034,7 @@ def test_table4_prints_four_methods_beside_the_paper(tu, tmp_path, capsys):
     again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| UPG")]
     assert [line.rsplit("|", 2)[0] for line in again] == ["|" + "|".join(row[:-1]) for row in rows[3:]]
     assert len(done) == 4 and all(path.read_bytes() == content for path, content in done.items())
-    run(*SMALL, "--data", tu, "--epochs", 2, "--eval", "--resume", tmp_path / "upg-0.5" / "checkpoint.pt")
+    run("--data", tu, "--eval", "--resume", tmp_path / "upg-0.5" / "checkpoint.pt")     # all else is the checkpoint's
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fold")]
     last = results(tmp_path / "upg-0.5")["folds"]
     assert [float(line.split("accuracy ")[1].split(" %")[0]) for line in lines] == pytest.approx(
