@@ -108,8 +108,6 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="Adam's (default 0.001, halved from epoch 51 on; PPI 0.005; chains 0.01)")
     p.add_argument("--clip", type=float, help="gradient norm, PPI and chains; 0: none (default 1; literal, zoo 0)")
     p.add_argument("--seed", type=int, default=42, help="of folds, weights, order and dropout (default 42)")
-    p.add_argument("--folds-at-once", type=int, help="folds that train as one batched model in a process, the same "
-                   "results to rounding (default GPU all; CPU 1, where that is faster)")
     # run
     p.add_argument("--table4", action="store_true", help="train implicit, UPG lam 0.5, 0.8, 1.0 and print Table 4")
     p.add_argument("--out", help="folder of checkpoint.pt, metrics.jsonl, results.json (default "
@@ -123,7 +121,7 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
     args = p.parse_args(argv)
-    if args.eval and args.resume:                   # what is not given here is as it was in training
+    if args.eval and args.resume not in (None, "auto"):     # what is not given here is as it was in training
         state = load_checkpoint(args.resume)
         if is_ours(state):
             p.set_defaults(**{name: value for name, value in state["args"].items() if name not in FREE})
@@ -137,8 +135,7 @@ def parse_args(argv=None):
                 "batch_size": 128 if graphs else 64 if chains else 1,
                 "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "max" else 1e-6,
                 "solver": "fixed-point" if graphs or args.stop_mode == "max" else "anderson",
-                "lr": 0.001 if graphs else 0.01 if chains else 0.005, "clip": 0.0 if official else 1.0,
-                "folds_at_once": args.folds if torch.cuda.is_available() else 1}
+                "lr": 0.001 if graphs else 0.01 if chains else 0.005, "clip": 0.0 if official else 1.0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -146,8 +143,7 @@ def parse_args(argv=None):
         args.backward_tol = 1e-5 if args.stop_mode == "max" else 10 * args.tol
     if args.log_every is None:
         args.log_every = max(1, args.epochs // 10)
-    for name in ("k", "max_iter", "backward_max_iter", "epochs", "batch_size", "hidden", "hops", "log_every",
-                 "folds_at_once"):
+    for name in ("k", "max_iter", "backward_max_iter", "epochs", "batch_size", "hidden", "hops", "log_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("tol", "backward_tol", "save_every", "clip"):
@@ -207,72 +203,47 @@ def sparse(index, values, shape):
 
 @dataclasses.dataclass
 class Graphs:
-    """A batch on the device.  With more than one list of graphs (folds), everything has a leading fold axis.
-
-    A fold with fewer nodes or graphs than another is padded with isolated nodes without features, whose state stays
-    zero, and with graphs without nodes, whose label is -100.
-    """
-    x: torch.Tensor                 # (..., n, p)
-    y: torch.Tensor                 # (..., G) long for graphs; (n,) long or (n, C) float for nodes
-    adjacency: Sparse               # (folds n, folds n)
-    pool: Sparse                    # (folds G, folds n): the sum over the nodes of each graph
-    offsets: torch.Tensor           # (folds G + 1,) first row of each graph
+    """A batch of graphs on the device, as one graph of n nodes."""
+    x: torch.Tensor                 # (n, p)
+    y: torch.Tensor                 # (G,) long, labels of graphs; (n,) long or (n, C) float, of nodes
+    adjacency: Sparse               # (n, n)
+    pool: Sparse                    # (G, n): the sum over the nodes of each graph
+    offsets: torch.Tensor           # (G + 1,) first row of each graph
     longest: int                    # nodes of the largest graph
-    slots: torch.Tensor | None      # (rows,) place of each row when graphs are padded to the longest; None: as it is
+    slots: torch.Tensor             # (n,) place of each row when graphs are padded to the longest
     rho: float | None               # spectral radius of a raw adjacency; None: it is normalised, 1 at most
-    count: torch.Tensor             # (...,) graphs of each fold
     adjacency_2a: Sparse | None     # the official evaluation's, if asked for
 
 
-def make_batch(folds, device, *, kind="sym", with_2a=False, dtype=torch.float32):
-    """One batch of lists of PyG graphs, a list per fold.  Build it once: nothing of it changes in training.
+def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32):
+    """One batch of a list of PyG graphs.  Build it once: nothing of it changes in training.
 
     kind: "sym" S = (D + I)^-1/2 (A + I) (D + I)^-1/2, rho(S) = 1; "rho" A / rho(A), graph by graph; "raw" A.
     """
-    parts = [Batch.from_data_list(graphs) for graphs in folds]
-    n, G = max(part.num_nodes for part in parts), max(part.num_graphs for part in parts)
-    total = n * len(parts)
-    index = torch.cat([part.edge_index + i * n for i, part in enumerate(parts)], dim=1).to(device)
-    ends = [torch.full((G - part.num_graphs,), (i + 1) * n) for i, part in enumerate(parts)]
-    offsets = torch.cat([t for i, part in enumerate(parts) for t in (part.ptr[:-1] + i * n, ends[i])]
-                        + [torch.tensor([total])]).to(device)
-    graph = torch.repeat_interleave(offsets.diff())                                     # (rows,) graph of each row
-    longest = int(offsets.diff().max())                                                 # host sync
-    slots = graph * longest + torch.arange(total, device=device) - offsets[graph]
-    # Padding belongs to its fold's last graph, with weight 0: no gradient may come back to it and count in a residual.
-    real = torch.stack([torch.arange(n) < part.num_nodes for part in parts]).flatten().to(device, dtype)
-    pool = sparse(torch.stack([graph, torch.arange(total, device=device)]), real, (len(offsets) - 1, total))
+    batch = Batch.from_data_list(graphs)
+    n, longest = batch.num_nodes, int(batch.ptr.diff().max())
+    index, offsets, graph = (t.to(device) for t in (batch.edge_index, batch.ptr, batch.batch))
+    nodes = torch.arange(n, device=device)
 
     def normalised(weight):
         """(D + I)^-1/2 (w A + I) (D + I)^-1/2 with D the degrees of w A."""
         values = torch.full(index.shape[1:], weight, dtype=dtype, device=device)
-        return sparse(*gcn_norm(index, values, total, dtype=dtype), (total, total))
+        return sparse(*gcn_norm(index, values, n, dtype=dtype), (n, n))
 
     rho = None
     if kind == "sym":
         adjacency = normalised(1.0)
     else:
         ones = torch.ones(index.shape[1], dtype=dtype, device=device)
-        adjacency = sparse(index, ones, (total, total))
+        adjacency = sparse(index, ones, (n, n))
         radius = spectral_radii(adjacency, offsets, graph)
         if kind == "raw":
             rho = radius.max().item() + 1e-5                # of the batch, as in the official release
         else:
-            adjacency = sparse(index, ones / radius.to(dtype)[graph[index[0]]], (total, total))
-    x = torch.zeros(len(parts), n, parts[0].x.shape[1], dtype=dtype)
-    for xi, part in zip(x, parts):
-        xi[:part.num_nodes] = part.x
-    if parts[0].y.shape[0] == parts[0].num_graphs and len(parts[0].y) != parts[0].num_nodes:
-        y = torch.full((len(parts), G), -100)
-        for yi, part in zip(y, parts):
-            yi[:part.num_graphs] = part.y
-    else:
-        y = torch.stack([part.y for part in parts])
-    count = torch.tensor([part.num_graphs for part in parts], dtype=dtype)
-    single = len(parts) == 1
-    return Graphs(*((t[0] if single else t).to(device) for t in (x, y)), adjacency, pool, offsets, longest,
-                  None if longest * (len(offsets) - 1) == total else slots, rho,
-                  (count[0] if single else count).to(device), normalised(2.0) if with_2a else None)
+            adjacency = sparse(index, ones / radius.to(dtype)[graph[index[0]]], (n, n))
+    pool = sparse(torch.stack([graph, nodes]), torch.ones(n, dtype=dtype, device=device), (len(graphs), n))
+    return Graphs(batch.x.to(device, dtype), batch.y.to(device), adjacency, pool, offsets, longest,
+                  graph * longest + nodes - offsets[graph], rho, normalised(2.0) if with_2a else None)
 
 
 def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
@@ -491,14 +462,8 @@ class _Propagate(torch.autograd.Function):
 
 
 def propagate(A, h):
-    """A h for h (..., n, m): the folds, if any, are blocks of A.  Returns (..., rows of A / folds, m)."""
-    out = _Propagate.apply(h.reshape(-1, h.shape[-1]), *A)
-    return out.view(*h.shape[:-2], -1, h.shape[-1])
-
-
-def linear(layer, x):
-    """layer(x) for an nn.Linear, also with a leading fold axis in its parameters."""
-    return x @ layer.weight.mT + layer.bias.unsqueeze(-2)
+    """A h for h (n, m)."""
+    return _Propagate.apply(h, *A)
 
 
 def padded(solver, batch):
@@ -507,16 +472,17 @@ def padded(solver, batch):
     Few iterations where the contraction is slow, as with kappa = 0.98; but a batch with one large graph, as PROTEINS
     has, is mostly padding.
     """
-    graphs, slots, longest = len(batch.offsets) - 1, batch.slots, batch.longest
+    graphs, longest = len(batch.offsets) - 1, batch.longest
 
     def pack(x):
-        if slots is not None:
-            x = x.new_zeros(graphs * longest, x.shape[1]).index_copy_(0, slots, x)
-        return x.view(graphs, longest, -1)
+        if graphs * longest == len(x):
+            return x.view(graphs, longest, -1)
+        padded = x.new_zeros(graphs * longest, x.shape[1]).index_copy_(0, batch.slots, x)
+        return padded.view(graphs, longest, -1)
 
     def unpack(x):
         x = x.flatten(0, 1)
-        return x if slots is None else x[slots]
+        return x if len(x) == len(batch.slots) else x[batch.slots]
 
     def solve(f, h0, **options):
         if not torch.is_tensor(h0):                             # the backward solve of common.implicit has a list
@@ -547,7 +513,7 @@ class Solve:
 
 
 class ImplicitLayer(nn.Module):
-    """H* = relu(A H* W^T + B), B = A V Omega_1^T, with V (..., n, p), H (..., n, m): the IGNN paper's X^T, U^T.
+    """H* = relu(A H* W^T + B), B = A V Omega_1^T, with V (n, p), H (n, m): the IGNN paper's U^T, X^T.
 
     The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses; they are in its parameter counts.
     omega_2: B = A V Omega_1^T + V Omega_2^T, as in torchdeq's node model.
@@ -595,24 +561,19 @@ class ImplicitLayer(nn.Module):
         return W, Omega_1, Omega_2
 
     def f(self, h, B, W, A):
-        """One application of the layer: h (..., n, m)."""
-        product = torch.addmm if h.dim() == 2 else torch.baddbmm
-        return product(B, propagate(A, h), W.mT).relu_()
+        """One application of the layer: h (n, m)."""
+        return torch.addmm(B, propagate(A, h), W.T).relu_()
 
     def forward(self, V, batch, log=None):
-        """H* (..., n, m).  log: a list that receives ("forward" or "backward", SolverResult)."""
+        """H* (n, m).  log: a list that receives ("forward" or "backward", SolverResult)."""
         W, Omega_1, Omega_2 = self.weights(batch.rho)
-        A, (m, p) = batch.adjacency, Omega_1.shape[-2:]
-        B = propagate(A, V) @ Omega_1.mT if p < m else propagate(A, V @ Omega_1.mT)     # they commute: narrow first
+        A, (m, p) = batch.adjacency, Omega_1.shape
+        B = propagate(A, V) @ Omega_1.T if p < m else propagate(A, V @ Omega_1.T)       # they commute: narrow first
         if Omega_2 is not None:
-            B = B + V @ Omega_2.mT
-
-        def f(h):           # the solvers' state is (rows, m), whether or not there is a fold axis
-            return self.f(h.view(B.shape), B, W, A).view(h.shape)
-
-        h0 = B.detach().reshape(-1, m)      # as in the official release; from zero, f(0) = relu(B), one iteration more
+            B = B + V @ Omega_2.T
+        f = functools.partial(self.f, B=B, W=W, A=A)
         if self.hops:
-            return upg(f, torch.zeros_like(h0), k=self.hops, lam=1.0).view(B.shape)
+            return upg(f, torch.zeros_like(B), k=self.hops, lam=1.0)
 
         def keep(which, result):
             if log is not None:
@@ -620,10 +581,11 @@ class ImplicitLayer(nn.Module):
 
         options = vars(self.solve)
         solver = SOLVERS[options["solver"]](batch)
-        h, result = equilibrium(f, h0, **{**options, "solver": solver, "backward_solver": solver},
+        # From X = B, as in the official release.  From zero one more iteration would be needed: f(0) = relu(B).
+        h, result = equilibrium(f, B.detach(), **{**options, "solver": solver, "backward_solver": solver},
                                 on_backward=lambda r: keep("backward", r))
         keep("forward", result)
-        return h.view(B.shape)
+        return h
 
 
 def check_kappa(kappa):
@@ -632,7 +594,7 @@ def check_kappa(kappa):
 
 
 class GraphIGNN(nn.Module):
-    """Log-probabilities (..., G, classes): three implicit layers, sum over each graph's nodes, two linear layers."""
+    """Log-probabilities (G, classes): three implicit layers, sum over each graph's nodes, two linear layers."""
 
     def __init__(self, num_features, num_classes, hidden=64, kappa=0.9, dropout=0.5, solve=None):
         super().__init__()
@@ -648,13 +610,13 @@ class GraphIGNN(nn.Module):
             layer.project_(rho)
 
     def forward(self, batch, keep=None, log=None):
-        """batch: Graphs.  keep (..., G, hidden): the dropout mask, 0 or 1 / (1 - dropout); drawn here if None."""
+        """batch: Graphs.  keep (G, hidden): the dropout mask, 0 or 1 / (1 - dropout); drawn here if None."""
         h = batch.x
         for layer in self.implicit:
             h = layer(h, batch, log)
-        g = F.relu(linear(self.readout[0], propagate(batch.pool, h)))                   # (..., G, hidden)
+        g = F.relu(self.readout[0](propagate(batch.pool, h)))                           # (G, hidden)
         g = F.dropout(g, self.dropout, self.training) if keep is None else g * keep
-        return F.log_softmax(linear(self.readout[1], g), dim=-1)
+        return F.log_softmax(self.readout[1](g), dim=-1)
 
 
 class NodeIGNN(nn.Module):
@@ -716,32 +678,17 @@ def load_official(model, state_dict):
         model.project_()
 
 
-def stack_folds(models):
-    """One model of models of the same shape: every parameter gets a leading fold axis, and so does the state."""
-    stacked = copy.deepcopy(models[0])
-    for p, *parts in zip(stacked.parameters(), *(model.parameters() for model in models)):
-        p.data = torch.stack([part.data for part in parts])
-    return stacked
-
-
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate_graphs(model, batch, with_2a=False):
-    """(accuracy in % , loss) of each fold (...,), on the device; with_2a: with the official evaluation's adjacency."""
+    """(accuracy in %, loss), on the device; with_2a: with the official evaluation's adjacency."""
     model.eval()
     if with_2a:
         batch = dataclasses.replace(batch, adjacency=batch.adjacency_2a)
     log_probs = model(batch)
     model.train()
-    hits = (log_probs.argmax(dim=-1) == batch.y).sum(dim=-1)                # never where the label is -100
-    return 100 * hits / batch.count, graph_loss(log_probs, batch)
-
-
-def graph_loss(log_probs, batch):
-    """NLL (...,) per fold, the mean over its graphs."""
-    loss = F.nll_loss(log_probs.flatten(0, -2), batch.y.flatten(), reduction="none", ignore_index=-100)
-    return loss.view(batch.y.shape).sum(dim=-1) / batch.count
+    return 100 * (log_probs.argmax(dim=1) == batch.y).double().mean(), F.nll_loss(log_probs, batch.y).double()
 
 
 def node_loss(logits, y, reduction="mean"):
@@ -808,14 +755,14 @@ def benchmark(args, process, repeats=5):
     device, grads, nodes = process.device, ("implicit", "upg", "npg"), args.dataset in ("PPI", "PPI-synthetic")
     if nodes:
         graphs = ppi_lookalike(args.graph_scale, args.seed)[0][:args.batch_size]
-        batch = make_batch([graphs], device, kind=ADJACENCY[args.ppi_model])
+        batch = make_batch(graphs, device, kind=ADJACENCY[args.ppi_model])
         model = node_model(args, 50, 121).to(device)
     else:
         graphs = molecules(args.batch_size, args.seed)
-        batch = make_batch([graphs], device)
+        batch = make_batch(graphs, device)
         model = GraphIGNN(35, 2, args.hidden, args.kappa, args.dropout, solver_settings(args)).to(device)
     loss_of = (lambda log: node_loss(model(batch, log=log), batch.y)) if nodes else (
-        lambda log: graph_loss(model(batch, log=log), batch))
+        lambda log: F.nll_loss(model(batch, log=log), batch.y))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
 
     def clock():
@@ -843,7 +790,7 @@ def benchmark(args, process, repeats=5):
     def overhead():
         layer = model.implicit[0]
         W, Omega_1, _ = layer.weights(batch.rho)
-        B = propagate(batch.adjacency, batch.x @ Omega_1.mT)
+        B = propagate(batch.adjacency, batch.x @ Omega_1.T)
         f = functools.partial(layer.f, B=B, W=W, A=batch.adjacency)
         start = clock()
         result = SOLVERS[args.solver](batch)(f, B, max_iter=19, tol=0.0)
@@ -970,19 +917,17 @@ def health(log):
     return record
 
 
-def dropout_masks(args, folds, epoch, step, batch):
-    """(..., G, hidden) for a step: drawn fold by fold, so that it does not matter which folds train together."""
-    keep = torch.zeros(*batch.y.shape, args.hidden).view(len(folds), -1, args.hidden)
-    for mask, fold, count in zip(keep, folds, batch.count.view(-1).long().tolist()):
-        rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
-        mask[:count] = (torch.rand(count, args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
-    return keep.view(*batch.y.shape, args.hidden).to(batch.x.device, non_blocking=True)
+def dropout_mask(args, fold, epoch, step, batch):
+    """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
+    rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
+    keep = (torch.rand(len(batch.y), args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
+    return keep.to(batch.x.device, non_blocking=True)
 
 
 def train_graphs(args, process, graphs):
-    """Cross-validation: --folds-at-once folds train together, others in turn or in other processes.
+    """Cross-validation, the folds in turn; with several processes, each has its own folds.
 
-    Returns {fold: {"loss", "test", "test_2a", "val", "val_loss": a value per epoch}}, or None after a SIGTERM.
+    Returns {"table": {protocol: accuracies of the folds}, "majority", "minutes"}, or None after a SIGTERM.
     """
     device, world = process.device, process.world_size
     labels = [int(graph.y) for graph in graphs]
@@ -990,29 +935,23 @@ def train_graphs(args, process, graphs):
     if min(min(len(train), len(test)) for train, _, test in splits) < 1:
         die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
     classes, features = max(labels) + 1, graphs[0].x.shape[1]
-    steps, groups = [math.ceil(len(train) / args.batch_size) for train, _, _ in splits], []
-    for fold in range(args.folds):                      # together only with as many steps: an empty one would move Adam
-        if groups and len(groups[-1]) < args.folds_at_once and steps[groups[-1][0]] == steps[fold]:
-            groups[-1].append(fold)
-        else:
-            groups.append([fold])
-    own, rounds = groups[process.rank::world], math.ceil(len(groups) / world)
+    own, rounds = range(process.rank, args.folds, world), math.ceil(args.folds / world)
     majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
 
     def fold_model(fold):
         seed_everything(args.seed * 1000 + fold)            # the same weights for every method and arrangement
         return GraphIGNN(features, classes, args.hidden, args.kappa, args.dropout, solver_settings(args))
 
-    parameters = sum(p.numel() for p in fold_model(0).parameters())
+    parameters, fingerprint = sum(p.numel() for p in fold_model(0).parameters()), [len(graphs), sum(labels), features]
     path, state, log, timer = begin(
         args, process, f"{label(args)}: {parameters:,} parameters ({official_count(fold_model(0)):,} with the official "
         f"layers' unused ones); {len(graphs)} graphs, {args.folds} {'un' if args.unstratified_folds else ''}stratified "
         f"folds, {args.epochs} epochs; majority class {statistics.mean(majority):.1f} ± "
-        f"{statistics.pstdev(majority):.1f} % of the test folds", [len(graphs), sum(labels), features])
+        f"{statistics.pstdev(majority):.1f} % of the test folds", fingerprint)
     state = state or {"ranks": [{"results": {}, "weights": {}, "model": None, "optimizer": None}] * world, "round": 0,
                       "epoch": 0, "seconds": 0.0}
     mine = copy.deepcopy(state["ranks"][process.rank])
-    results, weights = mine["results"], mine["weights"]
+    results, weights = mine["results"], mine["weights"]     # of the folds of this process
     started, since = time.perf_counter() - state["seconds"], time.perf_counter()
     stop = False
 
@@ -1023,77 +962,67 @@ def train_graphs(args, process, graphs):
         if process.rank == 0:
             save_checkpoint(path, {"ranks": ranks, "round": round, "epoch": epoch, "step": round * args.epochs + epoch,
                                    "args": vars(args), "processes": world, "seconds": time.perf_counter() - started,
-                                   "fingerprint": [len(graphs), sum(labels), features]})
+                                   "fingerprint": fingerprint})
 
     for round in range(state["round"], rounds):
-        folds, model, optimizer = own[round] if round < len(own) else [], None, None
-        if folds:
-            def batch_of(part, start=0, stop=None, with_2a=False):
-                return make_batch([[graphs[i] for i in splits[fold][part][start:stop]] for fold in folds], device,
-                                  with_2a=with_2a)
-
-            model = stack_folds([fold_model(fold) for fold in folds]) if len(folds) > 1 else fold_model(folds[0])
-            model.to(device)
+        fold, model, optimizer = own[round] if round < len(own) else None, None, None
+        if fold is not None:
+            train, val, test = ([graphs[i] for i in numbers] for numbers in splits[fold])
+            model = fold_model(fold).to(device)
             optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
             if mine["model"] is not None:
                 model.load_state_dict(mine["model"])
                 optimizer.load_state_dict(mine["optimizer"])
-            size = args.batch_size
-            batches = [batch_of(0, step * size, (step + 1) * size) for step in range(steps[folds[0]])]
-            val = batch_of(1) if args.val else None
-            test = batch_of(2, with_2a=args.evaluate_2a_too)
-        for epoch in tqdm(range(state["epoch"], args.epochs), desc=f"folds {folds}", leave=False,
+            batches = [make_batch(train[i:i + args.batch_size], device)
+                       for i in range(0, len(train), args.batch_size)]      # the same in every epoch, as in the release
+            val = make_batch(val, device) if val else None
+            test = make_batch(test, device, with_2a=args.evaluate_2a_too)
+            results.setdefault(fold, {name: [] for name in ("loss", "test", "test_2a", "val", "val_loss")})
+        for epoch in tqdm(range(state["epoch"], args.epochs), desc=f"fold {fold}", leave=False,
                           disable=not (process.rank == 0 and sys.stderr.isatty())):
             record = None
-            if folds:
-                solves, loss = [], 0
+            if fold is not None:
+                solves, losses = [], []
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * (0.5 if epoch >= 50 else 1)             # halved once, for epoch 51
                 for step, batch in enumerate(batches):
-                    fold_loss = graph_loss(model(batch, dropout_masks(args, folds, epoch, step, batch), solves), batch)
-                    fold_loss.sum().backward()              # folds share no parameter: each gets its own gradient
+                    loss = F.nll_loss(model(batch, dropout_mask(args, fold, epoch, step, batch), solves), batch.y)
+                    loss.backward()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     model.project_()
-                    loss = loss + fold_loss.detach() * batch.count
+                    losses.append(loss.detach().double() * len(batch.y))
 
                 # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
-                loss = loss / sum(batch.count for batch in batches)
-                columns = {"loss": loss, "test": evaluate_graphs(model, test)[0]}
+                columns = {"loss": torch.stack(losses).sum() / len(train), "test": evaluate_graphs(model, test)[0]}
                 if args.evaluate_2a_too:
                     columns["test_2a"] = evaluate_graphs(model, test, with_2a=True)[0]
                 if args.val:
                     columns["val"], columns["val_loss"] = evaluate_graphs(model, val)
-                values = torch.stack([c.view(-1).double() for c in columns.values()], dim=1).tolist()       # host sync
-                for fold, row in zip(folds, values):
-                    for name in ("loss", "test", "test_2a", "val", "val_loss"):
-                        results.setdefault(fold, {}).setdefault(name, [])
-                    for name, value in zip(columns, row):
-                        results[fold][name].append(value)
-                record = {"folds": folds, **dict(zip(columns, map(list, zip(*values)))), **health(solves)}
-            records = gathered(record, process)
-            broken = [r for r in records if r and not all(map(math.isfinite, r["loss"]))]
-            if broken:
-                kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
-                die(f"the loss of folds {broken[0]['folds']} became {broken[0]['loss']} in epoch {epoch + 1}: try a "
-                    f"lower --lr or --kappa; {kept}", code=1)
+                values = dict(zip(columns, torch.stack(list(columns.values())).tolist()))           # host sync
+                for name, value in values.items():
+                    results[fold][name].append(value)
+                record = {"fold": fold, **values, **health(solves)}
+            records = [r for r in gathered(record, process) if r]
+            for r in records:
+                if not math.isfinite(r["loss"]):
+                    kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
+                    die(f"the loss of fold {r['fold']} became {r['loss']} in epoch {epoch + 1}: try a lower --lr or "
+                        f"--kappa; {kept}", code=1)
             done = epoch + 1 == args.epochs
             if process.rank == 0:
-                for r in filter(None, records):
+                for r in records:
                     log.write(event="epoch", step=round * args.epochs + epoch + 1, epoch=epoch + 1,
                               seconds=time.perf_counter() - started, **r)
                 if (epoch + 1) % args.log_every == 0 or done:
                     now = time.perf_counter()
                     ms, since = 1e3 * (now - since) / (epoch % args.log_every + 1), now
                     tqdm.write(f"epoch {epoch + 1:4d}  " + "  ".join(
-                        f"folds {r['folds']}  loss {statistics.mean(r['loss']):.4f}  test "
-                        f"{statistics.mean(r['test']):.1f} %  {r['forward_evals']:.0f} + "
+                        f"fold {r['fold']}  loss {r['loss']:.4f}  test {r['test']:.1f} %  {r['forward_evals']:.0f} + "
                         f"{r.get('backward_evals', 0):.0f} calls of f, {100 * r['forward_solved']:.0f} % solved"
-                        for r in records if r) + f"  {ms:.0f} ms/epoch")
-            if done and folds:
-                for i, fold in enumerate(folds):
-                    weights[fold] = {k: (v[i] if len(folds) > 1 else v).cpu().clone()
-                                     for k, v in model.state_dict().items()}
+                        for r in records) + f"  {ms:.0f} ms/epoch")
+            if done and fold is not None:
+                weights[fold] = {name: v.cpu().clone() for name, v in model.state_dict().items()}
             saving, stop = timer.poll()
             if done:
                 save(round + 1, 0, None, None)
@@ -1109,9 +1038,8 @@ def train_graphs(args, process, graphs):
             print(f"SIGTERM: saved to {path}; continue with --out {args.out} --resume auto", flush=True)
         return None
     results = {fold: r for part in gathered(results, process) for fold, r in part.items()}
-    minutes = (time.perf_counter() - started) / 60
+    table, minutes = protocols(results), (time.perf_counter() - started) / 60
     if process.rank == 0:
-        table = protocols(results)
         record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
         (Path(args.out) / "results.json").write_text(json.dumps(
             {"args": vars(args), "majority": majority, "minutes": minutes, "mean, std, folds": record,
@@ -1120,7 +1048,7 @@ def train_graphs(args, process, graphs):
         print(f"  {'majority class':26s} {statistics.mean(majority):5.1f} ± {statistics.pstdev(majority):.1f} %")
         for name, values in table.items():
             print(f"  {name:26s} {values.mean():5.1f} ± {values.std():.1f} %", flush=True)
-    return {"table": protocols(results), "majority": np.array(majority), "minutes": minutes}
+    return {"table": table, "majority": np.array(majority), "minutes": minutes}
 
 
 def train_nodes(args, process, splits, hops=0):
@@ -1140,9 +1068,9 @@ def train_nodes(args, process, splits, hops=0):
     classes = splits[0][0].y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
     groups = [splits[0][i:i + args.batch_size] for i in range(0, len(splits[0]), args.batch_size)]
     groups = [group for group in groups if len(group) == args.batch_size]
-    batches = [make_batch([group[rank * each:(rank + 1) * each]], device, kind=kind) for group in groups]
+    batches = [make_batch(group[rank * each:(rank + 1) * each], device, kind=kind) for group in groups]
     share = [world * len(batch.x) / sum(len(graph.x) for graph in group) for batch, group in zip(batches, groups)]
-    evaluation = [make_batch([graphs[rank::world]], device, kind=kind) for graphs in splits[1:]]
+    evaluation = [make_batch(graphs[rank::world], device, kind=kind) for graphs in splits[1:]]
     # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
     for batch in [*batches, *evaluation] if kind == "raw" else []:
         batch.rho = max(gathered(batch.rho, process))
@@ -1265,7 +1193,7 @@ def evaluate_checkpoint(args, process):
             for fold, w in sorted(weights.items()):
                 model.load_state_dict(w) if ours else load_official(model, w)
                 numbers = splits[fold][2] if ours else range(len(data))
-                batch = make_batch([[data[i] for i in numbers]], process.device, with_2a=True)
+                batch = make_batch([data[i] for i in numbers], process.device, with_2a=True)
                 scores = [evaluate_graphs(model, batch, with_2a)[0].item() for with_2a in (False, True)]
                 print(f"{f'fold {fold}' if ours else 'all graphs'}: accuracy {scores[0]:.2f} % of {len(numbers)}; with "
                       f"2A + I {scores[1]:.2f} %", flush=True)
@@ -1274,7 +1202,7 @@ def evaluate_checkpoint(args, process):
         model = node_model(args, splits[0][0].x.shape[1], splits[0][0].y.shape[1]).to(process.device)
         model.load_state_dict(state["model"]) if ours else load_official(model, state)
         for name, part in zip(("validation", "test"), splits[1:]):
-            score, loss = evaluate_nodes(model, make_batch([part], process.device, kind=ADJACENCY[args.ppi_model]))
+            score, loss = evaluate_nodes(model, make_batch(part, process.device, kind=ADJACENCY[args.ppi_model]))
             print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         die(f"--resume {args.resume} does not fit the model (--dataset, --hidden, --ppi-model): "
