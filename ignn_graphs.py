@@ -31,8 +31,8 @@ Measured: README.md has Table 4 as far as it was run, on a CPU.
 
 Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds (there:
 shuffled after stratification); residual per graph and relative (there: the largest entry of the batch); W is projected
-after each step, not in each forward pass, so that evaluation changes nothing; the backward solve starts at dL/dH* (there:
-at B); no Omega_2 and bias, which are never used there but counted: 27,010 parameters of COX2's 37,634 do something.
+after each step, not in each forward pass, so that evaluation changes nothing; the backward solve starts at dL/dH*
+(there: at B); no Omega_2 and bias, which are never used there but counted: 27,010 parameters of COX2's 37,634 do something.
 """
 import argparse
 import copy
@@ -127,11 +127,20 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints; SIGTERM saves too "
                    "(default 5)")
     p.add_argument("--log-every", type=int, help="epochs between log lines (default a tenth of --epochs)")
-    p.add_argument("--eval", action="store_true", help="only evaluate --resume's checkpoint, ours or an official one")
+    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume, ours or an official "
+                   "one; ours brings the flags that are not given")
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
     args = p.parse_args(argv)
-    if args.eval and args.resume not in (None, "auto"):     # what is not given here is as it was in training
+    if args.table4 and (args.eval or args.resume not in (None, "auto")):
+        p.error("--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
+    if args.eval and (not args.resume or args.resume == "auto"):
+        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
+    if args.benchmark and (args.eval or args.resume or args.table4):
+        p.error("--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
+    if args.benchmark and "RANK" in os.environ:
+        p.error("--benchmark measures one process: run it without torchrun")
+    if args.eval:                                   # what is not given here is as it was in training
         state = load_checkpoint(args.resume)
         if is_ours(state):
             p.set_defaults(**{name: value for name, value in state["args"].items() if name not in FREE})
@@ -177,16 +186,8 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} is of the folds of COX2 and PROTEINS, not of {args.dataset}")
     if args.table4 and chains:
         p.error("--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
-    if args.table4 and (args.eval or args.resume not in (None, "auto")):
-        p.error("--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
-    if args.eval and (not args.resume or args.resume == "auto"):
-        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
     if args.eval and chains:
         p.error("--eval is of COX2, PROTEINS and PPI: chains trains in a minute")
-    if args.benchmark and (args.eval or args.resume or args.table4):
-        p.error("--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
-    if args.benchmark and "RANK" in os.environ:
-        p.error("--benchmark measures one process: run it without torchrun")
     if args.resume == "auto" and not args.out:
         p.error("--resume auto continues the training in --out DIR")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):

@@ -123,10 +123,25 @@ def parse_args(argv=None):
     p.add_argument("--radius-every", type=int, default=0,
                    help="steps between spectral radii of J and J_lam on 64 test images, D.2; 0: never (default 0)")
     p.add_argument("--eval", action="store_true",
-                   help="only evaluate the checkpoint of --resume, ours or an official one")
+                   help="only evaluate the checkpoint of --resume, ours or an official one; ours brings the flags of "
+                   "model and solver that are not given")
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
+    if args.eval and not args.resume:
+        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
+    if args.benchmark and args.eval:
+        p.error("--benchmark and --eval are two different things to do: choose one")
+    if args.benchmark and "RANK" in os.environ:
+        p.error("--benchmark measures one process: run it without torchrun")
+    if args.resume == "auto" and (not args.out or args.eval):
+        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
+    if args.eval:                                   # what is not given here is as it was in training
+        saved = load_checkpoint(args.resume)
+        if is_ours(saved):
+            names = ("model", "solver", "max_iter", "tol")
+            p.set_defaults(**{name: value for name, value in saved["args"].items() if name in names})
+            args = p.parse_args(argv)
 
     toy, adam, config = args.data == "toy", args.optimizer == "adam", MODELS[args.model]
     defaults = {"max_iter": config["max_iter"], "backward_max_iter": config["backward_max_iter"],
@@ -154,14 +169,6 @@ def parse_args(argv=None):
         p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     if args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ):
         p.error("--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
-    if args.eval and not args.resume:
-        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
-    if args.benchmark and args.eval:
-        p.error("--benchmark and --eval are two different things to do: choose one")
-    if args.benchmark and "RANK" in os.environ:
-        p.error("--benchmark measures one process: run it without torchrun")
-    if args.resume == "auto" and (not args.out or args.eval):
-        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
     if not (0 < args.lr < math.inf):
         p.error(f"--lr must be positive and finite, got {args.lr}")
     return args
@@ -692,10 +699,14 @@ def build_model(args, classes, process):
     return model
 
 
+def is_ours(state):
+    return isinstance(state, dict) and isinstance(state.get("args"), dict)
+
+
 def restore(args, model, optimizer=None, scheduler=None):
     """Loads --resume into the model, and of our own checkpoints all the rest of the state.  Returns what was read."""
     state = load_checkpoint(args.resume)
-    ours = isinstance(state, dict) and isinstance(state.get("args"), dict)
+    ours = is_ours(state)
     if not ours and not args.eval:
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "not continued")

@@ -139,10 +139,27 @@ def parse_args(argv=None):
     p.add_argument("--radius-images", type=int, default=64,
                    help="validation images for these radii, also in --eval; 0: none (default 64)")
     p.add_argument("--eval", action="store_true",
-                   help="only evaluate the checkpoint of --resume, ours or an official one")
+                   help="only evaluate the checkpoint of --resume, ours or an official one; ours brings the flags of "
+                   "model and solver that are not given")
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
+    if args.eval and not args.resume:
+        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
+    if args.benchmark and args.eval:
+        p.error("--benchmark and --eval are two different things to do: choose one")
+    if args.benchmark and "RANK" in os.environ:
+        p.error("--benchmark measures one process: run it without torchrun")
+    if args.resume == "auto" and (not args.out or args.eval):
+        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
+    if args.init and (args.eval or args.benchmark):
+        p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
+    if args.eval:                                   # what is not given here is as it was in training
+        saved = load_checkpoint(args.resume)
+        if is_ours(saved):
+            names = ("channels", "head_channels", "final_channels", "crop", "resize", "solver", "max_iter", "tol")
+            p.set_defaults(**{name: value for name, value in saved["args"].items() if name in names})
+            args = p.parse_args(argv)
 
     toy = args.data == "toy"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1   # a job's own
@@ -187,20 +204,10 @@ def parse_args(argv=None):
         p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     if args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ):
         p.error("--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
-    if args.eval and not args.resume:
-        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
-    if args.benchmark and args.eval:
-        p.error("--benchmark and --eval are two different things to do: choose one")
-    if args.benchmark and "RANK" in os.environ:
-        p.error("--benchmark measures one process: run it without torchrun")
-    if args.resume == "auto" and (not args.out or args.eval):
-        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
     if args.radius_every and not args.radius_images:
         p.error("--radius-every needs --radius-images of at least 1, got 0")
     if args.resume and args.benchmark:
         p.error("--benchmark measures a model with fresh weights: it takes no --resume")
-    if args.init and (args.eval or args.benchmark):
-        p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
         p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
     return args

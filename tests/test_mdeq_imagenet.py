@@ -533,6 +533,10 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
         assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
     message = refused(capsys, *flags, "--eval", "--resume", out / "checkpoint.pt", "--final-channels", 24)
     assert "--final-channels 16 (here 24)" in message
+    evaluation = ["--eval", "--resume", str(out / "checkpoint.pt")]         # brings what is not given
+    for more, crop in (([], 32), (["--crop", "16"], 16)):
+        taken = mdeq_imagenet.parse_args([*evaluation, *more])
+        assert (taken.channels, taken.final_channels, taken.crop, taken.max_iter) == ([8, 16], 16, crop, 3)
     more = make_folder(tmp_path / "more", train=49)
     message = refused(capsys, *SMALL_RUN, "--data", more, "--out", out, "--resume", "auto")
     assert "42 training images" in message and "has 49" in message
