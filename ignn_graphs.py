@@ -32,7 +32,7 @@ Measured: README.md has Table 4 as far as it was run, on a CPU.
 Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds (there:
 shuffled after stratification); residual per graph and relative (there: the largest entry of the batch); W is projected
 after each step, not in each forward pass, so that evaluation changes nothing; the backward solve starts at dL/dH*
-(there: at B); no Omega_2 and bias, which are never used there but counted: 27,010 parameters of COX2's 37,634 do something.
+(there: at B); no Omega_2 and bias, which are counted there but never used (27,010 of the 37,634 of COX2 are).
 """
 import argparse
 import copy

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import deq_synthetic
 import deq_wikitext
@@ -26,7 +27,9 @@ SCRIPTS = {module.__name__: module for module in (deq_synthetic, deq_wikitext, i
                                                  mdeq_imagenet)}
 
 
-def test_every_command_of_the_readme_and_the_headers_parses():
+def test_every_command_of_the_readme_and_the_headers_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, "FILE")                      # --eval reads what --resume names: here an official checkpoint
     text = (README + "".join(module.__doc__ for module in SCRIPTS.values())).replace("\\\n", " ")
     commands = re.findall(rf"(?:python|torchrun(?: +--\S+)+) +({'|'.join(SCRIPTS)})\.py((?: +-[^`#\n;(]*)?)", text)
     assert len(commands) >= 32 and {script for script, _ in commands} == set(SCRIPTS)
