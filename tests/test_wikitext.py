@@ -23,7 +23,8 @@ CPU = Process(0, 1, torch.device("cpu"))
 SMALL = dict(n_token=60, cutoffs=(10, 20, 35), d_model=16, n_head=2, d_inner=24, div_val=2, mem_len=5)
 VARIANTS = {"PostLN": {}, "PreLN": dict(pre_ln=True), "PreLN, raw residual": dict(pre_ln=True, preln_residual="raw"),
             "deq-lm": dict(pre_ln=True, preln_residual="raw", ln_affine=True, attn_out_ln=True, n_blocks=3),
-            "two blocks, PostLN, window of 4": dict(n_blocks=2, ln_affine=True, local_size=4)}
+            "two blocks, PostLN, window of 4": dict(n_blocks=2, ln_affine=True, local_size=4),
+            "heads of 5, padded": dict(d_model=20, n_head=4, d_inner=12), "heads of 10, padded": dict(d_model=20)}
 
 
 def build(seed=0, dtype=torch.float64, trained=True, **more):
@@ -118,14 +119,21 @@ def test_F_is_its_formula(variant, M):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fused_and_plain_attention_agree(variant):
-    """Float64 rounding, with and without constants computed before; gradients of the plain one up to the second."""
+def test_fused_and_plain_attention_agree(variant, monkeypatch):
+    """Float64 rounding, with and without constants computed before; gradients of the plain one up to the second.
+
+    The fused one is given heads whose size is a multiple of 8: a GPU has it for no others.
+    """
+    widths, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, **more: (
+        widths.extend(x.shape[-1] for x in qkv), real(*qkv, **more))[1])
     model = build(**VARIANTS[variant])
     h, u, h_mem, *_ = example(model)
     plain = model.f(h, u, h_mem)
     with torch.no_grad():
         fused, again = model.f(h, u, h_mem), model.f(h, u, constants=model.constants(u, h_mem))
     assert plain.requires_grad and (plain - fused).abs().max() < 1e-12 and torch.equal(fused, again)
+    assert widths and all(width % 8 == 0 for width in widths)
     small = build(**{**VARIANTS[variant], "d_model": 4, "d_inner": 3, "cutoffs": (10,)})
     h, u, h_mem, *_ = example(small, M=2, B=1, T=2)
     assert torch.autograd.gradgradcheck(lambda h: small.f(h, u, h_mem), h.requires_grad_(), atol=1e-4)
