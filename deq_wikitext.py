@@ -53,6 +53,7 @@ import itertools
 import math
 import os
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -78,9 +79,19 @@ from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_s
                     spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
+DEFAULTS = {        # for WikiText-103, and for --data toy
+    "d_model": (700, 64), "n_head": (10, 4), "d_inner": (48000, 256), "cutoffs": ([20000, 40000, 200000], [200, 800]),
+    "dropout": (0.05, 0.0), "solver": ("broyden", "broyden"), "max_iter": (30, 12), "backward_max_iter": (35, 12),
+    "pretrain_steps": (32000, 0), "steps": (300000, 1000), "warmup_steps": (16000, 50), "batch_size": (56, 20),
+    "segment": (150, 30), "mem_len": (150, 30), "lr": (2.5e-4, 2e-3), "eval_every": (5000, 250), "log_every": (200, 50)}
+MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_inner", "n_blocks", "cutoffs", "div_val",
+               "ln_affine", "attn_out_ln", "local_size"}
+EVALUATION_FLAGS = {"data", "vocab", "solver", "max_iter", "tol", "k", "lam", "segment", "mem_len", "pretrain_steps",
+                    "pretrain_layers", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter"}
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, saved=None):
+    """saved: flags of the checkpoint that --eval or --generate use, in place of those that are not given."""
     p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.")
     # data
     p.add_argument("--data", default="data/wikitext-103", help="folder of wiki.{train,valid,test}.tokens or "
@@ -94,7 +105,6 @@ def parse_args(argv=None):
     p.add_argument("--d-model", type=int, help="width of the state (default 700, toy 64)")
     p.add_argument("--d-embed", type=int, help="width of the most frequent types' embedding (default --d-model)")
     p.add_argument("--n-head", type=int, help="attention heads (default 10, toy 4)")
-    p.add_argument("--d-head", type=int, help="width of a head (default --d-model / --n-head)")
     p.add_argument("--d-inner", type=int, help="hidden width of the feed-forward part (default 48000, toy 256)")
     p.add_argument("--n-blocks", type=int, default=1, help="different pairs of attention and feed-forward part in F "
                    "(default 1)")
@@ -121,7 +131,7 @@ def parse_args(argv=None):
     p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
     p.add_argument("--lam", default="0.8", help="damping of the phantom gradient, in (0, 1]; or 'auto': 1 / rho(J), "
                    "measured every 100 steps, App. D.3 (default 0.8)")
-    p.add_argument("--solver", choices=list(SOLVERS), default="broyden", help="forward and backward (default broyden)")
+    p.add_argument("--solver", choices=list(SOLVERS), help="forward and backward (default broyden)")
     p.add_argument("--max-iter", type=int, help="steps of the forward solver; 0: none, for UPG (default 30, toy 12)")
     p.add_argument("--jitter", type=int, default=0,
                    help="in training up to so many steps fewer, drawn anew for each batch (default 0)")
@@ -172,7 +182,8 @@ def parse_args(argv=None):
     p.add_argument("--radius-every", type=int, default=0,
                    help="steps between spectral radii of J and J_lam on valid, App. D.3; 0: never (default 0)")
     p.add_argument("--eval", action="store_true",
-                   help="only evaluate the checkpoint of --resume, ours or an official one, on valid and test")
+                   help="only evaluate the checkpoint of --resume, ours or an official one, on valid and test; as with "
+                   "--generate, a checkpoint of ours brings the flags that are not given")
     p.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
     p.add_argument("--generate-tokens", type=int, default=100, help="how many tokens --generate adds (default 100)")
     p.add_argument("--temperature", type=float, default=0.9, help="of --generate; 0: the likeliest token (default 0.9)")
@@ -180,78 +191,10 @@ def parse_args(argv=None):
                    help="only measure step time, memory and solver overhead of Table 3's rows, on random tokens")
     args = p.parse_args(argv)
 
-    toy = args.data == "toy"
-    defaults = {"d_model": 64 if toy else 700, "n_head": 4 if toy else 10, "d_inner": 256 if toy else 48000,
-                "cutoffs": [200, 800] if toy else [20000, 40000, 200000], "dropout": 0.0 if toy else 0.05,
-                "max_iter": 12 if toy else 30, "backward_max_iter": 12 if toy else 35,
-                "pretrain_steps": 0 if toy else 32000, "steps": 1000 if toy else 300000,
-                "warmup_steps": 50 if toy else 16000, "batch_size": 20 if toy else 56, "segment": 30 if toy else 150,
-                "mem_len": 30 if toy else 150, "lr": 2e-3 if toy else 2.5e-4, "eval_every": 250 if toy else 5000,
-                "log_every": 50 if toy else 200}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("d_model", "n_head", "d_inner", "n_blocks", "div_val", "k", "backward_max_iter", "pretrain_layers",
-                 "steps", "batch_size", "segment", "accumulate", "eval_every", "eval_streams", "log_every",
-                 "generate_tokens"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("max_iter", "jitter", "tol", "pretrain_steps", "jr", "jr_increment", "warmup_steps", "mem_len",
-                 "local_size", "save_every", "radius_every", "temperature"):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
-    args.init_std = 0.01 * math.sqrt(700 / args.d_model) if args.init_std is None else args.init_std
-    if args.d_head is None:
-        args.d_head = args.d_model // args.n_head
-    if args.eval_solver is None:        # what is trained without a solver iterates plainly: Broyden may leave it
-        args.eval_solver = args.solver if args.max_iter else "fixed-point"
-    if args.eval_max_iter is None:
-        args.eval_max_iter = args.max_iter or args.k
-    if args.n_head * args.d_head != args.d_model or args.d_model % 2:
-        p.error(f"--d-model {args.d_model} must be even, and --n-head {args.n_head} x --d-head {args.d_head}")
-    if any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)):
-        p.error(f"--cutoffs must be positive and increase, got {args.cutoffs}")
-    if args.d_embed < args.div_val ** len(args.cutoffs):
-        p.error(f"--d-embed {args.d_embed}: the last of {len(args.cutoffs) + 1} clusters would have width "
-                f"{args.d_embed} / {args.div_val}^{len(args.cutoffs)} < 1; use a lower --div-val or fewer --cutoffs")
-    if args.eval_max_iter < 1 or min(args.eval_mem_len) < 0:
-        p.error("--eval-max-iter must be at least 1, and --eval-mem-len not negative")
-    longest = max(args.mem_len, *args.eval_mem_len) + args.segment
-    if args.local_size == 0 and longest > 1000:
-        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest of the "
-                "memory would be without effect; shorten it, or say how many it sees with --local-size")
-    if args.lam != "auto":
-        try:
-            args.lam = float(args.lam)
-        except ValueError:
-            p.error(f"--lam must be a number in (0, 1] or 'auto', got {args.lam}")
-        if not 0 < args.lam <= 1:
-            p.error(f"--lam must be in (0, 1], got {args.lam}")
-    elif args.grad not in ("upg", "npg"):
-        p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
-    for name in ("dropout", "dropatt"):
-        if not 0 <= getattr(args, name) < 1:
-            p.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
-    if args.temperature and args.temperature < 0.01:
-        p.error(f"--temperature must be 0 or at least 0.01, got {args.temperature}")
-    for name in ("lr", "clip", "init_std"):
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(args, name)}")
-    if not 0 < args.jr_freq <= 1:
-        p.error(f"--jr-freq must be in (0, 1], got {args.jr_freq}")
-    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
-        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
-    if args.jitter and args.jitter >= args.max_iter:
-        p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
-    if args.grad == "bptt" and args.solver != "fixed-point":
-        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     only = [flag for flag, given in (("--eval", args.eval), ("--generate", args.generate is not None),
                                      ("--benchmark", args.benchmark)) if given]
     if len(only) > 1:
         p.error(f"{' and '.join(only)} are different things to do: choose one")
-    if only in (["--eval"], ["--generate"]) and (not args.resume or args.resume == "auto"):
-        p.error(f"{only[0]} needs --resume FILE, the checkpoint to use")
     if only in (["--generate"], ["--benchmark"]) and "RANK" in os.environ:
         p.error(f"{only[0]} is for one process: run it without torchrun")
     if args.benchmark and args.resume:
@@ -262,6 +205,66 @@ def parse_args(argv=None):
         p.error("--resume auto continues the training in --out DIR")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
         p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    if only in (["--eval"], ["--generate"]):
+        if not args.resume or args.resume == "auto":
+            p.error(f"{only[0]} needs --resume FILE, the checkpoint to use")
+        if saved is None:
+            return args             # the flags are complete, and can be checked, when the checkpoint has been read
+        for name in ("solver", "max_iter", "mem_len"):          # if given, not the checkpoint's --eval-... either
+            saved = {k: v for k, v in saved.items() if k != f"eval_{name}" or getattr(args, name) is None}
+        p.set_defaults(**{name: value for name, value in saved.items() if name in MODEL_FLAGS | EVALUATION_FLAGS})
+        args = p.parse_args(argv)
+
+    for name, (full, toy) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, toy if args.data == "toy" else full)
+    if args.init_std is None:
+        args.init_std = 0.01 * math.sqrt(700 / max(1, args.d_model))
+    args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
+    if args.eval_solver is None:        # what is trained without a solver iterates plainly: Broyden may leave it
+        args.eval_solver = args.solver if args.max_iter else "fixed-point"
+    if args.eval_max_iter is None:
+        args.eval_max_iter = args.max_iter or args.k
+
+    def check(names, ok, must):
+        for name in names.split():
+            value = getattr(args, name)
+            if not all(map(ok, value if isinstance(value, list) else [value])):
+                p.error(f"--{name.replace('_', '-')} {must}, got {value}")
+
+    check("max_iter jitter tol pretrain_steps jr jr_increment warmup_steps mem_len eval_mem_len local_size save_every "
+          "radius_every temperature", lambda x: x >= 0, "must not be negative")
+    check("d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
+          "accumulate eval_every eval_streams eval_max_iter log_every generate_tokens", lambda x: x >= 1,
+          "must be at least 1")
+    check("lr clip init_std", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check("dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check("jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check("temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
+    check("seed", lambda x: -2 ** 63 <= x < 2 ** 63, "must be in [-2^63, 2^63)")
+    if args.lam != "auto":
+        with contextlib.suppress(ValueError):
+            args.lam = float(args.lam)
+        check("lam", lambda x: not isinstance(x, str) and 0 < x <= 1, "must be a number in (0, 1] or 'auto'")
+    elif args.grad not in ("upg", "npg"):
+        p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
+    if args.d_model % args.n_head or args.d_model % 2:
+        p.error(f"--d-model {args.d_model} must be even, and a multiple of --n-head {args.n_head}")
+    if any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)):
+        p.error(f"--cutoffs must be positive and increase, got {args.cutoffs}")
+    if args.d_embed < args.div_val ** len(args.cutoffs):
+        p.error(f"--d-embed {args.d_embed}: the last of {len(args.cutoffs) + 1} clusters would have width "
+                f"{args.d_embed} / {args.div_val}^{len(args.cutoffs)} < 1; use a lower --div-val or fewer --cutoffs")
+    longest = max(args.mem_len, *args.eval_mem_len) + args.segment
+    if args.local_size == 0 and longest > 1000:
+        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest of the "
+                "memory would be without effect; shorten it, or say how many it sees with --local-size")
+    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
+        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
+    if args.jitter and args.jitter >= args.max_iter:
+        p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
+    if args.grad == "bptt" and args.solver != "fixed-point":
+        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     return args
 
 
@@ -282,13 +285,15 @@ def read_tokens(path, vocabulary):
     vocabulary: {type: id}.  A defaultdict gives unknown types new ids; of a plain dict they are an error.
     """
     ids = []
-    lines = tqdm(open(path, encoding="utf-8", newline="\n"), desc=path.name, unit=" lines", mininterval=1,
-                 disable=not sys.stderr.isatty())
     try:
-        for number, line in enumerate(lines, start=1):
-            ids.append(np.fromiter(map(vocabulary.__getitem__, (*line.split(), "<eos>")), np.int32))
-            if number % 500_000 == 0 and lines.disable:
-                print(f"{path.name}: {number} lines read", flush=True)
+        with open(path, encoding="utf-8", newline="\n") as file:
+            lines = tqdm(file, desc=path.name, unit=" lines", mininterval=1, disable=not sys.stderr.isatty())
+            for number, line in enumerate(lines, start=1):
+                ids.append(np.fromiter(map(vocabulary.__getitem__, (*line.split(), "<eos>")), np.int32))
+                if number % 500_000 == 0 and lines.disable:
+                    print(f"{path.name}: {number} lines read", flush=True)
+    except OSError as error:
+        die(f"--data: cannot read {path} ({error.strerror})")
     except UnicodeDecodeError as error:
         die(f"--data: {path} is not UTF-8 text ({error.reason} after line {len(ids)}); get the file anew")
     except KeyError as error:
@@ -551,14 +556,14 @@ class DEQTransformer(nn.Module):
     """
 
     def __init__(self, n_token=267735, cutoffs=(20000, 40000, 200000), d_model=700, d_embed=None, n_head=10,
-                 d_head=None, d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
+                 d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
                  ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
                  dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False, grad="upg", k=5, lam=0.8,
                  solver=broyden, max_iter=30, tol=1e-3, stop_mode="rel", backward_max_iter=35):
         super().__init__()
         d_embed = d_embed or d_model
-        if n_head * (d_head or d_model // n_head) != d_model or d_model % 2:
-            raise ValueError(f"d_model {d_model} must be even, and n_head {n_head} x d_head {d_head}")
+        if d_model % n_head or d_model % 2:
+            raise ValueError(f"d_model {d_model} must be even, and a multiple of n_head {n_head}")
         edges = [0, *cutoffs, n_token]
         if any(a >= b for a, b in zip(edges, edges[1:])):
             raise ValueError(f"cutoffs must increase between 0 and n_token, got {list(cutoffs)} and {n_token}")
@@ -852,10 +857,18 @@ def evaluating(model, args):
 
 
 def health(name, residuals, tol):
-    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0."""
-    r = torch.cat(residuals).float()
-    q = torch.quantile(r, torch.tensor([0.1, 0.5, 0.9], device=r.device), interpolation="nearest").tolist()
-    return {f"{name}_residual_p10": q[0], f"{name}_residual_p50": q[1], f"{name}_residual_p90": q[2],
+    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0.
+
+    Of those of all processes, which must all call it.  Nothing where there was no solve.
+    """
+    parts = [torch.cat(residuals).float().cpu() if residuals else torch.empty(0)]
+    if dist.is_initialized():
+        own, parts = parts[0], [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+    r = torch.cat(parts).sort().values              # torch.quantile has a limit of 16 million numbers
+    if len(r) == 0:
+        return {}
+    return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
             f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
 
 
@@ -867,7 +880,7 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
     """
     text = streams(ids, args.eval_streams)
     own = text.tensor_split(process.world_size)[process.rank]              # some may have one stream more, or none
-    sums, residuals, evals, memory = torch.zeros(2, dtype=torch.float64, device=process.device), [], 0, None
+    sums, residuals, memory = torch.zeros(4, dtype=torch.float64, device=process.device), [], None
     starts = range(0, text.shape[1] - 1, args.segment)
     with evaluating(model, args):
         for start in tqdm(starts if len(own) else (), desc=f"evaluating {name}", leave=False,
@@ -880,13 +893,13 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
             sums[1] += out.nll.numel()
             if out.result is not None:
                 residuals.append(out.result.residual)
-                evals += out.result.n_evals
-    nll, count = all_reduce_sum(sums).tolist()
+                sums[2] += out.result.n_evals
+                sums[3] += 1
+    nll, count, evals, solves = all_reduce_sum(sums).tolist()
     record = {f"{name}_nll": nll / count, f"{name}_perplexity": math.exp(min(nll / count, 700.0)),
               f"{name}_tokens": int(count), f"{name}_mem_len": mem_len}
-    if residuals:
-        record.update(health(name, residuals, args.tol))
-        record[f"{name}_evals"] = evals / len(residuals)
+    if solves:
+        record.update(health(name, residuals, args.tol), **{f"{name}_evals": evals / solves})
     return record
 
 
@@ -1060,7 +1073,7 @@ def build_model(args, n_token, process):
     if args.cutoffs[-1] >= n_token:
         die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {n_token} types")
     model = DEQTransformer(
-        n_token, args.cutoffs, args.d_model, args.d_embed, args.n_head, args.d_head, args.d_inner, args.div_val,
+        n_token, args.cutoffs, args.d_model, args.d_embed, args.n_head, args.d_inner, args.div_val,
         args.n_blocks, args.norm == "pre", args.preln_residual, args.ln_affine, args.attn_out_ln, args.init_std,
         args.init_before_norm, args.local_size, args.mem_len, args.dropout, args.dropatt, args.output_dropout,
         args.checkpoint_blocks,
@@ -1088,47 +1101,46 @@ def load_weights(flag, path, state, model):
             f"{' '.join(str(error).split())[:400]}")
 
 
-MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_head", "d_inner", "n_blocks", "cutoffs",
-               "div_val", "ln_affine", "attn_out_ln", "local_size"}
-
-
-def check_flags(flag, path, state, args, types, checked):
+def check_flags(flag, path, state, args, types, checked, remedy="leave them out"):
     """Ends the run where a checkpoint of ours is of other flags, or of another vocabulary, than this run."""
-    if "n_head" not in state["args"]:
-        die(f"{flag} {path} is of another script")
-    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
-              for name, value in state["args"].items() if name in checked and value != getattr(args, name, None)]
+    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
+              for name, value in state["args"].items() if name in checked and value != getattr(args, name)]
     if differ:
-        die(f"{flag} {path} is of a run with {', '.join(differ)}; use the same flags, or start afresh with another "
-            "--out")
+        die(f"{flag} {path} is of a run with {', '.join(differ)}; {remedy}")
     if state["types"] != types:
         die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
 
 
-def restore(args, model, types, optimizer=None, scheduler=None):
-    """Loads --resume into the model, and in training all the rest of the state.  Returns what was read."""
-    state, training = load_checkpoint(args.resume), optimizer is not None
-    if not is_ours(state) and training:
+def read_checkpoint(flag, path):
+    state = load_checkpoint(path, flag)
+    if is_ours(state) and "n_head" not in state["args"]:
+        die(f"{flag} {path} is of another script")
+    return state
+
+
+def restore(args, model, types, optimizer, scheduler):
+    """--resume in training: all of the state.  Returns what was read."""
+    state = read_checkpoint("--resume", args.resume)
+    if not is_ours(state):
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "or begun with (--init)")
-    if is_ours(state):
-        free = {"data", "out", "resume", "init", "eval", "benchmark", "save_every", "log_every", "radius_every",
-                "compile", "checkpoint_blocks", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter",
-                "generate", "generate_tokens", "temperature", "accumulate"}
-        checked = set(vars(args)) - free if training else MODEL_FLAGS
-        check_flags("--resume", args.resume, state, args, types, checked)
-        for name in () if training else ("solver", "max_iter", "k", "tol", "segment", "mem_len"):
-            if state["args"][name] != getattr(args, name):
-                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
-                      f"{getattr(args, name)}", flush=True)
-        if training and "optimizer" not in state:
-            die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
-        model.lam = state.get("lam", model.lam)
+    free = {"data", "out", "resume", "init", "save_every", "log_every", "radius_every", "compile", "checkpoint_blocks",
+            "accumulate", "eval", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter", "benchmark",
+            "generate", "generate_tokens", "temperature"}
+    check_flags("--resume", args.resume, state, args, types, set(vars(args)) - free,
+                "use the same flags, or start afresh with another --out")
+    if "optimizer" not in state:
+        die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
     load_weights("--resume", args.resume, state, model)
-    if training:
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    model.lam = state["lam"]
     return state
+
+
+def unrolled_layers(args, step):
+    """Layers of the pretraining network in the step that follows `step` steps; 0: the solver."""
+    return args.pretrain_layers if step < args.pretrain_steps else 0
 
 
 def jr_weight(args, step):
@@ -1181,9 +1193,9 @@ def train(args, process, model, text):
             parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
             memories = [Memory(*pair) for pair in zip(*parts)]
     elif args.init:
-        first = load_checkpoint(args.init, flag="--init")
+        first = read_checkpoint("--init", args.init)
         if is_ours(first):
-            check_flags("--init", args.init, first, args, types, MODEL_FLAGS)
+            check_flags("--init", args.init, first, args, types, MODEL_FLAGS, "use the same flags")
         load_weights("--init", args.init, first, model)
     step, evaluated, best, best_step, last = (state[k] for k in ("step", "evaluated", "best", "best_step", "last"))
     seed_everything(args.seed + rank)
@@ -1228,7 +1240,7 @@ def train(args, process, model, text):
     # Evaluation comes first: a run that was cut off in one finds its checkpoint just before it.
     while not stop and (step < args.steps or evaluated < step):
         if step > evaluated and evaluation_due():
-            unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
+            unroll = unrolled_layers(args, step - 1)
             with timer.saved():
                 record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
             if evaluated <= args.pretrain_steps < step:
@@ -1240,8 +1252,7 @@ def train(args, process, model, text):
                     save_checkpoint(best_path, {"model": model.state_dict(), "types": types, "args": vars(args),
                                                 "lam": model.lam, "step": step, "valid_perplexity": last})
             for name, found in (("train", residuals), ("backward", backward_residuals)):
-                if found:
-                    record.update(health(name, found, args.tol))
+                record.update(health(name, found, args.tol))
                 found.clear()
             if main:
                 log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
@@ -1262,13 +1273,13 @@ def train(args, process, model, text):
             memories = [None] * n                           # an epoch begins
         # The same choices on all processes, and again after a restart: drawn from seed and step alone.
         draw = random.Random(f"{args.seed}-{step}")
-        unroll = args.pretrain_layers if step < args.pretrain_steps else 0
+        unroll = unrolled_layers(args, step)
         regularize = not unroll and args.jr > 0 and draw.random() < args.jr_freq
         max_iter = args.max_iter - draw.randint(0, args.jitter)
         if args.lam == "auto" and not unroll and (step % 100 == 0 or step == args.pretrain_steps):
             with autocast(args, device):
-                rho = radius(model, own[0][:, start:end], memories[0])[0].mean()
-            rho = all_reduce_sum(rho.double()) / world
+                rho = sum(radius(model, ids[:, start:end], memory)[0].mean() for ids, memory in zip(own, memories))
+            rho = all_reduce_sum(rho.double()) / (n * world)
             if not torch.isfinite(rho):
                 die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
                     "--grad upg", code=1)
@@ -1294,6 +1305,7 @@ def train(args, process, model, text):
         meter.add(n * ids.numel(), **means)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        lr = scheduler.get_last_lr()[0]                     # of this step
         scheduler.step()
         step += 1
         bar.update()
@@ -1312,7 +1324,9 @@ def train(args, process, model, text):
                            f"{record['rho_J_lam']:.3f} (lam = {model.lam:.2f})")
             meter.start += time.perf_counter() - paused     # diagnostics do not count as training time
         if step % args.log_every == 0 or saving:
-            record = meter.read()                                       # host sync
+            meter.sums = {name: all_reduce_sum(total) / world for name, total in meter.sums.items()}
+            record = meter.read()                                           # host sync
+            record["samples_per_s"] *= world
             broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
             if not broken and saving:                                       # the loss would show it one step late
                 finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
@@ -1321,15 +1335,14 @@ def train(args, process, model, text):
                 kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                 die(f"{broken} by step {step}: try a lower --lr or --lam, or --jr; {kept}", code=1)
             if main:
-                lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - started
-                log.write(event="train", step=step, epoch=step / segments, lr=lr, lam=model.lam, seconds=seconds,
-                          **record)
+                log.write(event="train", step=step, epoch=step / segments, lr=lr, lam=model.lam,
+                          seconds=time.perf_counter() - started, **record)
                 more = f"  JR {record['jr']:.3f}" if "jr" in record else ""
                 more += f"  lam {model.lam:.2f}" if args.lam == "auto" else ""
                 more += f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                 tqdm.write(f"step {step:6d}  epoch {step / segments:5.2f}  loss {record['loss']:.4f}  perplexity "
                            f"{math.exp(min(record['loss'], 700.0)):<8.6g}  lr {lr:.2e}  |g| {record['grad_norm']:.3f}  "
-                           f"{record['ms_per_step']:.0f} ms/step  {world * record['samples_per_s']:.0f} tokens/s{more}")
+                           f"{record['ms_per_step']:.0f} ms/step  {record['samples_per_s']:.0f} tokens/s{more}")
         if saving:
             save()
             meter.reset()
@@ -1339,30 +1352,50 @@ def train(args, process, model, text):
             print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
                   flush=True)
         return
-    of_step = best_step if best_path.exists() else step     # not there: the run was continued in another folder
+    here, of_step = (best_path, best_step) if best_path.exists() else (checkpoint, step)    # or in another folder
     if of_step != step:
-        load_weights("--out", best_path, load_checkpoint(best_path, flag="--out"), model)
-    record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0])
+        load_weights("--out", here, load_checkpoint(here, flag="--out"), model)
+    record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0], unrolled_layers(args, of_step - 1))
     if main:
         log.write(event="test", step=step, of_step=of_step, seconds=time.perf_counter() - started, **record)
         print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
               f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
         if text.best:
             print(BEST.format(*text.best), flush=True)
+        flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
+        print(f"weights: {here}; evaluate them with: python deq_wikitext.py --eval --resume {shlex.quote(str(here))}"
+              + flags, flush=True)
 
 
-def main(args):
+def evaluate_checkpoint(args, process, model, text, state):
+    """--eval: perplexities at each memory length, and spectral radii."""
+    ours, main = is_ours(state), process.rank == 0
+    unroll = unrolled_layers(args, state["step"] - 1) if ours else 0
+    if main:
+        print(args.resume + (f", step {state['step']}: " if ours else ": ")
+              + (f"the pretraining network of {unroll} layers" if unroll else
+                 f"{args.eval_solver}, at most {args.eval_max_iter} steps, tolerance {args.tol:g}")
+              + f"; {args.eval_streams} streams, segments of {args.segment}", flush=True)
+    for mem_len, name in itertools.product(args.eval_mem_len, ("valid", "test")):
+        record = evaluate(model, name, getattr(text, name), args, process, mem_len, unroll)
+        if main:
+            print(spell(name, record), flush=True)
+    record = radii(model, text.valid, args, process)
+    if main:
+        print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of the "
+              f"streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")
+        if text.best:
+            print(BEST.format(*text.best))
+
+
+def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
-    if not args.out and args.resume:
-        args.out = str(Path(args.resume).parent)
-    elif not args.out:
-        args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    args, state = parse_args(argv), None
     process = init_process()
-    if dist.is_initialized():           # the default's time differs from process to process
-        shared = [args.out]
-        dist.broadcast_object_list(shared)
-        (args.out,) = shared
-    if args.batch_size % (process.world_size * args.accumulate):
+    if args.eval or args.generate is not None:
+        state = read_checkpoint("--resume", args.resume)
+        args = parse_args(argv, saved=state["args"] if is_ours(state) else {})
+    elif args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")
     torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")       # "high": TF32, on GPUs only
@@ -1376,26 +1409,30 @@ def main(args):
         if len(ids) < 2 * args.eval_streams:
             die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
     model = build_model(args, len(text.vocabulary), process)
-    if args.eval or args.generate is not None:
-        restore(args, model, checksum(text.vocabulary))
-    if args.generate is not None:
-        generate(model, text.vocabulary, args, process)
-    elif args.eval:
-        for mem_len, (name, ids) in itertools.product(args.eval_mem_len, (("valid", text.valid), ("test", text.test))):
-            record = evaluate(model, name, ids, args, process, mem_len)
-            if process.rank == 0:
-                print(spell(name, record), flush=True)
-        record = radii(model, text.valid, args, process)
-        if process.rank == 0 and text.best:
-            print(BEST.format(*text.best))
-        if process.rank == 0:
-            print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of "
-                  f"the streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")
-    else:
+    if state is None:
+        if not args.out:                # the time differs from process to process
+            shared = [str(Path(args.resume).parent) if args.resume else
+                      f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+            if dist.is_initialized():
+                dist.broadcast_object_list(shared)
+            args.out = shared[0]
         train(args, process, model, text)
+    else:
+        if is_ours(state):
+            check_flags("--resume", args.resume, state, args, checksum(text.vocabulary), MODEL_FLAGS)
+            for name in ("solver", "max_iter", "tol", "segment", "mem_len", "amp"):
+                if process.rank == 0 and state["args"][name] != getattr(args, name):
+                    print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
+                          f"{getattr(args, name)}", file=sys.stderr, flush=True)
+            model.lam = state["lam"] if args.lam == "auto" else args.lam
+        load_weights("--resume", args.resume, state, model)
+        if args.eval:
+            evaluate_checkpoint(args, process, model, text, state)
+        else:
+            generate(model, text.vocabulary, args, process)
     if process.world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

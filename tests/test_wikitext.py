@@ -263,7 +263,7 @@ def test_ids_outside_the_vocabulary_are_refused(bad):
 
 
 @pytest.mark.parametrize("wrong, named", [(dict(cutoffs=(10, 10)), "cutoffs"), (dict(cutoffs=(10, 60)), "cutoffs"),
-                                          (dict(n_head=3), "n_head 3"), (dict(d_head=4), "d_head 4"),
+                                          (dict(n_head=3), "n_head 3"),
                                           (dict(d_model=15, n_head=1), "even"), (dict(local_size=-1), "local_size"),
                                           (dict(preln_residual="x"), "preln_residual"),
                                           (dict(output_dropout="x"), "output_dropout")])
@@ -648,8 +648,8 @@ def test_official_numbers():
     """Relative error of whole tensors 1e-5 in float32 (1e-4 for the radius); NLLs in float64 1e-7."""
     parity = torch.load(os.environ["DEQ_PARITY"], weights_only=True)
     c, x, y = parity["config"], parity["inputs"], parity["expected"]
-    model = DEQTransformer(c["n_token"], c["cutoffs"], c["d_model"], c["d_embed"], c["n_head"], c["d_head"],
-                           c["d_inner"], c["div_val"], pre_ln=c["pre_lnorm"], mem_len=c["mem_len"]).eval()
+    model = DEQTransformer(c["n_token"], c["cutoffs"], c["d_model"], c["d_embed"], c["n_head"], c["d_inner"],
+                           c["div_val"], pre_ln=c["pre_lnorm"], mem_len=c["mem_len"]).eval()
     load_official(model, parity["state_dict"])
     ids, targets = x["tokens"].transpose(1, 2), x["targets"].transpose(1, 2)            # (3, B, T)
     worst = {}
@@ -893,14 +893,25 @@ def test_processes_divide_the_streams(monkeypatch):
     """Three streams over two processes and over five, of which two have none: the sums are those of one."""
     args, model = evaluation_args("--eval-streams", 3), build()
     ids = torch.randint(0, 60, (70,), dtype=torch.int32)
-    expected = evaluate(model, "test", ids, args, CPU, 5)["test_nll"]
+    expected = evaluate(model, "test", ids, args, CPU, 5)
     for world in (2, 5):
         sums = []
         monkeypatch.setattr(deq_wikitext, "all_reduce_sum", lambda x: (sums.append(x.clone()), x + 1)[1])
         for rank in range(world):
             evaluate(model, "test", ids, args, Process(rank, world, torch.device("cpu")), 5)
-        nll, count = sum(sums).tolist()
-        assert count == 66 and nll / count == pytest.approx(expected, rel=1e-6)
+        nll, count, evals, solves = sum(sums).tolist()
+        assert count == 66 and nll / count == pytest.approx(expected["test_nll"], rel=1e-6)
+        assert solves == 3 * min(world, 3) and evals / solves <= expected["test_evals"]     # of a batch: its slowest
+
+
+def test_residual_statistics_are_nearest_ranks_of_any_number_of_solves():
+    """Ten values in any order; the limit of torch.quantile, 16 million, is none here."""
+    parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2, 0.3, 0.7, 0.6, 0.8])]
+    found = deq_wikitext.health("x", parts, 0.2)
+    assert found == pytest.approx(dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3))
+    assert deq_wikitext.health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
+    assert deq_wikitext.health("x", [torch.zeros(2 ** 24 + 2)], 0.0)["x_residual_p90"] == 0
+    assert deq_wikitext.health("x", [], 0.2) == {}
 
 
 def test_a_longer_memory_or_another_cut_into_segments_is_the_same_model():
