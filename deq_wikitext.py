@@ -23,8 +23,8 @@ torchrun --nproc_per_node=4 deq_wikitext.py with
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
     22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln
-                      --init-before-norm --k 12 --lam 1 --max-iter 0 --eval-solver fixed-point --eval-max-iter 12
-                      --checkpoint-blocks --pretrain-steps 0 --steps 150000 --warmup-steps 8000
+                      --init-before-norm --k 12 --lam 1 --max-iter 0 --checkpoint-blocks --pretrain-steps 0
+                      --steps 150000 --warmup-steps 8000
 
 What makes it faster (--benchmark with the flag measures all but --accumulate; README.md has what was measured):
     --compile                   F by torch.compile: fewer launches; the same numbers to rounding
@@ -34,6 +34,7 @@ What makes it faster (--benchmark with the flag measures all but --accumulate; R
     --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
     always on                   once per forward: effective weights, position keys, keys and values of the memory;
                                 fused attention inside the solver (dropatt 0); targets sorted into clusters on the host
+What costs: a step with the JR term (--jr) calls F once more.
 
 Measured: no GPU run yet.  README.md has a small-scale counterpart of Table 3 on real text, on a CPU.
 
@@ -92,110 +93,96 @@ EVALUATION_FLAGS = {"data", "vocab", "solver", "max_iter", "tol", "k", "lam", "s
 
 def parse_args(argv=None, saved=None):
     """saved: flags of the checkpoint that --eval or --generate use, in place of those that are not given."""
-    p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.")
+    p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.  --data "
+                                "DIR has wiki.{train,valid,test}.tokens or {train,valid,test}.txt.")
+
+    def add(flag, text, **more):
+        full, toy = DEFAULTS.get(flag[2:].replace("-", "_"), 2 * (more.get("default"),))
+        if full is not None:
+            text += f" (default {full})" if full == toy else f" (default {full}, toy {toy})"
+        p.add_argument(flag, help=text, **more)
+
     # data
-    p.add_argument("--data", default="data/wikitext-103", help="folder of wiki.{train,valid,test}.tokens or "
-                   "{train,valid,test}.txt; or 'toy': text of a known random source (default data/wikitext-103)")
-    p.add_argument("--vocab", choices=["train", "all"], default="train", help="types are those of the training text, "
-                   "or of all three, for small texts (default train)")
+    add("--data", "folder of the texts; or 'toy': text of a known random source", default="data/wikitext-103")
+    add("--vocab", "types are of the training text, or of all three", choices=["train", "all"], default="train")
     # model
-    p.add_argument("--norm", choices=["post", "pre"], default="post", help="layer normalisation (default post)")
-    p.add_argument("--preln-residual", choices=["normalized", "raw"], default="normalized", help="what --norm pre adds "
-                   "the feed-forward part to, as in locuslab/deq or as in textbooks (default normalized)")
-    p.add_argument("--d-model", type=int, help="width of the state (default 700, toy 64)")
-    p.add_argument("--d-embed", type=int, help="width of the most frequent types' embedding (default --d-model)")
-    p.add_argument("--n-head", type=int, help="attention heads (default 10, toy 4)")
-    p.add_argument("--d-inner", type=int, help="hidden width of the feed-forward part (default 48000, toy 256)")
-    p.add_argument("--n-blocks", type=int, default=1, help="different pairs of attention and feed-forward part in F "
-                   "(default 1)")
-    p.add_argument("--cutoffs", type=int, nargs="+", help="first types, by falling frequency, of the second and later "
-                   "softmax clusters (default 20000 40000 200000, toy 200 800)")
-    p.add_argument("--div-val", type=int, default=4, help="each cluster's embedding is so many times narrower than the "
-                   "one before (default 4)")
-    p.add_argument("--local-size", type=int, default=0, help="keys that a position sees, itself included; 0: 1000, "
-                   "which --mem-len plus --segment may then not exceed (default 0)")
-    p.add_argument("--ln-affine", action="store_true", help="layer normalisation with scale and shift")
-    p.add_argument("--attn-out-ln", action="store_true", help="one more, on the concatenated heads")
-    p.add_argument("--init-std", type=float, help="standard deviation of the first embedding, injection and softmax "
-                   "weights (default 0.01 at width 700, the official, else times sqrt(700 / width): equal injections)")
-    p.add_argument("--init-before-norm", action="store_true", help="F's weights begin as N(0, 0.01), not by PyTorch's "
-                   "default, which in the official code survives as weight normalisation comes first")
-    p.add_argument("--dropout", type=float, help="probability of variational dropout (default 0.05, toy 0)")
-    p.add_argument("--dropatt", type=float, default=0.0, help="the same for attention probabilities (default 0)")
-    p.add_argument("--output-dropout", choices=["tokens", "channels"], default="tokens", help="what is dropped before "
-                   "the softmax: whole tokens, as official, or channels (default tokens)")
-    p.add_argument("--init", metavar="FILE", help="begin with the weights of this checkpoint, ours or an official one")
+    add("--norm", "layer normalisation", choices=["post", "pre"], default="post")
+    add("--preln-residual", "what --norm pre adds the feed-forward part to: locuslab/deq's, or the textbook's",
+        choices=["normalized", "raw"], default="normalized")
+    add("--d-model", "width of the state", type=int)
+    add("--d-embed", "embedding width of the most frequent types (default --d-model)", type=int)
+    add("--n-head", "attention heads", type=int)
+    add("--d-inner", "hidden width of the feed-forward part", type=int)
+    add("--n-blocks", "different pairs of attention and feed-forward part in F", type=int, default=1)
+    add("--cutoffs", "first types, by falling frequency, of the softmax clusters after the first", type=int, nargs="+")
+    add("--div-val", "each cluster's embedding is so many times narrower than the one before", type=int, default=4)
+    add("--local-size", "keys that a position sees, itself included; 0: 1000, which --mem-len plus --segment may then "
+        "not exceed", type=int, default=0)
+    add("--ln-affine", "layer normalisation with scale and shift", action="store_true")
+    add("--attn-out-ln", "one more, on the concatenated heads", action="store_true")
+    add("--init-before-norm", "F's weights begin as N(0, 0.01), not as PyTorch's default", action="store_true")
+    add("--dropout", "probability of variational dropout", type=float)
+    add("--dropatt", "the same for attention probabilities", type=float, default=0.0)
+    add("--output-dropout", "what is dropped before the softmax: whole tokens, as official, or channels",
+        choices=["tokens", "channels"], default="tokens")
+    add("--init", "begin with the weights of this checkpoint, ours or an official one", metavar="FILE")
     # equilibrium
-    p.add_argument("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg",
-                   help="how the gradient is computed (default upg)")
-    p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
-    p.add_argument("--lam", default="0.8", help="damping of the phantom gradient, in (0, 1]; or 'auto': 1 / rho(J), "
-                   "measured every 100 steps, App. D.3 (default 0.8)")
-    p.add_argument("--solver", choices=list(SOLVERS), help="forward and backward (default broyden)")
-    p.add_argument("--max-iter", type=int, help="steps of the forward solver; 0: none, for UPG (default 30, toy 12)")
-    p.add_argument("--jitter", type=int, default=0,
-                   help="in training up to so many steps fewer, drawn anew for each batch (default 0)")
-    p.add_argument("--backward-max-iter", type=int,
-                   help="steps of the backward solver of --grad implicit (default 35, toy 12)")
-    p.add_argument("--tol", type=float, default=1e-3, help="relative residual at which a stream counts as solved; "
-                   "0: always the whole budget (default 0.001)")
-    p.add_argument("--pretrain-steps", type=int, help="first optimiser steps, with an unrolled network in place of the "
-                   "solver (default 32000, toy 0)")
-    p.add_argument("--pretrain-layers", type=int, default=2, help="evaluations of F in that network (default 2)")
-    p.add_argument("--jr", type=float, default=0.0, help="weight of Jacobian regularisation; 0: none (default 0)")
-    p.add_argument("--jr-freq", type=float, default=0.4, help="share of the steps that have it (default 0.4)")
-    p.add_argument("--jr-increment", type=int, default=0,
-                   help="steps, after pretraining, in which its weight grows by 0.1; 0: it does not (default 0)")
+    add("--grad", "how the gradient is computed", choices=["upg", "npg", "implicit", "bptt"], default="upg")
+    add("--k", "steps of the phantom gradient", type=int, default=5)
+    add("--lam", "damping of the phantom gradient; or 'auto': 1 / rho(J), each 100 steps, App. D.3", default="0.8")
+    add("--solver", "forward and backward", choices=list(SOLVERS))
+    add("--max-iter", "steps of the forward solver; 0: none, for UPG", type=int)
+    add("--jitter", "in training up to so many steps fewer, drawn for each batch", type=int, default=0)
+    add("--backward-max-iter", "steps of the backward solver of --grad implicit", type=int)
+    add("--tol", "relative residual at which a stream is solved; 0: always the whole budget", type=float, default=1e-3)
+    add("--pretrain-steps", "first optimiser steps, with an unrolled network, not the solver", type=int)
+    add("--pretrain-layers", "evaluations of F in that network", type=int, default=2)
+    add("--jr", "weight of Jacobian regularisation; 0: none", type=float, default=0.0)
+    add("--jr-freq", "share of the steps that have it", type=float, default=0.4)
+    add("--jr-increment", "steps, after pretraining, in which it grows by 0.1; 0: it does not", type=int, default=0)
     # optimisation
-    p.add_argument("--steps", type=int, help="optimiser steps (default 300000, toy 1000)")
-    p.add_argument("--warmup-steps", type=int, help="of linear warm-up (default 16000, toy 50)")
-    p.add_argument("--batch-size", type=int, help="streams of text over all processes (default 56, toy 20)")
-    p.add_argument("--segment", type=int, help="tokens of each stream per step (default 150, toy 30)")
-    p.add_argument("--mem-len", type=int, help="earlier tokens that are kept as memory (default 150, toy 30)")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process (default 1)")
-    p.add_argument("--lr", type=float, help="peak, of Adam; cosine to 0 over all steps (default 0.00025, toy 0.002)")
-    p.add_argument("--clip", type=float, default=0.25, help="largest norm of the gradient (default 0.25)")
-    p.add_argument("--seed", type=int, default=0, help="of weights, dropout and probes (default 0)")
+    add("--steps", "optimiser steps", type=int)
+    add("--warmup-steps", "of linear warm-up", type=int)
+    add("--batch-size", "streams of text over all processes", type=int)
+    add("--segment", "tokens of each stream per step", type=int)
+    add("--mem-len", "earlier tokens that are kept as memory", type=int)
+    add("--accumulate", "micro-batches per step and process", type=int, default=1)
+    add("--lr", "peak, of Adam; cosine to 0 over all steps", type=float)
+    add("--clip", "largest norm of the gradient", type=float, default=0.25)
+    add("--seed", "of weights, dropout and probes", type=int, default=0)
     # evaluation
-    p.add_argument("--eval-every", type=int, help="steps between evaluations on valid (default 5000, toy 250)")
-    p.add_argument("--eval-streams", type=int, default=16, help="streams that valid and test are cut into (default 16)")
-    p.add_argument("--eval-mem-len", type=int, nargs="+",
-                   help="memory lengths in evaluation; training uses the first (default --mem-len)")
-    p.add_argument("--eval-solver", choices=list(SOLVERS),
-                   help="solver in evaluation; fixed-point never looks ahead in the text (default --solver; with "
-                   "--max-iter 0 fixed-point)")
-    p.add_argument("--eval-max-iter", type=int,
-                   help="steps of the solver in evaluation (default --max-iter, or --k where that is 0)")
+    add("--eval-every", "steps between evaluations on valid", type=int)
+    add("--eval-streams", "streams that valid and test are cut into", type=int, default=16)
+    add("--eval-mem-len", "memory in evaluation; training uses the first (default --mem-len)", type=int, nargs="+")
+    add("--eval-solver", "solver in evaluation; fixed-point never looks ahead in the text (default --solver; with "
+        "--max-iter 0 fixed-point)", choices=list(SOLVERS))
+    add("--eval-max-iter", "steps in evaluation (default --max-iter, or --k where that is 0)", type=int)
     # speed
-    p.add_argument("--amp", action="store_true", help="bf16 autocast; solver state and softmax stay float32")
-    p.add_argument("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
-    p.add_argument("--compile", action="store_true", help="torch.compile F")
-    p.add_argument("--checkpoint-blocks", action="store_true", help="compute F's parts again in the backward pass")
+    add("--amp", "bf16 autocast; solver state and softmax stay float32", action="store_true")
+    add("--no-tf32", "GPU matrix products in full float32; TF32 is the default", action="store_true")
+    add("--compile", "torch.compile F", action="store_true")
+    add("--checkpoint-blocks", "compute F's parts again in the backward pass", action="store_true")
     # run
-    p.add_argument("--out", help="folder of checkpoint.pt, best.pt and metrics.jsonl (default --resume's, or "
-                   "runs/wikitext-GRAD-TIME); on several machines a shared one")
-    p.add_argument("--resume", metavar="FILE",
-                   help="continue from this checkpoint; 'auto': from --out's, if there is one")
-    p.add_argument("--save-every", type=float, default=15.0,
-                   help="minutes between checkpoints; each evaluation, and SIGTERM, saves one too (default 15)")
-    p.add_argument("--log-every", type=int, help="steps between log lines (default 200, toy 50)")
-    p.add_argument("--radius-every", type=int, default=0,
-                   help="steps between spectral radii of J and J_lam on valid, App. D.3; 0: never (default 0)")
-    p.add_argument("--eval", action="store_true",
-                   help="only evaluate the checkpoint of --resume, ours or an official one, on valid and test; as with "
-                   "--generate, a checkpoint of ours brings the flags that are not given")
-    p.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
-    p.add_argument("--generate-tokens", type=int, default=100, help="how many tokens --generate adds (default 100)")
-    p.add_argument("--temperature", type=float, default=0.9, help="of --generate; 0: the likeliest token (default 0.9)")
-    p.add_argument("--benchmark", action="store_true",
-                   help="only measure step time, memory and solver overhead of Table 3's rows, on random tokens")
+    add("--out", "folder of checkpoint.pt, best.pt and metrics.jsonl, a shared one on several machines (default "
+        "--resume's, or runs/wikitext-GRAD-TIME)")
+    add("--resume", "continue from this checkpoint; 'auto': from --out's, if there is one", metavar="FILE")
+    add("--save-every", "minutes between checkpoints; evaluation and SIGTERM save too", type=float, default=15.0)
+    add("--log-every", "steps between log lines", type=int)
+    add("--radius-every", "steps between spectral radii of J and J_lam on valid; 0: never", type=int, default=0)
+    add("--eval", "only evaluate --resume's checkpoint, ours or an official one; as with --generate, ours brings the "
+        "flags that are not given", action="store_true")
+    add("--generate", "only continue this text with the checkpoint of --resume", metavar="TEXT")
+    add("--generate-tokens", "how many tokens --generate adds", type=int, default=100)
+    add("--temperature", "of --generate; 0: the likeliest token", type=float, default=0.9)
+    add("--benchmark", "only measure step time, memory and solver overhead of Table 3's rows, on random tokens",
+        action="store_true")
     args = p.parse_args(argv)
 
     only = [flag for flag, given in (("--eval", args.eval), ("--generate", args.generate is not None),
                                      ("--benchmark", args.benchmark)) if given]
     if len(only) > 1:
         p.error(f"{' and '.join(only)} are different things to do: choose one")
-    if only in (["--generate"], ["--benchmark"]) and "RANK" in os.environ:
+    if only and only != ["--eval"] and "RANK" in os.environ:
         p.error(f"{only[0]} is for one process: run it without torchrun")
     if args.benchmark and args.resume:
         p.error("--benchmark measures a model with fresh weights: it takes no --resume")
@@ -205,7 +192,7 @@ def parse_args(argv=None, saved=None):
         p.error("--resume auto continues the training in --out DIR")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
         p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
-    if only in (["--eval"], ["--generate"]):
+    if only and not args.benchmark:
         if not args.resume or args.resume == "auto":
             p.error(f"{only[0]} needs --resume FILE, the checkpoint to use")
         if saved is None:
@@ -218,8 +205,6 @@ def parse_args(argv=None, saved=None):
     for name, (full, toy) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, toy if args.data == "toy" else full)
-    if args.init_std is None:
-        args.init_std = 0.01 * math.sqrt(700 / max(1, args.d_model))
     args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
     if args.eval_solver is None:        # what is trained without a solver iterates plainly: Broyden may leave it
         args.eval_solver = args.solver if args.max_iter else "fixed-point"
@@ -237,7 +222,7 @@ def parse_args(argv=None, saved=None):
     check("d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
           "accumulate eval_every eval_streams eval_max_iter log_every generate_tokens", lambda x: x >= 1,
           "must be at least 1")
-    check("lr clip init_std", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check("lr clip", lambda x: 0 < x < math.inf, "must be positive and finite")
     check("dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
     check("jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
     check("temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
@@ -311,6 +296,14 @@ def load_text(args, process):
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if process.world_size > 1 and not first:
         dist.barrier()
+    text = read_text(args)
+    if process.world_size > 1 and first:
+        dist.barrier()
+    return text
+
+
+def read_text(args):
+    """The texts in the folder --data, or their ids from a cache beside them."""
     root, splits = Path(args.data), ("train", "valid", "test")
     names = next((names for names in ([f"wiki.{s}.tokens" for s in splits], [f"{s}.txt" for s in splits])
                   if all((root / name).is_file() for name in names)), None)
@@ -325,8 +318,6 @@ def load_text(args, process):
         with np.load(cache, allow_pickle=False) as saved:
             ids, types = [saved[s] for s in splits], saved["vocabulary"].tobytes()
             if hashlib.sha1(types).hexdigest() == str(saved["checksum"]):
-                if process.world_size > 1 and first:
-                    dist.barrier()
                 return Text(*map(torch.from_numpy, ids), types.decode().split("\n"))
 
     seen = collections.defaultdict(itertools.count().__next__, {})
@@ -348,8 +339,6 @@ def load_text(args, process):
         os.replace(new, cache)
     except OSError as error:
         print(f"note: the ids are not cached, {root} is not writable ({error.strerror})", flush=True)
-    if process.world_size > 1 and first:
-        dist.barrier()
     return Text(*map(torch.from_numpy, ids), vocabulary)
 
 
@@ -559,7 +548,7 @@ class DEQTransformer(nn.Module):
                  d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
                  ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
                  dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False, grad="upg", k=5, lam=0.8,
-                 solver=broyden, max_iter=30, tol=1e-3, stop_mode="rel", backward_max_iter=35):
+                 solver=broyden, max_iter=30, tol=1e-3, backward_max_iter=35):
         super().__init__()
         d_embed = d_embed or d_model
         if d_model % n_head or d_model % 2:
@@ -576,7 +565,7 @@ class DEQTransformer(nn.Module):
         self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
         self.checkpoint_blocks = checkpoint_blocks
         self.grad, self.k, self.lam, self.solver, self.max_iter = grad, k, lam, solver, max_iter
-        self.tol, self.stop_mode, self.backward_max_iter = tol, stop_mode, backward_max_iter
+        self.tol, self.backward_max_iter = tol, backward_max_iter
 
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
@@ -667,6 +656,16 @@ class DEQTransformer(nn.Module):
                     h = part(h, c)
         return h
 
+    def segment(self, ids, memory=None, masks=Masks()):
+        """(f, h0, u, memory) of ids (B, T): F of h alone, its start 0, u (B, T, 3 D), and the memory, if only empty."""
+        e = self.embed(ids)
+        u = self.inject(e if masks.embedding is None else e * masks.embedding)
+        h0 = torch.zeros(*ids.shape, self.d_model, device=u.device, dtype=self.injection.weight.dtype)
+        memory = memory or Memory(h0[:, :0], u[:, :0].detach())
+        whole = torch.cat([memory.u.to(u.dtype), u], dim=1)                                 # (B, K, 3 D)
+        f = functools.partial(self.f, u=whole, constants=self.constants(whole, memory.h, masks))
+        return f, h0, u, memory
+
     def softmax_parts(self, h):
         """Logits of h (N, D): head (N, S + n), with columns of the n later clusters in reverse, and a function of i."""
         def linear(h, weight, bias, projection):
@@ -712,18 +711,11 @@ class DEQTransformer(nn.Module):
         regularize: compute the Jacobian regularisation term too.
         on_backward: called with the result of the backward solve of grad="implicit".
         """
-        (B, T), device = ids.shape, self.injection.weight.device
+        B, T = ids.shape
         mem_len = self.mem_len if mem_len is None else mem_len
         max_iter = self.max_iter if max_iter is None else max_iter
-        M = 0 if memory is None else memory.h.shape[1]
-        masks = self.masks(B, T, M + T, device)
-        e = self.embed(ids)
-        u = self.inject(e if masks.embedding is None else e * masks.embedding)
-        h0 = torch.zeros(B, T, self.d_model, device=device, dtype=self.injection.weight.dtype)
-        if memory is None:
-            memory = Memory(h0[:, :0], u[:, :0].detach())
-        u = torch.cat([memory.u.to(u.dtype), u], dim=1)                                     # (B, K, 3 D)
-        f = functools.partial(self.f, u=u, constants=self.constants(u, memory.h, masks))
+        masks = self.masks(B, T, T + (0 if memory is None else memory.h.shape[1]), self.injection.weight.device)
+        f, h0, u, memory = self.segment(ids, memory, masks)
         result = jr = None
         if unroll:
             h = upg(f, h0, k=unroll, lam=1.0)
@@ -731,14 +723,16 @@ class DEQTransformer(nn.Module):
             h = upg(f, h0, k=self.k, lam=self.lam)
         else:
             h, result = equilibrium(f, h0, grad=self.grad, k=self.k, lam=self.lam, solver=self.solver,
-                                    max_iter=max_iter, tol=self.tol, stop_mode=self.stop_mode,
-                                    backward_solver=self.solver, backward_max_iter=self.backward_max_iter,
-                                    backward_tol=self.tol, on_backward=on_backward)
-            if regularize:      # one more evaluation of F; sharing the gradient's would cost UPG's backward as much
-                eager = functools.partial(type(self).f, self, **f.keywords)     # compiled F has no second derivative
+                                    max_iter=max_iter, tol=self.tol, backward_solver=self.solver,
+                                    backward_max_iter=self.backward_max_iter, backward_tol=self.tol,
+                                    on_backward=on_backward)
+            if regularize:
+                # One more call of F.  To share the gradient's would cost UPG's backward as much; npg and implicit would
+                # save it, but their graph belongs to common.equilibrium, and a compiled one has no second derivative.
+                eager = functools.partial(type(self).f, self, **f.keywords)
                 jr = jacobian_regularization(eager, result.h)
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in
-                        ((memory.h, h), (memory.u, u[:, M:]))))
+                        zip(memory, (h, u))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
         nll = None
         if targets is not None:
@@ -780,10 +774,6 @@ def official_names(model, lm):
     return {ours: theirs for ours, theirs in names.items() if ours in model.state_dict()}
 
 
-def is_lm(key):
-    return key.startswith(("injection.", "func.dec_attn.0."))
-
-
 def load_official(model, state_dict):
     """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
 
@@ -797,15 +787,15 @@ def load_official(model, state_dict):
         if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # a copy of F; a constant
             continue
         found[key] = value.flatten(1) if value.dim() == 3 else value                # kernel-1 convolutions
-    lm = any(map(is_lm, found))
+    lm = any(key.startswith(("injection.", "func.dec_attn.0.")) for key in found)
     own, names = model.state_dict(), official_names(model, lm)
     for key in [k for k in names.values() if k.endswith(".weight_v") and k[:-2] in found]:
         found[key] = found.pop(key[:-2])                        # without weight norm: v = W, g = ||W||
         found[key[:-1] + "g"] = torch.linalg.vector_norm(found[key], dim=1, keepdim=True)
     problems = []
     for i in range(len(model.tables)):
-        for tied, to in (("layers", "layers"), ("projs", "projs")):
-            copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{to}.{i}.weight"
+        for tied in ("layers", "projs"):
+            copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{tied}.{i}.weight"
             if copy in found and copy not in names.values():
                 value = found.pop(copy)
                 if original in found and not torch.equal(value, found[original]):
@@ -903,30 +893,26 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
     return record
 
 
+def spell_health(name, record):
+    return "relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}".format(
+        *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)))
+
+
 def spell(name, record):
     """One line of what `evaluate` found."""
     line = (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
             f"{record[f'{name}_mem_len']}")
     if f"{name}_evals" in record:
-        line += ("; relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}, {:.1f} calls of F per segment".format(
-            *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), record[f"{name}_evals"]))
+        line += f"; {spell_health(name, record)}, {record[f'{name}_evals']:.1f} calls of F per segment"
     return line
 
 
 @torch.no_grad()
 def radius(model, ids, memory, lams=(1.0,), n_iter=50):
     """Spectral radius per stream of lam J + (1 - lam) I at h* of a segment, for each lam; dropout off."""
-    training = model.training
-    model.eval()
-    u = model.inject(model.embed(ids))
-    h0 = torch.zeros(*ids.shape, model.d_model, device=u.device)
-    memory = memory or Memory(h0[:, :0], u[:, :0])
-    u = torch.cat([memory.u.to(u.dtype), u], dim=1)
-    f = functools.partial(model.f, u=u, constants=model.constants(u, memory.h))
-    h = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol, stop_mode=model.stop_mode).h
-    rho = [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
-    model.train(training)
-    return rho
+    f, h0, *_ = model.segment(ids, memory)
+    h = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol).h
+    return [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
 
 
 @torch.no_grad()
@@ -1019,20 +1005,15 @@ def benchmark(model, args, device, repeats=3):
         return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)]
 
     def measure(row):
-        regular = configure(row)
+        share = args.jr_freq if configure(row) else 0
         plain = step(False)
-        if not regular:
-            return plain
-        more = step(True)
-        return [(1 - args.jr_freq) * a + args.jr_freq * b for a, b in zip(plain[:3], more)] + [max(plain[3], more[3])]
+        more = step(True) if share else plain
+        return [(1 - share) * a + share * b for a, b in zip(plain[:3], more)] + [max(plain[3], more[3])]
 
     def overhead():
         configure("PostLN UPG")
         with torch.no_grad(), autocast(args, device):
-            u = model.inject(model.embed(text[:, :-1]))
-            h0 = torch.zeros(B, args.segment, D, device=device)
-            u, h_mem = (u, h0[:, :0]) if memory is None else (torch.cat([memory.u.to(u.dtype), u], 1), memory.h)
-            f = functools.partial(model.f, u=u, constants=model.constants(u, h_mem))
+            f, h0, *_ = model.segment(text[:, :-1], memory)
             start = clock()
             result = model.solver(f, h0, max_iter=model.max_iter, tol=0)
             solved = clock()
@@ -1070,15 +1051,14 @@ def benchmark(model, args, device, repeats=3):
 # --- training --------------------------------------------------------------------------------------------------------
 
 def build_model(args, n_token, process):
+    """The model of the flags; a narrow one begins with wider weights, so that its injections are of equal size."""
     if args.cutoffs[-1] >= n_token:
         die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {n_token} types")
-    model = DEQTransformer(
-        n_token, args.cutoffs, args.d_model, args.d_embed, args.n_head, args.d_inner, args.div_val,
-        args.n_blocks, args.norm == "pre", args.preln_residual, args.ln_affine, args.attn_out_ln, args.init_std,
-        args.init_before_norm, args.local_size, args.mem_len, args.dropout, args.dropatt, args.output_dropout,
-        args.checkpoint_blocks,
-        grad=args.grad, k=args.k, lam=1.0 if args.lam == "auto" else args.lam, solver=SOLVERS[args.solver],
-        max_iter=args.max_iter, tol=args.tol, backward_max_iter=args.backward_max_iter).to(process.device)
+    same = ("d_model d_embed n_head d_inner div_val n_blocks preln_residual ln_affine attn_out_ln init_before_norm "
+            "local_size mem_len dropout dropatt output_dropout checkpoint_blocks grad k max_iter tol backward_max_iter")
+    model = DEQTransformer(n_token, args.cutoffs, pre_ln=args.norm == "pre", solver=SOLVERS[args.solver],
+                           init_std=0.01 * math.sqrt(700 / args.d_model), lam=1.0 if args.lam == "auto" else args.lam,
+                           **{name: getattr(args, name) for name in same.split()}).to(process.device)
     if args.compile:
         # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
         from torch._functorch import config as functorch_config
@@ -1231,15 +1211,12 @@ def train(args, process, model, text):
                                          "best_step": best_step, "last": last, "types": types, "args": vars(args),
                                          "seconds": time.perf_counter() - started})
 
-    def evaluation_due():
-        return step % args.eval_every == 0 or step == args.steps
-
     meter, residuals, backward_residuals, stop = Meter(device), [], [], False
-    started = time.perf_counter() - state["seconds"]
+    started, due = time.perf_counter() - state["seconds"], step % args.eval_every == 0 or step == args.steps
     bar = tqdm(total=args.steps, initial=step, disable=not (main and sys.stderr.isatty()))
     # Evaluation comes first: a run that was cut off in one finds its checkpoint just before it.
     while not stop and (step < args.steps or evaluated < step):
-        if step > evaluated and evaluation_due():
+        if step > evaluated and due:
             unroll = unrolled_layers(args, step - 1)
             with timer.saved():
                 record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
@@ -1258,11 +1235,9 @@ def train(args, process, model, text):
                 log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
                           seconds=time.perf_counter() - started, **record)
                 tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})")
-                found = ["{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
-                    name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
-                    for name in ("train", "backward") if f"{name}_solved" in record]
-                if found:
-                    tqdm.write("  relative residual (10, 50, 90 %) and share solved: " + "; ".join(found))
+                for name in ("train", "backward"):
+                    if f"{name}_solved" in record:
+                        tqdm.write(f"  {name}: {spell_health(name, record)}, {record[f'{name}_solved']:.0%} solved")
             save()
             meter.reset()
             continue
@@ -1276,6 +1251,7 @@ def train(args, process, model, text):
         unroll = unrolled_layers(args, step)
         regularize = not unroll and args.jr > 0 and draw.random() < args.jr_freq
         max_iter = args.max_iter - draw.randint(0, args.jitter)
+        # Each time from new random vectors: those of 100 steps ago belong to the Jacobian of another text.
         if args.lam == "auto" and not unroll and (step % 100 == 0 or step == args.pretrain_steps):
             with autocast(args, device):
                 rho = sum(radius(model, ids[:, start:end], memory)[0].mean() for ids, memory in zip(own, memories))
@@ -1312,7 +1288,8 @@ def train(args, process, model, text):
 
         # --- the step ends here; what follows is logging, diagnostics and saving ---
         saving, stop = timer.poll()
-        saving = saving or evaluation_due()                 # before the evaluation, which may take long
+        due = step % args.eval_every == 0 or step == args.steps
+        saving = saving or due                              # before the evaluation, which may take long
         if args.radius_every and step % args.radius_every == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--benchmark --eval --resume x", "--benchmark"), ("--benchmark --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--save-every nan", "--save-every"),
     ("--batch-size 400", "--batch-size 400"), ("--eval-streams 90", "--eval-streams 90"),
-    ("--temperature -1", "--temperature"), ("--temperature 1e-9", "--temperature"), ("--init-std -1", "--init-std"),
+    ("--temperature -1", "--temperature"), ("--temperature 1e-9", "--temperature"),
     ("--resume nowhere.pt --out unused", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
     ("--resume nowhere.pt --eval", "nowhere.pt"),
     ("--data nowhere", "--data nowhere: needs the files wiki.train.tokens")])
