@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=4 deq_wikitext.py                     # PostLN, UPG A_{5,0.8}: 4 GPUs x 14 streams
     python deq_wikitext.py --data toy                               # a small model on generated text, on a CPU
     python deq_wikitext.py --accumulate 4                           # one GPU: the same streams in 4 micro-batches
-    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480     # our checkpoints and the official ones
+    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480    # ours with its own flags, or an official one
     python deq_wikitext.py --generate "The game was" --resume FILE         # continues the text
     python deq_wikitext.py --benchmark --batch-size 14              # step time and memory of Table 3's rows
 

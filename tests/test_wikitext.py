@@ -569,6 +569,17 @@ def test_under_bf16_autocast_the_loss_and_gradient_stay_close(grad):
     assert F.cosine_similarity(*grads, dim=0) > 0.97
 
 
+def test_the_softmax_is_float32_also_under_autocast():
+    """Logits are bf16 products, handed on in float32 whatever autocast does with a softmax; log p of them is exact."""
+    model, h = build(dtype=torch.float32), 3 * torch.randn(40, 16)
+    ids = torch.arange(40) % 10
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head, _ = model.softmax_parts(h)
+        nll = model.nll(h, ids)
+    exact = -head.double().log_softmax(1)[torch.arange(40), ids]
+    assert head.dtype == nll.dtype == torch.float32 and (nll - exact).abs().max() < 1e-5
+
+
 def test_models_are_copied_and_saved_whole():
     model, segment = build(**VARIANTS["deq-lm"]), segments(build(), 1)[0]
     other = build(seed=5, **VARIANTS["deq-lm"])
@@ -797,9 +808,10 @@ def test_types_are_numbered_by_frequency_and_ties_by_appearance(tmp_path, names)
 
 def test_only_line_feeds_end_a_line(tmp_path):
     """A carriage return, a form feed or U+2028 is white space: str.splitlines would add an <eos> for each."""
-    root = write_text(tmp_path, train="a\rb\x0cc\u2028d \r\n e\n")
+    root = write_text(tmp_path, train="a " * 9 + "\rb\x0cc\u2028d \r\n e\n")
     text = load_text(parse_args(["--data", str(root), "--vocab", "all"]), CPU)
-    assert [text.vocabulary[i] for i in text.train] == ["a", "b", "c", "d", "<eos>", "e", "<eos>"]
+    assert [text.vocabulary[i] for i in text.train] == [*"a" * 9, "b", "c", "d", "<eos>", "e", "<eos>"]
+    assert text.vocabulary[:2] == ["<eos>", "a"]                # the first, though not the most frequent
 
 
 def test_a_type_that_training_lacks_is_named_and_can_be_taken_in(tmp_path, capsys):
@@ -828,6 +840,11 @@ def test_ids_are_cached_and_a_damaged_or_outdated_cache_is_made_anew(tmp_path, m
         cache.write_bytes(damaged)
         assert same(load_text(args, CPU)) and len(reads) == 3
         reads.clear()
+    with np.load(cache) as saved:
+        parts = dict(saved)
+    np.savez(cache, **{**parts, "vocabulary": parts["vocabulary"][::-1]})       # a whole file, of another vocabulary
+    assert same(load_text(args, CPU)) and len(reads) == 3
+    reads.clear()
     assert same(load_text(args, CPU)) and not reads
     (tmp_path / "train.txt").write_text(TRAIN + "new words \n")
     assert "words" in load_text(args, CPU).vocabulary and len(reads) == 3
