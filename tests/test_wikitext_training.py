@@ -229,8 +229,9 @@ def test_micro_batches_are_the_same_step(tmp_path, small):
     for n in (1, 2):
         run(*flags, "--out", tmp_path / str(n), "--accumulate", n)
     assert_same_training(tmp_path / "1", tmp_path / "2")
-    losses = [[r["loss"] for r in metrics(tmp_path / n, "train")] for n in "12"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for key in ("loss", "grad_norm"):                   # of which clipping and Adam forget the size
+        found = [[r[key] for r in metrics(tmp_path / n, "train")] for n in "12"]
+        assert found[0] == pytest.approx(found[1], rel=1e-3)
     run(*flags, "--out", tmp_path / "2", "--accumulate", 4, "--resume", "auto")
 
 
@@ -464,9 +465,9 @@ def test_an_evaluation_that_was_cut_off_is_done_by_the_resumed_run(tmp_path, mon
 def test_two_processes_take_the_steps_of_one(tmp_path, small):
     """Each has half of the streams with their own memory: gradients and perplexities are those of one, to rounding.
 
-    Without dropout, whose masks each process draws for itself.
+    Without dropout, whose masks each process draws for itself; the jitter of the budget is the same for all.
     """
-    flags = [*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0]
+    flags = [*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0, "--jitter", 3]
     agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
     run(*flags, "--out", tmp_path / "one")
     assert finish(agent, tmp_path / "two")["memory"][0].shape == (4, 8, 16)         # of all streams
