@@ -729,7 +729,8 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         return state
     if could_run_code:
         die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
-            f"convert it: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'converted.pt')")
+            f"convert it: x = torch.load('{path}', weights_only=False); torch.save(x.state_dict(), 'converted.pt'), or "
+            "x['state_dict'] where x is not the model itself")
     die(f"{flag}: {path} is damaged or not a checkpoint, and no usable {previous.name} is beside it")
 
 

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=4 deq_wikitext.py                     # PostLN, UPG A_{5,0.8}: 4 GPUs x 14 streams
     python deq_wikitext.py --data toy                               # a small model on generated text, on a CPU
     python deq_wikitext.py --accumulate 4                           # one GPU: the same streams in 4 micro-batches
-    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480     # our checkpoints and the official ones
+    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480    # ours with its own flags, or an official one
     python deq_wikitext.py --generate "The game was" --resume FILE         # continues the text
     python deq_wikitext.py --benchmark --batch-size 14              # step time and memory of Table 3's rows
 
@@ -23,8 +23,8 @@ torchrun --nproc_per_node=4 deq_wikitext.py with
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
     22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln
-                      --init-before-norm --k 12 --lam 1 --max-iter 0 --eval-solver fixed-point --eval-max-iter 12
-                      --checkpoint-blocks --pretrain-steps 0 --steps 150000 --warmup-steps 8000
+                      --init-before-norm --k 12 --lam 1 --max-iter 0 --checkpoint-blocks --pretrain-steps 0
+                      --steps 150000 --warmup-steps 8000
 
 What makes it faster (--benchmark with the flag measures all but --accumulate; README.md has what was measured):
     --compile                   F by torch.compile: fewer launches; the same numbers to rounding
@@ -34,6 +34,7 @@ What makes it faster (--benchmark with the flag measures all but --accumulate; R
     --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
     always on                   once per forward: effective weights, position keys, keys and values of the memory;
                                 fused attention inside the solver (dropatt 0); targets sorted into clusters on the host
+What costs: a step with the JR term (--jr) calls F once more.
 
 Measured: no GPU run yet.  README.md has a small-scale counterpart of Table 3 on real text, on a CPU.
 
@@ -53,6 +54,7 @@ import itertools
 import math
 import os
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -78,190 +80,175 @@ from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_s
                     spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
+DEFAULTS = {        # for WikiText-103, and for --data toy
+    "d_model": (700, 64), "n_head": (10, 4), "d_inner": (48000, 256), "cutoffs": ([20000, 40000, 200000], [200, 800]),
+    "dropout": (0.05, 0.0), "solver": ("broyden", "broyden"), "max_iter": (30, 12), "backward_max_iter": (35, 12),
+    "pretrain_steps": (32000, 0), "steps": (300000, 1000), "warmup_steps": (16000, 50), "batch_size": (56, 20),
+    "segment": (150, 30), "mem_len": (150, 30), "lr": (2.5e-4, 2e-3), "eval_every": (5000, 250), "log_every": (200, 50)}
+MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_inner", "n_blocks", "cutoffs", "div_val",
+               "ln_affine", "attn_out_ln", "local_size"}
+EVALUATION_FLAGS = {"data", "vocab", "solver", "max_iter", "tol", "k", "lam", "segment", "mem_len", "pretrain_steps",
+                    "pretrain_layers", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter"}
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.")
+def parse_args(argv=None, saved=None):
+    """saved: flags of the checkpoint that --eval or --generate use, in place of those that are not given."""
+    p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.  --data "
+                                "DIR has wiki.{train,valid,test}.tokens or {train,valid,test}.txt.")
+
+    def add(flag, text, **more):
+        full, toy = DEFAULTS.get(flag[2:].replace("-", "_"), 2 * (more.get("default"),))
+        if full is not None:
+            text += f" (default {full})" if full == toy else f" (default {full}, toy {toy})"
+        p.add_argument(flag, help=text, **more)
+
     # data
-    p.add_argument("--data", default="data/wikitext-103", help="folder of wiki.{train,valid,test}.tokens or "
-                   "{train,valid,test}.txt; or 'toy': text of a known random source (default data/wikitext-103)")
-    p.add_argument("--vocab", choices=["train", "all"], default="train", help="types are those of the training text, "
-                   "or of all three, for small texts (default train)")
+    add("--data", "folder of the texts; or 'toy': text of a known random source", default="data/wikitext-103")
+    add("--vocab", "types are of the training text, or of all three", choices=["train", "all"], default="train")
     # model
-    p.add_argument("--norm", choices=["post", "pre"], default="post", help="layer normalisation (default post)")
-    p.add_argument("--preln-residual", choices=["normalized", "raw"], default="normalized", help="what --norm pre adds "
-                   "the feed-forward part to, as in locuslab/deq or as in textbooks (default normalized)")
-    p.add_argument("--d-model", type=int, help="width of the state (default 700, toy 64)")
-    p.add_argument("--d-embed", type=int, help="width of the most frequent types' embedding (default --d-model)")
-    p.add_argument("--n-head", type=int, help="attention heads (default 10, toy 4)")
-    p.add_argument("--d-head", type=int, help="width of a head (default --d-model / --n-head)")
-    p.add_argument("--d-inner", type=int, help="hidden width of the feed-forward part (default 48000, toy 256)")
-    p.add_argument("--n-blocks", type=int, default=1, help="different pairs of attention and feed-forward part in F "
-                   "(default 1)")
-    p.add_argument("--cutoffs", type=int, nargs="+", help="first types, by falling frequency, of the second and later "
-                   "softmax clusters (default 20000 40000 200000, toy 200 800)")
-    p.add_argument("--div-val", type=int, default=4, help="each cluster's embedding is so many times narrower than the "
-                   "one before (default 4)")
-    p.add_argument("--local-size", type=int, default=0, help="keys that a position sees, itself included; 0: 1000, "
-                   "which --mem-len plus --segment may then not exceed (default 0)")
-    p.add_argument("--ln-affine", action="store_true", help="layer normalisation with scale and shift")
-    p.add_argument("--attn-out-ln", action="store_true", help="one more, on the concatenated heads")
-    p.add_argument("--init-std", type=float, help="standard deviation of the first embedding, injection and softmax "
-                   "weights (default 0.01 at width 700, the official, else times sqrt(700 / width): equal injections)")
-    p.add_argument("--init-before-norm", action="store_true", help="F's weights begin as N(0, 0.01), not by PyTorch's "
-                   "default, which in the official code survives as weight normalisation comes first")
-    p.add_argument("--dropout", type=float, help="probability of variational dropout (default 0.05, toy 0)")
-    p.add_argument("--dropatt", type=float, default=0.0, help="the same for attention probabilities (default 0)")
-    p.add_argument("--output-dropout", choices=["tokens", "channels"], default="tokens", help="what is dropped before "
-                   "the softmax: whole tokens, as official, or channels (default tokens)")
-    p.add_argument("--init", metavar="FILE", help="begin with the weights of this checkpoint, ours or an official one")
+    add("--norm", "layer normalisation", choices=["post", "pre"], default="post")
+    add("--preln-residual", "what --norm pre adds the feed-forward part to: locuslab/deq's, or the textbook's",
+        choices=["normalized", "raw"], default="normalized")
+    add("--d-model", "width of the state", type=int)
+    add("--d-embed", "embedding width of the most frequent types (default --d-model)", type=int)
+    add("--n-head", "attention heads", type=int)
+    add("--d-inner", "hidden width of the feed-forward part", type=int)
+    add("--n-blocks", "different pairs of attention and feed-forward part in F", type=int, default=1)
+    add("--cutoffs", "first types, by falling frequency, of the softmax clusters after the first", type=int, nargs="+")
+    add("--div-val", "each cluster's embedding is so many times narrower than the one before", type=int, default=4)
+    add("--local-size", "keys that a position sees, itself included; 0: 1000, which --mem-len plus --segment may then "
+        "not exceed", type=int, default=0)
+    add("--ln-affine", "layer normalisation with scale and shift", action="store_true")
+    add("--attn-out-ln", "one more, on the concatenated heads", action="store_true")
+    add("--init-before-norm", "F's weights begin as N(0, 0.01), not as PyTorch's default", action="store_true")
+    add("--dropout", "probability of variational dropout", type=float)
+    add("--dropatt", "the same for attention probabilities", type=float, default=0.0)
+    add("--output-dropout", "what is dropped before the softmax: whole tokens, as official, or channels",
+        choices=["tokens", "channels"], default="tokens")
+    add("--init", "begin with the weights of this checkpoint, ours or an official one", metavar="FILE")
     # equilibrium
-    p.add_argument("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg",
-                   help="how the gradient is computed (default upg)")
-    p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
-    p.add_argument("--lam", default="0.8", help="damping of the phantom gradient, in (0, 1]; or 'auto': 1 / rho(J), "
-                   "measured every 100 steps, App. D.3 (default 0.8)")
-    p.add_argument("--solver", choices=list(SOLVERS), default="broyden", help="forward and backward (default broyden)")
-    p.add_argument("--max-iter", type=int, help="steps of the forward solver; 0: none, for UPG (default 30, toy 12)")
-    p.add_argument("--jitter", type=int, default=0,
-                   help="in training up to so many steps fewer, drawn anew for each batch (default 0)")
-    p.add_argument("--backward-max-iter", type=int,
-                   help="steps of the backward solver of --grad implicit (default 35, toy 12)")
-    p.add_argument("--tol", type=float, default=1e-3, help="relative residual at which a stream counts as solved; "
-                   "0: always the whole budget (default 0.001)")
-    p.add_argument("--pretrain-steps", type=int, help="first optimiser steps, with an unrolled network in place of the "
-                   "solver (default 32000, toy 0)")
-    p.add_argument("--pretrain-layers", type=int, default=2, help="evaluations of F in that network (default 2)")
-    p.add_argument("--jr", type=float, default=0.0, help="weight of Jacobian regularisation; 0: none (default 0)")
-    p.add_argument("--jr-freq", type=float, default=0.4, help="share of the steps that have it (default 0.4)")
-    p.add_argument("--jr-increment", type=int, default=0,
-                   help="steps, after pretraining, in which its weight grows by 0.1; 0: it does not (default 0)")
+    add("--grad", "how the gradient is computed", choices=["upg", "npg", "implicit", "bptt"], default="upg")
+    add("--k", "steps of the phantom gradient", type=int, default=5)
+    add("--lam", "damping of the phantom gradient; or 'auto': 1 / rho(J), each 100 steps, App. D.3", default="0.8")
+    add("--solver", "forward and backward", choices=list(SOLVERS))
+    add("--max-iter", "steps of the forward solver; 0: none, for UPG", type=int)
+    add("--jitter", "in training up to so many steps fewer, drawn for each batch", type=int, default=0)
+    add("--backward-max-iter", "steps of the backward solver of --grad implicit", type=int)
+    add("--tol", "relative residual at which a stream is solved; 0: always the whole budget", type=float, default=1e-3)
+    add("--pretrain-steps", "first optimiser steps, with an unrolled network, not the solver", type=int)
+    add("--pretrain-layers", "evaluations of F in that network", type=int, default=2)
+    add("--jr", "weight of Jacobian regularisation; 0: none", type=float, default=0.0)
+    add("--jr-freq", "share of the steps that have it", type=float, default=0.4)
+    add("--jr-increment", "steps, after pretraining, in which it grows by 0.1; 0: it does not", type=int, default=0)
     # optimisation
-    p.add_argument("--steps", type=int, help="optimiser steps (default 300000, toy 1000)")
-    p.add_argument("--warmup-steps", type=int, help="of linear warm-up (default 16000, toy 50)")
-    p.add_argument("--batch-size", type=int, help="streams of text over all processes (default 56, toy 20)")
-    p.add_argument("--segment", type=int, help="tokens of each stream per step (default 150, toy 30)")
-    p.add_argument("--mem-len", type=int, help="earlier tokens that are kept as memory (default 150, toy 30)")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process (default 1)")
-    p.add_argument("--lr", type=float, help="peak, of Adam; cosine to 0 over all steps (default 0.00025, toy 0.002)")
-    p.add_argument("--clip", type=float, default=0.25, help="largest norm of the gradient (default 0.25)")
-    p.add_argument("--seed", type=int, default=0, help="of weights, dropout and probes (default 0)")
+    add("--steps", "optimiser steps", type=int)
+    add("--warmup-steps", "of linear warm-up", type=int)
+    add("--batch-size", "streams of text over all processes", type=int)
+    add("--segment", "tokens of each stream per step", type=int)
+    add("--mem-len", "earlier tokens that are kept as memory", type=int)
+    add("--accumulate", "micro-batches per step and process", type=int, default=1)
+    add("--lr", "peak, of Adam; cosine to 0 over all steps", type=float)
+    add("--clip", "largest norm of the gradient", type=float, default=0.25)
+    add("--seed", "of weights, dropout and probes", type=int, default=0)
     # evaluation
-    p.add_argument("--eval-every", type=int, help="steps between evaluations on valid (default 5000, toy 250)")
-    p.add_argument("--eval-streams", type=int, default=16, help="streams that valid and test are cut into (default 16)")
-    p.add_argument("--eval-mem-len", type=int, nargs="+",
-                   help="memory lengths in evaluation; training uses the first (default --mem-len)")
-    p.add_argument("--eval-solver", choices=list(SOLVERS),
-                   help="solver in evaluation; fixed-point never looks ahead in the text (default --solver; with "
-                   "--max-iter 0 fixed-point)")
-    p.add_argument("--eval-max-iter", type=int,
-                   help="steps of the solver in evaluation (default --max-iter, or --k where that is 0)")
+    add("--eval-every", "steps between evaluations on valid", type=int)
+    add("--eval-streams", "streams that valid and test are cut into", type=int, default=16)
+    add("--eval-mem-len", "memory in evaluation; training uses the first (default --mem-len)", type=int, nargs="+")
+    add("--eval-solver", "solver in evaluation; fixed-point never looks ahead in the text (default --solver; with "
+        "--max-iter 0 fixed-point)", choices=list(SOLVERS))
+    add("--eval-max-iter", "steps in evaluation (default --max-iter, or --k where that is 0)", type=int)
     # speed
-    p.add_argument("--amp", action="store_true", help="bf16 autocast; solver state and softmax stay float32")
-    p.add_argument("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
-    p.add_argument("--compile", action="store_true", help="torch.compile F")
-    p.add_argument("--checkpoint-blocks", action="store_true", help="compute F's parts again in the backward pass")
+    add("--amp", "bf16 autocast; solver state and softmax stay float32", action="store_true")
+    add("--no-tf32", "GPU matrix products in full float32; TF32 is the default", action="store_true")
+    add("--compile", "torch.compile F", action="store_true")
+    add("--checkpoint-blocks", "compute F's parts again in the backward pass", action="store_true")
     # run
-    p.add_argument("--out", help="folder of checkpoint.pt, best.pt and metrics.jsonl (default --resume's, or "
-                   "runs/wikitext-GRAD-TIME); on several machines a shared one")
-    p.add_argument("--resume", metavar="FILE",
-                   help="continue from this checkpoint; 'auto': from --out's, if there is one")
-    p.add_argument("--save-every", type=float, default=15.0,
-                   help="minutes between checkpoints; each evaluation, and SIGTERM, saves one too (default 15)")
-    p.add_argument("--log-every", type=int, help="steps between log lines (default 200, toy 50)")
-    p.add_argument("--radius-every", type=int, default=0,
-                   help="steps between spectral radii of J and J_lam on valid, App. D.3; 0: never (default 0)")
-    p.add_argument("--eval", action="store_true",
-                   help="only evaluate the checkpoint of --resume, ours or an official one, on valid and test")
-    p.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
-    p.add_argument("--generate-tokens", type=int, default=100, help="how many tokens --generate adds (default 100)")
-    p.add_argument("--temperature", type=float, default=0.9, help="of --generate; 0: the likeliest token (default 0.9)")
-    p.add_argument("--benchmark", action="store_true",
-                   help="only measure step time, memory and solver overhead of Table 3's rows, on random tokens")
+    add("--out", "folder of checkpoint.pt, best.pt and metrics.jsonl, a shared one on several machines (default "
+        "--resume's, or runs/wikitext-GRAD-TIME)")
+    add("--resume", "continue from this checkpoint; 'auto': from --out's, if there is one", metavar="FILE")
+    add("--save-every", "minutes between checkpoints; evaluation and SIGTERM save too", type=float, default=15.0)
+    add("--log-every", "steps between log lines", type=int)
+    add("--radius-every", "steps between spectral radii of J and J_lam on valid; 0: never", type=int, default=0)
+    add("--eval", "only evaluate --resume's checkpoint, ours or an official one; as with --generate, ours brings the "
+        "flags that are not given", action="store_true")
+    add("--generate", "only continue this text with the checkpoint of --resume", metavar="TEXT")
+    add("--generate-tokens", "how many tokens --generate adds", type=int, default=100)
+    add("--temperature", "of --generate; 0: the likeliest token", type=float, default=0.9)
+    add("--benchmark", "only measure step time, memory and solver overhead of Table 3's rows, on random tokens",
+        action="store_true")
     args = p.parse_args(argv)
 
-    toy = args.data == "toy"
-    defaults = {"d_model": 64 if toy else 700, "n_head": 4 if toy else 10, "d_inner": 256 if toy else 48000,
-                "cutoffs": [200, 800] if toy else [20000, 40000, 200000], "dropout": 0.0 if toy else 0.05,
-                "max_iter": 12 if toy else 30, "backward_max_iter": 12 if toy else 35,
-                "pretrain_steps": 0 if toy else 32000, "steps": 1000 if toy else 300000,
-                "warmup_steps": 50 if toy else 16000, "batch_size": 20 if toy else 56, "segment": 30 if toy else 150,
-                "mem_len": 30 if toy else 150, "lr": 2e-3 if toy else 2.5e-4, "eval_every": 250 if toy else 5000,
-                "log_every": 50 if toy else 200}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("d_model", "n_head", "d_inner", "n_blocks", "div_val", "k", "backward_max_iter", "pretrain_layers",
-                 "steps", "batch_size", "segment", "accumulate", "eval_every", "eval_streams", "log_every",
-                 "generate_tokens"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("max_iter", "jitter", "tol", "pretrain_steps", "jr", "jr_increment", "warmup_steps", "mem_len",
-                 "local_size", "save_every", "radius_every", "temperature"):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
-    args.init_std = 0.01 * math.sqrt(700 / args.d_model) if args.init_std is None else args.init_std
-    if args.d_head is None:
-        args.d_head = args.d_model // args.n_head
-    if args.eval_solver is None:        # what is trained without a solver iterates plainly: Broyden may leave it
-        args.eval_solver = args.solver if args.max_iter else "fixed-point"
-    if args.eval_max_iter is None:
-        args.eval_max_iter = args.max_iter or args.k
-    if args.n_head * args.d_head != args.d_model or args.d_model % 2:
-        p.error(f"--d-model {args.d_model} must be even, and --n-head {args.n_head} x --d-head {args.d_head}")
-    if any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)):
-        p.error(f"--cutoffs must be positive and increase, got {args.cutoffs}")
-    if args.d_embed < args.div_val ** len(args.cutoffs):
-        p.error(f"--d-embed {args.d_embed}: the last of {len(args.cutoffs) + 1} clusters would have width "
-                f"{args.d_embed} / {args.div_val}^{len(args.cutoffs)} < 1; use a lower --div-val or fewer --cutoffs")
-    if args.eval_max_iter < 1 or min(args.eval_mem_len) < 0:
-        p.error("--eval-max-iter must be at least 1, and --eval-mem-len not negative")
-    longest = max(args.mem_len, *args.eval_mem_len) + args.segment
-    if args.local_size == 0 and longest > 1000:
-        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest of the "
-                "memory would be without effect; shorten it, or say how many it sees with --local-size")
-    if args.lam != "auto":
-        try:
-            args.lam = float(args.lam)
-        except ValueError:
-            p.error(f"--lam must be a number in (0, 1] or 'auto', got {args.lam}")
-        if not 0 < args.lam <= 1:
-            p.error(f"--lam must be in (0, 1], got {args.lam}")
-    elif args.grad not in ("upg", "npg"):
-        p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
-    for name in ("dropout", "dropatt"):
-        if not 0 <= getattr(args, name) < 1:
-            p.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
-    if args.temperature and args.temperature < 0.01:
-        p.error(f"--temperature must be 0 or at least 0.01, got {args.temperature}")
-    for name in ("lr", "clip", "init_std"):
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(args, name)}")
-    if not 0 < args.jr_freq <= 1:
-        p.error(f"--jr-freq must be in (0, 1], got {args.jr_freq}")
-    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
-        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
-    if args.jitter and args.jitter >= args.max_iter:
-        p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
-    if args.grad == "bptt" and args.solver != "fixed-point":
-        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    def refuse(wrong, message):
+        if wrong:
+            p.error(message)
+
     only = [flag for flag, given in (("--eval", args.eval), ("--generate", args.generate is not None),
                                      ("--benchmark", args.benchmark)) if given]
-    if len(only) > 1:
-        p.error(f"{' and '.join(only)} are different things to do: choose one")
-    if only in (["--eval"], ["--generate"]) and (not args.resume or args.resume == "auto"):
-        p.error(f"{only[0]} needs --resume FILE, the checkpoint to use")
-    if only in (["--generate"], ["--benchmark"]) and "RANK" in os.environ:
-        p.error(f"{only[0]} is for one process: run it without torchrun")
-    if args.benchmark and args.resume:
-        p.error("--benchmark measures a model with fresh weights: it takes no --resume")
-    if args.init and only:
-        p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
-    if args.resume == "auto" and not args.out:
-        p.error("--resume auto continues the training in --out DIR")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
-        p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    mode = " and ".join(only)
+    refuse(len(only) > 1, f"{mode} are different things to do: choose one")
+    refuse(only and not args.eval and "RANK" in os.environ, f"{mode} is for one process: run it without torchrun")
+    refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
+    refuse(args.init and only, "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
+    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
+    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
+        args.out and args.resume == "auto"),
+        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    if only and not args.benchmark:
+        refuse(args.resume in (None, "auto"), f"{mode} needs --resume FILE, the checkpoint to use")
+        if saved is None:
+            return args             # the flags are complete, and can be checked, when the checkpoint has been read
+        for name in ("solver", "max_iter", "mem_len"):          # if given, not the checkpoint's --eval-... either
+            saved = {k: v for k, v in saved.items() if k != f"eval_{name}" or getattr(args, name) is None}
+        p.set_defaults(**{name: value for name, value in saved.items() if name in MODEL_FLAGS | EVALUATION_FLAGS})
+        args = p.parse_args(argv)
+
+    for name, (full, toy) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, toy if args.data == "toy" else full)
+    args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
+    # What is trained without a solver iterates plainly: Broyden may leave it.
+    args.eval_solver = args.eval_solver or (args.solver if args.max_iter else "fixed-point")
+    args.eval_max_iter = args.max_iter or args.k if args.eval_max_iter is None else args.eval_max_iter
+
+    def check(names, ok, must):
+        for name in names.split():
+            value = getattr(args, name)
+            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
+                   f"--{name.replace('_', '-')} {must}, got {value}")
+
+    check("max_iter jitter tol pretrain_steps jr jr_increment warmup_steps mem_len eval_mem_len local_size save_every "
+          "radius_every temperature", lambda x: x >= 0, "must not be negative")
+    check("d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
+          "accumulate eval_every eval_streams eval_max_iter log_every generate_tokens", lambda x: x >= 1,
+          "must be at least 1")
+    check("lr clip", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check("dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check("jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check("temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
+    check("seed", lambda x: -2 ** 63 <= x < 2 ** 63, "must be in [-2^63, 2^63)")
+    if args.lam != "auto":
+        with contextlib.suppress(ValueError):
+            args.lam = float(args.lam)
+        check("lam", lambda x: not isinstance(x, str) and 0 < x <= 1, "must be a number in (0, 1] or 'auto'")
+    refuse(args.d_model % args.n_head or args.d_model % 2,
+           f"--d-model {args.d_model} must be even, and a multiple of --n-head {args.n_head}")
+    refuse(any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)),
+           f"--cutoffs must be positive and increase, got {args.cutoffs}")
+    n = len(args.cutoffs)
+    refuse(args.d_embed < args.div_val ** n, f"--d-embed {args.d_embed}: the last of {n + 1} clusters would have width "
+           f"{args.d_embed} / {args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
+    longest = max(args.mem_len, *args.eval_mem_len) + args.segment
+    refuse(args.local_size == 0 and longest > 1000,
+           f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest has no "
+           "effect; shorten the memory, or say how many it sees with --local-size")
+    refuse(args.lam == "auto" and args.grad not in ("upg", "npg"),
+           "--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
+    refuse(args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"),
+           "--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
+    refuse(args.jitter and args.jitter >= args.max_iter,
+           f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
+    refuse(args.grad == "bptt" and args.solver != "fixed-point",
+           "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     return args
 
 
@@ -282,13 +269,15 @@ def read_tokens(path, vocabulary):
     vocabulary: {type: id}.  A defaultdict gives unknown types new ids; of a plain dict they are an error.
     """
     ids = []
-    lines = tqdm(open(path, encoding="utf-8", newline="\n"), desc=path.name, unit=" lines", mininterval=1,
-                 disable=not sys.stderr.isatty())
     try:
-        for number, line in enumerate(lines, start=1):
-            ids.append(np.fromiter(map(vocabulary.__getitem__, (*line.split(), "<eos>")), np.int32))
-            if number % 500_000 == 0 and lines.disable:
-                print(f"{path.name}: {number} lines read", flush=True)
+        with open(path, encoding="utf-8", newline="\n") as file:
+            lines = tqdm(file, desc=path.name, unit=" lines", mininterval=1, disable=not sys.stderr.isatty())
+            for number, line in enumerate(lines, start=1):
+                ids.append(np.fromiter(map(vocabulary.__getitem__, (*line.split(), "<eos>")), np.int32))
+                if number % 500_000 == 0 and lines.disable:
+                    print(f"{path.name}: {number} lines read", flush=True)
+    except OSError as error:
+        die(f"--data: cannot read {path} ({error.strerror})")
     except UnicodeDecodeError as error:
         die(f"--data: {path} is not UTF-8 text ({error.reason} after line {len(ids)}); get the file anew")
     except KeyError as error:
@@ -306,9 +295,17 @@ def load_text(args, process):
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if process.world_size > 1 and not first:
         dist.barrier()
+    text = read_text(args)
+    if process.world_size > 1 and first:
+        dist.barrier()
+    return text
+
+
+def read_text(args):
+    """The texts in the folder --data, or their ids from a cache beside them."""
     root, splits = Path(args.data), ("train", "valid", "test")
     names = next((names for names in ([f"wiki.{s}.tokens" for s in splits], [f"{s}.txt" for s in splits])
-                  if all((root / name).is_file() for name in names)), None)
+                  if all(os.path.isfile(root / name) for name in names)), None)
     if names is None:
         die(f"--data {root}: needs the files wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or train.txt, "
             "valid.txt and test.txt: unpack the archive wikitext-103-v1.zip there (torchtext, which downloaded it, is "
@@ -320,8 +317,6 @@ def load_text(args, process):
         with np.load(cache, allow_pickle=False) as saved:
             ids, types = [saved[s] for s in splits], saved["vocabulary"].tobytes()
             if hashlib.sha1(types).hexdigest() == str(saved["checksum"]):
-                if process.world_size > 1 and first:
-                    dist.barrier()
                 return Text(*map(torch.from_numpy, ids), types.decode().split("\n"))
 
     seen = collections.defaultdict(itertools.count().__next__, {})
@@ -343,8 +338,6 @@ def load_text(args, process):
         os.replace(new, cache)
     except OSError as error:
         print(f"note: the ids are not cached, {root} is not writable ({error.strerror})", flush=True)
-    if process.world_size > 1 and first:
-        dist.barrier()
     return Text(*map(torch.from_numpy, ids), vocabulary)
 
 
@@ -435,14 +428,20 @@ class Masks(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a block computes once per forward, with the graph on, and every evaluation of F uses."""
-    u: torch.Tensor                 # (B, T, 3 D) injection of the present
-    qkv: torch.Tensor               # effective weights g v / ||v||
+    """What a block computes once per forward, with the graph on, and every evaluation of F uses.
+
+    A head's d numbers are followed by zeros up to e, the next multiple of 8: without effect on scores and values, but
+    a GPU's fused attention is not to be had for d = 70, and on a CPU attention is 5 to 8 % faster.
+    """
+    u: torch.Tensor                 # (B, T, 3 H e) injection of the present
+    qkv: torch.Tensor               # (3 H e, D); effective weights g v / ||v||
     o: torch.Tensor
     ff1: torch.Tensor
     ff2: torch.Tensor
-    r: torch.Tensor                 # (H, d, K + 1) position keys / sqrt(d), after a zero one
-    k_mem: torch.Tensor             # (B, H, M, d) keys and values of the memory
+    r: torch.Tensor                 # (H, e, K + 1) position keys / sqrt(d), after a zero one
+    r_w: torch.Tensor               # (H, 1, e) biases of the queries
+    r_r: torch.Tensor
+    k_mem: torch.Tensor             # (B, H, M, e) keys and values of the memory
     v_mem: torch.Tensor
     hidden: torch.Tensor            # (T, K) 0, or -inf where a key is later than the query or too long ago
     masks: BlockMasks
@@ -476,43 +475,49 @@ class Block(nn.Module):
                 if isinstance(module, nn.LayerNorm):
                     nn.init.normal_(module.weight, 1.0, 0.01)
 
-    def heads(self, x):
-        """(B, L, n D) -> n of (B, H, L, d)."""
-        B, L, width = x.shape
-        n = width // (self.n_head * self.d_head)
-        return x.view(B, L, n, self.n_head, self.d_head).permute(2, 0, 3, 1, 4).unbind(0)
+    def heads(self, x, n):
+        """(B, L, n H e) -> n of (B, H, L, e)."""
+        return x.unflatten(2, (n, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def constants(self, u, h_mem, positions, hidden, masks):
         """u: (B, K, 3 D) injections of memory and present; h_mem: (B, M, D); positions: (K, D)."""
-        device, D, M = u.device.type, u.shape[2] // 3, h_mem.shape[1]
+        device, M, d = u.device.type, h_mem.shape[1], self.d_head
+
+        def padded(x, dim):                         # n d numbers along dim -> n e
+            x = x.unflatten(dim, (-1, d))
+            return F.pad(x, (0, 0) * (x.dim() - dim - 2) + (0, -d % 8)).flatten(dim, dim + 1)
+
         weights = [linear.weight for linear in (self.qkv, self.o, self.ff1, self.ff2)]
         if torch.is_autocast_enabled(device):       # cast once per forward: autocast would do so at every evaluation
             weights = [w.to(torch.get_autocast_dtype(device)) for w in weights]
-        r = F.linear(positions, self.r.weight).view(-1, self.n_head, self.d_head) / math.sqrt(self.d_head)
-        r = F.pad(r.permute(1, 2, 0), (1, 0))                                               # (H, d, K + 1)
-        kv = F.linear(self.ln1(h_mem) if self.pre_ln else h_mem, weights[0][D:]) + u[:, :M, D:]
-        return Constants(u[:, M:], *weights, r, *self.heads(kv), hidden, masks)
+        weights[0], u = padded(weights[0], 0), padded(u, 2)
+        r = padded(F.linear(positions, self.r.weight), 1).unflatten(1, (self.n_head, -1)) / math.sqrt(d)
+        r = F.pad(r.permute(1, 2, 0), (1, 0))                                               # (H, e, K + 1)
+        biases = [padded(b, 1)[:, None] for b in (self.r_w_bias, self.r_r_bias)]
+        q = u.shape[2] // 3                         # the memory asks no queries
+        kv = F.linear(self.ln1(h_mem) if self.pre_ln else h_mem, weights[0][q:]) + u[:, :M, q:]
+        return Constants(u[:, M:], *weights, r, *biases, *self.heads(kv, 2), hidden, masks)
 
     def attention(self, h, c):
         """LN(attn(h) + h), or attn(LN(h)) + h with pre_ln; h: (B, T, D)."""
         B, T, D = h.shape
         x = self.ln1(h) if self.pre_ln else h
-        q, k, v = self.heads(F.linear(x, c.qkv) + c.u)
+        q, k, v = self.heads(F.linear(x, c.qkv) + c.u, 3)
         k, v = torch.cat([c.k_mem, k.to(c.k_mem.dtype)], 2), torch.cat([c.v_mem, v.to(c.v_mem.dtype)], 2)
         K = k.shape[2]
         # Score of positions: query i needs key distance i + M - j in column j, that is row i shifted by T - 1 - i.  The
         # zero key in front makes every row K + 1 long: read as rows of K from element T on, the rows are shifted.
-        s = torch.matmul(q + self.r_r_bias[:, None].to(q.dtype), c.r)                       # (B, H, T, K + 1)
+        s = torch.matmul(q + c.r_r.to(q.dtype), c.r)                                        # (B, H, T, K + 1)
         s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden
-        q = q + self.r_w_bias[:, None].to(q.dtype)
+        q, scale = q + c.r_w.to(q.dtype), 1 / math.sqrt(self.d_head)
         if c.masks.attn_prob is None and not torch.is_grad_enabled():
-            a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype))
+            a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype), scale=scale)
         else:       # with a graph: the fused kernels take no mask that needs a gradient, and have no second derivative
-            s = s + at_least_float32(torch.matmul(q, k.transpose(2, 3))) / math.sqrt(self.d_head)
+            s = s + at_least_float32(torch.matmul(q, k.transpose(2, 3))) * scale
             p = torch.softmax(s, dim=-1)
             p = p if c.masks.attn_prob is None else p * c.masks.attn_prob
             a = torch.matmul(p.to(v.dtype), v)
-        a = self.ln_out(a.transpose(1, 2).reshape(B, T, D))
+        a = self.ln_out(a[..., :self.d_head].transpose(1, 2).reshape(B, T, D))
         y = F.linear(a, c.o, self.o.bias)
         y = (y if c.masks.attn_out is None else y * c.masks.attn_out) + h
         return y if self.pre_ln else self.ln1(y)
@@ -539,14 +544,14 @@ class DEQTransformer(nn.Module):
     """
 
     def __init__(self, n_token=267735, cutoffs=(20000, 40000, 200000), d_model=700, d_embed=None, n_head=10,
-                 d_head=None, d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
+                 d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
                  ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
                  dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False, grad="upg", k=5, lam=0.8,
-                 solver=broyden, max_iter=30, tol=1e-3, stop_mode="rel", backward_max_iter=35):
+                 solver=broyden, max_iter=30, tol=1e-3, backward_max_iter=35):
         super().__init__()
         d_embed = d_embed or d_model
-        if n_head * (d_head or d_model // n_head) != d_model or d_model % 2:
-            raise ValueError(f"d_model {d_model} must be even, and n_head {n_head} x d_head {d_head}")
+        if d_model % n_head or d_model % 2:
+            raise ValueError(f"d_model {d_model} must be even, and a multiple of n_head {n_head}")
         edges = [0, *cutoffs, n_token]
         if any(a >= b for a, b in zip(edges, edges[1:])):
             raise ValueError(f"cutoffs must increase between 0 and n_token, got {list(cutoffs)} and {n_token}")
@@ -559,7 +564,7 @@ class DEQTransformer(nn.Module):
         self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
         self.checkpoint_blocks = checkpoint_blocks
         self.grad, self.k, self.lam, self.solver, self.max_iter = grad, k, lam, solver, max_iter
-        self.tol, self.stop_mode, self.backward_max_iter = tol, stop_mode, backward_max_iter
+        self.tol, self.backward_max_iter = tol, backward_max_iter
 
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
@@ -650,6 +655,16 @@ class DEQTransformer(nn.Module):
                     h = part(h, c)
         return h
 
+    def segment(self, ids, memory=None, masks=Masks()):
+        """(f, h0, u, memory) of ids (B, T): F of h alone, its start 0, u (B, T, 3 D), and the memory, if only empty."""
+        e = self.embed(ids)
+        u = self.inject(e if masks.embedding is None else e * masks.embedding)
+        h0 = torch.zeros(*ids.shape, self.d_model, device=u.device, dtype=self.injection.weight.dtype)
+        memory = memory or Memory(h0[:, :0], u[:, :0].detach())
+        whole = torch.cat([memory.u.to(u.dtype), u], dim=1)                                 # (B, K, 3 D)
+        f = functools.partial(self.f, u=whole, constants=self.constants(whole, memory.h, masks))
+        return f, h0, u, memory
+
     def softmax_parts(self, h):
         """Logits of h (N, D): head (N, S + n), with columns of the n later clusters in reverse, and a function of i."""
         def linear(h, weight, bias, projection):
@@ -695,18 +710,11 @@ class DEQTransformer(nn.Module):
         regularize: compute the Jacobian regularisation term too.
         on_backward: called with the result of the backward solve of grad="implicit".
         """
-        (B, T), device = ids.shape, self.injection.weight.device
+        B, T = ids.shape
         mem_len = self.mem_len if mem_len is None else mem_len
         max_iter = self.max_iter if max_iter is None else max_iter
-        M = 0 if memory is None else memory.h.shape[1]
-        masks = self.masks(B, T, M + T, device)
-        e = self.embed(ids)
-        u = self.inject(e if masks.embedding is None else e * masks.embedding)
-        h0 = torch.zeros(B, T, self.d_model, device=device, dtype=self.injection.weight.dtype)
-        if memory is None:
-            memory = Memory(h0[:, :0], u[:, :0].detach())
-        u = torch.cat([memory.u.to(u.dtype), u], dim=1)                                     # (B, K, 3 D)
-        f = functools.partial(self.f, u=u, constants=self.constants(u, memory.h, masks))
+        masks = self.masks(B, T, T + (0 if memory is None else memory.h.shape[1]), self.injection.weight.device)
+        f, h0, u, memory = self.segment(ids, memory, masks)
         result = jr = None
         if unroll:
             h = upg(f, h0, k=unroll, lam=1.0)
@@ -714,18 +722,17 @@ class DEQTransformer(nn.Module):
             h = upg(f, h0, k=self.k, lam=self.lam)
         else:
             h, result = equilibrium(f, h0, grad=self.grad, k=self.k, lam=self.lam, solver=self.solver,
-                                    max_iter=max_iter, tol=self.tol, stop_mode=self.stop_mode,
-                                    backward_solver=self.solver, backward_max_iter=self.backward_max_iter,
-                                    backward_tol=self.tol, on_backward=on_backward)
-            if regularize:      # one more evaluation of F; sharing the gradient's would cost UPG's backward as much
-                eager = functools.partial(type(self).f, self, **f.keywords)     # compiled F has no second derivative
+                                    max_iter=max_iter, tol=self.tol, backward_solver=self.solver,
+                                    backward_max_iter=self.backward_max_iter, backward_tol=self.tol,
+                                    on_backward=on_backward)
+            if regularize:
+                # One more call of F.  To share the gradient's would cost UPG's backward as much; npg and implicit would
+                # save it, but their graph belongs to common.equilibrium, and a compiled one has no second derivative.
+                eager = functools.partial(type(self).f, self, **f.keywords)
                 jr = jacobian_regularization(eager, result.h)
-        kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in
-                        ((memory.h, h), (memory.u, u[:, M:]))))
+        kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in zip(memory, (h, u))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
-        nll = None
-        if targets is not None:
-            nll = self.nll(h if masks.output is None else h * masks.output, targets)
+        nll = None if targets is None else self.nll(h if masks.output is None else h * masks.output, targets)
         return Output(nll, kept, result, jr, h)
 
 
@@ -763,10 +770,6 @@ def official_names(model, lm):
     return {ours: theirs for ours, theirs in names.items() if ours in model.state_dict()}
 
 
-def is_lm(key):
-    return key.startswith(("injection.", "func.dec_attn.0."))
-
-
 def load_official(model, state_dict):
     """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
 
@@ -780,15 +783,15 @@ def load_official(model, state_dict):
         if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # a copy of F; a constant
             continue
         found[key] = value.flatten(1) if value.dim() == 3 else value                # kernel-1 convolutions
-    lm = any(map(is_lm, found))
+    lm = any(key.startswith(("injection.", "func.dec_attn.0.")) for key in found)
     own, names = model.state_dict(), official_names(model, lm)
     for key in [k for k in names.values() if k.endswith(".weight_v") and k[:-2] in found]:
         found[key] = found.pop(key[:-2])                        # without weight norm: v = W, g = ||W||
         found[key[:-1] + "g"] = torch.linalg.vector_norm(found[key], dim=1, keepdim=True)
     problems = []
     for i in range(len(model.tables)):
-        for tied, to in (("layers", "layers"), ("projs", "projs")):
-            copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{to}.{i}.weight"
+        for tied in ("layers", "projs"):
+            copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{tied}.{i}.weight"
             if copy in found and copy not in names.values():
                 value = found.pop(copy)
                 if original in found and not torch.equal(value, found[original]):
@@ -840,10 +843,18 @@ def evaluating(model, args):
 
 
 def health(name, residuals, tol):
-    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0."""
-    r = torch.cat(residuals).float()
-    q = torch.quantile(r, torch.tensor([0.1, 0.5, 0.9], device=r.device), interpolation="nearest").tolist()
-    return {f"{name}_residual_p10": q[0], f"{name}_residual_p50": q[1], f"{name}_residual_p90": q[2],
+    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0.
+
+    Of those of all processes, which must all call it.  Nothing where there was no solve.
+    """
+    parts = [torch.cat(residuals).float().cpu() if residuals else torch.empty(0)]
+    if dist.is_initialized():
+        own, parts = parts[0], [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+    r = torch.cat(parts).sort().values              # torch.quantile has a limit of 16 million numbers
+    if len(r) == 0:
+        return {}
+    return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
             f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
 
 
@@ -855,7 +866,7 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
     """
     text = streams(ids, args.eval_streams)
     own = text.tensor_split(process.world_size)[process.rank]              # some may have one stream more, or none
-    sums, residuals, evals, memory = torch.zeros(2, dtype=torch.float64, device=process.device), [], 0, None
+    sums, residuals, memory = torch.zeros(4, dtype=torch.float64, device=process.device), [], None
     starts = range(0, text.shape[1] - 1, args.segment)
     with evaluating(model, args):
         for start in tqdm(starts if len(own) else (), desc=f"evaluating {name}", leave=False,
@@ -868,14 +879,19 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
             sums[1] += out.nll.numel()
             if out.result is not None:
                 residuals.append(out.result.residual)
-                evals += out.result.n_evals
-    nll, count = all_reduce_sum(sums).tolist()
+                sums[2] += out.result.n_evals
+                sums[3] += 1
+    nll, count, evals, solves = all_reduce_sum(sums).tolist()
     record = {f"{name}_nll": nll / count, f"{name}_perplexity": math.exp(min(nll / count, 700.0)),
               f"{name}_tokens": int(count), f"{name}_mem_len": mem_len}
-    if residuals:
-        record.update(health(name, residuals, args.tol))
-        record[f"{name}_evals"] = evals / len(residuals)
+    if solves:
+        record.update(health(name, residuals, args.tol), **{f"{name}_evals": evals / solves})
     return record
+
+
+def spell_health(name, record):
+    return "relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}".format(
+        *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)))
 
 
 def spell(name, record):
@@ -883,25 +899,16 @@ def spell(name, record):
     line = (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
             f"{record[f'{name}_mem_len']}")
     if f"{name}_evals" in record:
-        line += ("; relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}, {:.1f} calls of F per segment".format(
-            *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), record[f"{name}_evals"]))
+        line += f"; {spell_health(name, record)}, {record[f'{name}_evals']:.1f} calls of F per segment"
     return line
 
 
 @torch.no_grad()
 def radius(model, ids, memory, lams=(1.0,), n_iter=50):
     """Spectral radius per stream of lam J + (1 - lam) I at h* of a segment, for each lam; dropout off."""
-    training = model.training
-    model.eval()
-    u = model.inject(model.embed(ids))
-    h0 = torch.zeros(*ids.shape, model.d_model, device=u.device)
-    memory = memory or Memory(h0[:, :0], u[:, :0])
-    u = torch.cat([memory.u.to(u.dtype), u], dim=1)
-    f = functools.partial(model.f, u=u, constants=model.constants(u, memory.h))
-    h = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol, stop_mode=model.stop_mode).h
-    rho = [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
-    model.train(training)
-    return rho
+    f, h0, *_ = model.segment(ids, memory)
+    h = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol).h
+    return [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
 
 
 @torch.no_grad()
@@ -938,10 +945,8 @@ def generate(model, vocabulary, args, process):
                 out = model(segment, memory=memory, mem_len=args.eval_mem_len[0])
                 memory = out.memory
             log_prob = model.log_prob(out.h[:, -1])
-            if args.temperature == 0:
-                ids = log_prob.argmax(1, keepdim=True).cpu()
-            else:
-                ids = torch.multinomial((log_prob / args.temperature).softmax(1), 1).cpu()
+            ids = (torch.multinomial((log_prob / args.temperature).softmax(1), 1) if args.temperature else
+                   log_prob.argmax(1, keepdim=True)).cpu()
             word = vocabulary[ids.item()]
             print("\n" if word == "<eos>" else word + " ", end="", flush=True)
     print()
@@ -994,20 +999,15 @@ def benchmark(model, args, device, repeats=3):
         return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)]
 
     def measure(row):
-        regular = configure(row)
+        share = args.jr_freq if configure(row) else 0
         plain = step(False)
-        if not regular:
-            return plain
-        more = step(True)
-        return [(1 - args.jr_freq) * a + args.jr_freq * b for a, b in zip(plain[:3], more)] + [max(plain[3], more[3])]
+        more = step(True) if share else plain
+        return [(1 - share) * a + share * b for a, b in zip(plain[:3], more)] + [max(plain[3], more[3])]
 
     def overhead():
         configure("PostLN UPG")
         with torch.no_grad(), autocast(args, device):
-            u = model.inject(model.embed(text[:, :-1]))
-            h0 = torch.zeros(B, args.segment, D, device=device)
-            u, h_mem = (u, h0[:, :0]) if memory is None else (torch.cat([memory.u.to(u.dtype), u], 1), memory.h)
-            f = functools.partial(model.f, u=u, constants=model.constants(u, h_mem))
+            f, h0, *_ = model.segment(text[:, :-1], memory)
             start = clock()
             result = model.solver(f, h0, max_iter=model.max_iter, tol=0)
             solved = clock()
@@ -1027,8 +1027,7 @@ def benchmark(model, args, device, repeats=3):
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, memory "
           f"{M}, {args.solver}, k = {model.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
-    print("row                forward ms  backward ms  step ms  peak GB  tokens/s  backward    step  "
-          "(ratios: first row / this)")
+    print("row                forward ms  backward ms  step ms  peak GB  tokens/s  backward    step (first row / this)")
     base = median["PostLN implicit"]
     for row, (forward, backward, whole, gb) in median.items():
         print(f"{row:18s} {forward:10.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} "
@@ -1036,24 +1035,21 @@ def benchmark(model, args, device, repeats=3):
     ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
     print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
     configure("PostLN NPG")
-    peaks = {}
-    for model.k in (1, 20):
-        peaks[model.k] = step(False)[3]
-    print(f"NPG peak memory: k = 1 {peaks[1]:.3f} GB, k = 20 {peaks[20]:.3f} GB, ratio {peaks[20] / peaks[1]:.3f}")
+    few, many = (step(False)[3] for model.k in (1, 20))
+    print(f"NPG peak memory: k = 1 {few:.3f} GB, k = 20 {many:.3f} GB, ratio {many / few:.3f}")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 def build_model(args, n_token, process):
+    """The model of the flags; a narrow one begins with wider weights, so that its injections are of equal size."""
     if args.cutoffs[-1] >= n_token:
         die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {n_token} types")
-    model = DEQTransformer(
-        n_token, args.cutoffs, args.d_model, args.d_embed, args.n_head, args.d_head, args.d_inner, args.div_val,
-        args.n_blocks, args.norm == "pre", args.preln_residual, args.ln_affine, args.attn_out_ln, args.init_std,
-        args.init_before_norm, args.local_size, args.mem_len, args.dropout, args.dropatt, args.output_dropout,
-        args.checkpoint_blocks,
-        grad=args.grad, k=args.k, lam=1.0 if args.lam == "auto" else args.lam, solver=SOLVERS[args.solver],
-        max_iter=args.max_iter, tol=args.tol, backward_max_iter=args.backward_max_iter).to(process.device)
+    same = ("d_model d_embed n_head d_inner div_val n_blocks preln_residual ln_affine attn_out_ln init_before_norm "
+            "local_size mem_len dropout dropatt output_dropout checkpoint_blocks grad k max_iter tol backward_max_iter")
+    model = DEQTransformer(n_token, args.cutoffs, pre_ln=args.norm == "pre", solver=SOLVERS[args.solver],
+                           init_std=0.01 * math.sqrt(700 / args.d_model), lam=1.0 if args.lam == "auto" else args.lam,
+                           **{name: getattr(args, name) for name in same.split()}).to(process.device)
     if args.compile:
         # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
         from torch._functorch import config as functorch_config
@@ -1076,47 +1072,45 @@ def load_weights(flag, path, state, model):
             f"{' '.join(str(error).split())[:400]}")
 
 
-MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_head", "d_inner", "n_blocks", "cutoffs",
-               "div_val", "ln_affine", "attn_out_ln", "local_size"}
-
-
-def check_flags(flag, path, state, args, types, checked):
+def check_flags(flag, path, state, args, types, checked, remedy="leave them out"):
     """Ends the run where a checkpoint of ours is of other flags, or of another vocabulary, than this run."""
-    if "n_head" not in state["args"]:
-        die(f"{flag} {path} is of another script")
-    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
-              for name, value in state["args"].items() if name in checked and value != getattr(args, name, None)]
+    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
+              for name, value in state["args"].items() if name in checked and value != getattr(args, name)]
     if differ:
-        die(f"{flag} {path} is of a run with {', '.join(differ)}; use the same flags, or start afresh with another "
-            "--out")
+        die(f"{flag} {path} is of a run with {', '.join(differ)}; {remedy}")
     if state["types"] != types:
         die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
 
 
-def restore(args, model, types, optimizer=None, scheduler=None):
-    """Loads --resume into the model, and in training all the rest of the state.  Returns what was read."""
-    state, training = load_checkpoint(args.resume), optimizer is not None
-    if not is_ours(state) and training:
+def read_checkpoint(flag, path):
+    state = load_checkpoint(path, flag)
+    if is_ours(state) and "n_head" not in state["args"]:
+        die(f"{flag} {path} is of another script")
+    return state
+
+
+def restore(args, model, types, optimizer, scheduler):
+    """--resume in training: all of the state.  Returns what was read."""
+    state = read_checkpoint("--resume", args.resume)
+    if not is_ours(state):
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "or begun with (--init)")
-    if is_ours(state):
-        free = {"data", "out", "resume", "init", "eval", "benchmark", "save_every", "log_every", "radius_every",
-                "compile", "checkpoint_blocks", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter",
-                "generate", "generate_tokens", "temperature", "accumulate"}
-        checked = set(vars(args)) - free if training else MODEL_FLAGS
-        check_flags("--resume", args.resume, state, args, types, checked)
-        for name in () if training else ("solver", "max_iter", "k", "tol", "segment", "mem_len"):
-            if state["args"][name] != getattr(args, name):
-                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
-                      f"{getattr(args, name)}", flush=True)
-        if training and "optimizer" not in state:
-            die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
-        model.lam = state.get("lam", model.lam)
+    free = ("data out resume init save_every log_every radius_every compile checkpoint_blocks accumulate eval "
+            "eval_streams eval_mem_len eval_solver eval_max_iter benchmark generate generate_tokens temperature")
+    check_flags("--resume", args.resume, state, args, types, set(vars(args)) - set(free.split()),
+                "use the same flags, or start afresh with another --out")
+    if "optimizer" not in state:
+        die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
     load_weights("--resume", args.resume, state, model)
-    if training:
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    model.lam = state["lam"]
     return state
+
+
+def unrolled_layers(args, step):
+    """Layers of the pretraining network in the step that follows `step` steps; 0: the solver."""
+    return args.pretrain_layers if step < args.pretrain_steps else 0
 
 
 def jr_weight(args, step):
@@ -1169,9 +1163,9 @@ def train(args, process, model, text):
             parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
             memories = [Memory(*pair) for pair in zip(*parts)]
     elif args.init:
-        first = load_checkpoint(args.init, flag="--init")
+        first = read_checkpoint("--init", args.init)
         if is_ours(first):
-            check_flags("--init", args.init, first, args, types, MODEL_FLAGS)
+            check_flags("--init", args.init, first, args, types, MODEL_FLAGS, "use the same flags")
         load_weights("--init", args.init, first, model)
     step, evaluated, best, best_step, last = (state[k] for k in ("step", "evaluated", "best", "best_step", "last"))
     seed_everything(args.seed + rank)
@@ -1207,16 +1201,13 @@ def train(args, process, model, text):
                                          "best_step": best_step, "last": last, "types": types, "args": vars(args),
                                          "seconds": time.perf_counter() - started})
 
-    def evaluation_due():
-        return step % args.eval_every == 0 or step == args.steps
-
     meter, residuals, backward_residuals, stop = Meter(device), [], [], False
-    started = time.perf_counter() - state["seconds"]
+    started, due = time.perf_counter() - state["seconds"], step % args.eval_every == 0 or step == args.steps
     bar = tqdm(total=args.steps, initial=step, disable=not (main and sys.stderr.isatty()))
     # Evaluation comes first: a run that was cut off in one finds its checkpoint just before it.
     while not stop and (step < args.steps or evaluated < step):
-        if step > evaluated and evaluation_due():
-            unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
+        if step > evaluated and due:
+            unroll = unrolled_layers(args, step - 1)
             with timer.saved():
                 record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
             if evaluated <= args.pretrain_steps < step:
@@ -1228,18 +1219,15 @@ def train(args, process, model, text):
                     save_checkpoint(best_path, {"model": model.state_dict(), "types": types, "args": vars(args),
                                                 "lam": model.lam, "step": step, "valid_perplexity": last})
             for name, found in (("train", residuals), ("backward", backward_residuals)):
-                if found:
-                    record.update(health(name, found, args.tol))
+                record.update(health(name, found, args.tol))
                 found.clear()
             if main:
                 log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
                           seconds=time.perf_counter() - started, **record)
                 tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})")
-                found = ["{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
-                    name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
-                    for name in ("train", "backward") if f"{name}_solved" in record]
-                if found:
-                    tqdm.write("  relative residual (10, 50, 90 %) and share solved: " + "; ".join(found))
+                for name in ("train", "backward"):
+                    if f"{name}_solved" in record:
+                        tqdm.write(f"  {name}: {spell_health(name, record)}, {record[f'{name}_solved']:.0%} solved")
             save()
             meter.reset()
             continue
@@ -1250,13 +1238,15 @@ def train(args, process, model, text):
             memories = [None] * n                           # an epoch begins
         # The same choices on all processes, and again after a restart: drawn from seed and step alone.
         draw = random.Random(f"{args.seed}-{step}")
-        unroll = args.pretrain_layers if step < args.pretrain_steps else 0
+        unroll = unrolled_layers(args, step)
         regularize = not unroll and args.jr > 0 and draw.random() < args.jr_freq
         max_iter = args.max_iter - draw.randint(0, args.jitter)
+        # Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the toy
+        # text 50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
         if args.lam == "auto" and not unroll and (step % 100 == 0 or step == args.pretrain_steps):
             with autocast(args, device):
-                rho = radius(model, own[0][:, start:end], memories[0])[0].mean()
-            rho = all_reduce_sum(rho.double()) / world
+                rho = sum(radius(model, ids[:, start:end], memory)[0].mean() for ids, memory in zip(own, memories))
+            rho = all_reduce_sum(rho.double()) / (n * world)
             if not torch.isfinite(rho):
                 die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
                     "--grad upg", code=1)
@@ -1282,13 +1272,15 @@ def train(args, process, model, text):
         meter.add(n * ids.numel(), **means)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        lr = scheduler.get_last_lr()[0]                     # of this step
         scheduler.step()
         step += 1
         bar.update()
 
         # --- the step ends here; what follows is logging, diagnostics and saving ---
         saving, stop = timer.poll()
-        saving = saving or evaluation_due()                 # before the evaluation, which may take long
+        due = step % args.eval_every == 0 or step == args.steps
+        saving = saving or due                              # before the evaluation, which may take long
         if args.radius_every and step % args.radius_every == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -1300,7 +1292,9 @@ def train(args, process, model, text):
                            f"{record['rho_J_lam']:.3f} (lam = {model.lam:.2f})")
             meter.start += time.perf_counter() - paused     # diagnostics do not count as training time
         if step % args.log_every == 0 or saving:
-            record = meter.read()                                       # host sync
+            meter.sums = {name: all_reduce_sum(total) / world for name, total in meter.sums.items()}
+            record = meter.read()                                           # host sync
+            record["samples_per_s"] *= world
             broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
             if not broken and saving:                                       # the loss would show it one step late
                 finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
@@ -1309,15 +1303,14 @@ def train(args, process, model, text):
                 kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                 die(f"{broken} by step {step}: try a lower --lr or --lam, or --jr; {kept}", code=1)
             if main:
-                lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - started
-                log.write(event="train", step=step, epoch=step / segments, lr=lr, lam=model.lam, seconds=seconds,
-                          **record)
+                log.write(event="train", step=step, epoch=step / segments, lr=lr, lam=model.lam,
+                          seconds=time.perf_counter() - started, **record)
                 more = f"  JR {record['jr']:.3f}" if "jr" in record else ""
                 more += f"  lam {model.lam:.2f}" if args.lam == "auto" else ""
                 more += f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                 tqdm.write(f"step {step:6d}  epoch {step / segments:5.2f}  loss {record['loss']:.4f}  perplexity "
                            f"{math.exp(min(record['loss'], 700.0)):<8.6g}  lr {lr:.2e}  |g| {record['grad_norm']:.3f}  "
-                           f"{record['ms_per_step']:.0f} ms/step  {world * record['samples_per_s']:.0f} tokens/s{more}")
+                           f"{record['ms_per_step']:.0f} ms/step  {record['samples_per_s']:.0f} tokens/s{more}")
         if saving:
             save()
             meter.reset()
@@ -1327,30 +1320,51 @@ def train(args, process, model, text):
             print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
                   flush=True)
         return
-    of_step = best_step if best_path.exists() else step     # not there: the run was continued in another folder
+    # best.pt is not there where the run was continued in another folder.
+    here, of_step = (best_path, best_step) if best_path.exists() else (checkpoint, step)
     if of_step != step:
-        load_weights("--out", best_path, load_checkpoint(best_path, flag="--out"), model)
-    record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0])
+        load_weights("--out", here, load_checkpoint(here, flag="--out"), model)
+    record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0], unrolled_layers(args, of_step - 1))
     if main:
         log.write(event="test", step=step, of_step=of_step, seconds=time.perf_counter() - started, **record)
         print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
               f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
         if text.best:
             print(BEST.format(*text.best), flush=True)
+        flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
+        print(f"weights: {here}; evaluate them with: python deq_wikitext.py --eval --resume {shlex.quote(str(here))}"
+              + flags, flush=True)
 
 
-def main(args):
+def evaluate_checkpoint(args, process, model, text, state):
+    """--eval: perplexities at each memory length, and spectral radii."""
+    ours, main = is_ours(state), process.rank == 0
+    unroll = unrolled_layers(args, state["step"] - 1) if ours else 0
+    if main:
+        print(args.resume + (f", step {state['step']}: " if ours else ": ")
+              + (f"the pretraining network of {unroll} layers" if unroll else
+                 f"{args.eval_solver}, at most {args.eval_max_iter} steps, tolerance {args.tol:g}")
+              + f"; {args.eval_streams} streams, segments of {args.segment}", flush=True)
+    for mem_len, name in itertools.product(args.eval_mem_len, ("valid", "test")):
+        record = evaluate(model, name, getattr(text, name), args, process, mem_len, unroll)
+        if main:
+            print(spell(name, record), flush=True)
+    record = radii(model, text.valid, args, process)
+    if main:
+        print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of the "
+              f"streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")
+        if text.best:
+            print(BEST.format(*text.best))
+
+
+def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
-    if not args.out and args.resume:
-        args.out = str(Path(args.resume).parent)
-    elif not args.out:
-        args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    args, state = parse_args(argv), None
     process = init_process()
-    if dist.is_initialized():           # the default's time differs from process to process
-        shared = [args.out]
-        dist.broadcast_object_list(shared)
-        (args.out,) = shared
-    if args.batch_size % (process.world_size * args.accumulate):
+    if args.eval or args.generate is not None:
+        state = read_checkpoint("--resume", args.resume)
+        args = parse_args(argv, saved=state["args"] if is_ours(state) else {})
+    elif args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")
     torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")       # "high": TF32, on GPUs only
@@ -1364,26 +1378,30 @@ def main(args):
         if len(ids) < 2 * args.eval_streams:
             die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
     model = build_model(args, len(text.vocabulary), process)
-    if args.eval or args.generate is not None:
-        restore(args, model, checksum(text.vocabulary))
-    if args.generate is not None:
-        generate(model, text.vocabulary, args, process)
-    elif args.eval:
-        for mem_len, (name, ids) in itertools.product(args.eval_mem_len, (("valid", text.valid), ("test", text.test))):
-            record = evaluate(model, name, ids, args, process, mem_len)
-            if process.rank == 0:
-                print(spell(name, record), flush=True)
-        record = radii(model, text.valid, args, process)
-        if process.rank == 0 and text.best:
-            print(BEST.format(*text.best))
-        if process.rank == 0:
-            print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of "
-                  f"the streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")
-    else:
+    if state is None:
+        if not args.out:                # the time differs from process to process
+            shared = [str(Path(args.resume).parent) if args.resume else
+                      f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+            if dist.is_initialized():
+                dist.broadcast_object_list(shared)
+            args.out = shared[0]
         train(args, process, model, text)
+    else:
+        if is_ours(state):
+            check_flags("--resume", args.resume, state, args, checksum(text.vocabulary), MODEL_FLAGS)
+            for name in ("solver", "max_iter", "tol", "segment", "mem_len", "amp"):
+                if process.rank == 0 and state["args"][name] != getattr(args, name):
+                    print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
+                          f"{getattr(args, name)}", file=sys.stderr, flush=True)
+            model.lam = state["lam"] if args.lam == "auto" else args.lam
+        load_weights("--resume", args.resume, state, model)
+        if args.eval:
+            evaluate_checkpoint(args, process, model, text, state)
+        else:
+            generate(model, text.vocabulary, args, process)
     if process.world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

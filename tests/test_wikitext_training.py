@@ -18,6 +18,7 @@ import torch
 import deq_wikitext
 import mdeq_cifar
 from common import Process
+from deq_wikitext import DEQTransformer as Model
 from deq_wikitext import jr_weight, load_text, main, official_state_dict, parse_args
 
 ROOT = Path(deq_wikitext.__file__).parent
@@ -66,7 +67,7 @@ def small(tmp_path_factory):
 
 
 def run(*flags):
-    main(parse_args([str(flag) for flag in flags]))
+    main([str(flag) for flag in flags])
 
 
 def metrics(out, event):
@@ -115,13 +116,15 @@ def test_every_way_of_training_learns(flags, tmp_path, small):
     assert 1 < test["test_perplexity"] < 100 and valid["best_step"] == test["of_step"] == 54
 
 
-def test_the_rate_rises_and_falls_as_the_recipe_says(tmp_path, small):
+def test_the_rate_rises_and_falls_as_the_recipe_says(tmp_path, monkeypatch, small):
     """Step s: s / warm-up, then (1 + cos(pi s / steps)) / 2 over all steps, warm-up included; the first is not full."""
+    used, real = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (
+        used.append(self.param_groups[0]["lr"]), real(self, *args))[1])
     run(*RUN, "--data", small, "--out", tmp_path, "--warmup-steps", 3)
+    logged = [record["lr"] for record in metrics(tmp_path, "train")]
     expected = [0.01 * (s / 3 if s < 3 else (1 + math.cos(math.pi * s / 6)) / 2) for s in range(1, 7)]
-    rates = [metrics(tmp_path, "train")[s]["lr"] for s in range(6)]
-    # The scheduler has moved on when a step is logged: the record of step s has the rate of s + 1.
-    assert rates[:5] == pytest.approx(expected[1:], rel=1e-6)
+    assert used == logged == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 def test_the_weight_of_jr_grows_as_the_official_scripts_do():
@@ -187,12 +190,16 @@ def test_the_largest_gradient_norm_is_that_of_clip(tmp_path, monkeypatch, small)
 
 def test_adaptive_damping_is_measured_logged_and_kept(tmp_path, monkeypatch, small):
     """lam = 1 / mean rho(J) where that exceeds 1, every 100 steps, and in the checkpoint for the steps between."""
-    asked = []
-    rho = [torch.tensor([1.0, 3.0, 4.0, 2.0])]
-    monkeypatch.setattr(deq_wikitext, "radius", lambda *_, **__: (asked.append(1), rho)[1])
-    flags = [*RUN, "--data", small, "--out", tmp_path, "--grad", "npg", "--lam", "auto", "--pretrain-steps", 2]
-    run(*flags)
-    assert [record["lam"] for record in metrics(tmp_path, "train")] == [1.0] * 2 + [0.4] * 4 and len(asked) == 1
+    asked, rho = [], [[torch.tensor([1.0, 3.0])], [torch.tensor([4.0, 2.0])]]
+    monkeypatch.setattr(deq_wikitext, "radius", lambda model, ids, memory, **_: (
+        asked.append((ids, memory.h)), rho[len(asked) - 1])[1])
+    flags = [*RUN, "--data", small, "--out", tmp_path, *"--grad npg --lam auto --pretrain-steps 2".split()]
+    run(*flags, "--accumulate", 2)
+    assert [record["lam"] for record in metrics(tmp_path, "train")] == [1.0] * 2 + [0.4] * 4
+    text = load_text(parse_args(["--data", str(small)]), CPU).train
+    segment = text[:len(text) // 4 * 4].view(4, -1)[:, 12:18]           # of step 3, whole, with the memory before it
+    assert len(asked) == 2 and torch.equal(torch.cat([ids for ids, _ in asked]), segment)
+    assert all(h.shape == (2, 8, 16) for _, h in asked)
     assert checkpoint(tmp_path)["lam"] == 0.4
     monkeypatch.setattr(deq_wikitext, "radius", lambda *_, **__: [torch.tensor([math.nan])])
     with pytest.raises(SystemExit) as end:
@@ -223,8 +230,9 @@ def test_micro_batches_are_the_same_step(tmp_path, small):
     for n in (1, 2):
         run(*flags, "--out", tmp_path / str(n), "--accumulate", n)
     assert_same_training(tmp_path / "1", tmp_path / "2")
-    losses = [[r["loss"] for r in metrics(tmp_path / n, "train")] for n in "12"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for key in ("loss", "grad_norm"):                   # of which clipping and Adam forget the size
+        found = [[r[key] for r in metrics(tmp_path / n, "train")] for n in "12"]
+        assert found[0] == pytest.approx(found[1], rel=1e-3)
     run(*flags, "--out", tmp_path / "2", "--accumulate", 4, "--resume", "auto")
 
 
@@ -278,7 +286,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, named", [
-    ("--d-head 7", "--d-head 7"), ("--n-head 3", "--n-head 3"), ("--d-model 15 --n-head 1", "--d-model 15"),
+    ("--n-head 3", "--n-head 3"), ("--d-model 15 --n-head 1", "--d-model 15"),
     ("--cutoffs 20 10", "--cutoffs"), ("--cutoffs 0 10", "--cutoffs"), ("--cutoffs 10 41", "--cutoffs 10 41"),
     ("--d-embed 8", "--d-embed 8"), ("--mem-len 995", "--local-size"), ("--eval-mem-len 8 995", "--local-size"),
     ("--local-size -1", "--local-size"), ("--lam 0", "--lam"), ("--lam nan", "--lam"), ("--lam best", "--lam"),
@@ -286,13 +294,13 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--dropatt nan", "--dropatt"), ("--max-iter -1", "--max-iter"), ("--max-iter 0 --grad npg", "--max-iter 0"),
     ("--max-iter 0 --jr 1", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
     ("--jr-freq 0", "--jr-freq"), ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip 0", "--clip"),
-    ("--accumulate 3", "--batch-size 4"),
+    ("--accumulate 3", "--batch-size 4"), ("--seed 9223372036854775808", "--seed"), ("--jr-increment -1", "--jr-incr"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--generate x", "--resume"),
     ("--eval-max-iter 0", "--eval-max-iter"), ("--eval --resume auto --out x", "--resume"), ("--resume auto", "--out"),
     ("--benchmark --eval --resume x", "--benchmark"), ("--benchmark --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--save-every nan", "--save-every"),
     ("--batch-size 400", "--batch-size 400"), ("--eval-streams 90", "--eval-streams 90"),
-    ("--temperature -1", "--temperature"), ("--temperature 1e-9", "--temperature"), ("--init-std -1", "--init-std"),
+    ("--temperature -1", "--temperature"), ("--temperature 1e-9", "--temperature"),
     ("--resume nowhere.pt --out unused", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
     ("--resume nowhere.pt --eval", "nowhere.pt"),
     ("--data nowhere", "--data nowhere: needs the files wiki.train.tokens")])
@@ -317,6 +325,15 @@ def test_broken_texts_are_named(split, content, named, capsys, tmp_path):
     assert "--data" in message and named in message and not (tmp_path / "out").exists()
 
 
+def test_a_text_that_cannot_be_read_is_named(capsys, tmp_path, monkeypatch):
+    def opened(path, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(deq_wikitext, "open", opened, raising=False)
+    message = refused(capsys, *RUN, "--data", make_text(tmp_path / "text"), "--out", tmp_path / "out")
+    assert message == f"error: --data: cannot read {tmp_path / 'text' / 'train.txt'} (Permission denied)"
+
+
 def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     out = tmp_path / "run"
     flags = [*RUN, "--data", small, "--out", out]
@@ -331,8 +348,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for mode in (["--eval", "--resume"], ["--init"]):
         for more, named in (("--norm pre", "--norm post (here pre)"), ("--local-size 9", "--local-size 0 (here 9)")):
             target = [] if mode == ["--init"] else flags[-2:]
-            message = refused(capsys, *flags[:-2], *target, *mode, out / "checkpoint.pt", *more.split())
-            assert named in message
+            assert named in refused(capsys, *flags[:-2], *target, *mode, out / "checkpoint.pt", *more.split())
     assert "weights alone" in refused(capsys, *flags[:-2], "--out", out, "--resume", out / "best.pt")
     other = make_text(tmp_path / "other")
     (other / "train.txt").write_text((other / "train.txt").read_text() + "w39 w39 w39 w39 w39 " * 9 + "\n")
@@ -340,7 +356,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
         assert "another vocabulary" in refused(capsys, *RUN, "--data", other, "--out", out, *mode)
     torch.save({"args": vars(mdeq_cifar.parse_args(["--data", "toy"])), "model": {}, "step": 3}, tmp_path / "cifar.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    for file, named in (("cifar.pt", "another script"), ("model.pt", "could run code")):
+    for file, named in (("cifar.pt", "another script"), ("model.pt", "torch.save(x.state_dict(), 'converted.pt')")):
         for mode in (["--out", tmp_path / "new"], ["--eval"]):
             assert named in refused(capsys, *RUN, "--data", small, "--resume", tmp_path / file, *mode)
     assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
@@ -450,14 +466,21 @@ def test_an_evaluation_that_was_cut_off_is_done_by_the_resumed_run(tmp_path, mon
 def test_two_processes_take_the_steps_of_one(tmp_path, small):
     """Each has half of the streams with their own memory: gradients and perplexities are those of one, to rounding.
 
-    Without dropout, whose masks each process draws for itself.
+    Without dropout, whose masks each process draws for itself; the jitter of the budget is the same for all.
     """
-    flags = [*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0]
+    flags = [*RUN, "--data", small, "--lr", 1e-5, "--dropout", 0, "--jitter", 3]
     agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
     run(*flags, "--out", tmp_path / "one")
     assert finish(agent, tmp_path / "two")["memory"][0].shape == (4, 8, 16)         # of all streams
     assert_same_training(tmp_path / "one", tmp_path / "two")
-    assert metrics(tmp_path / "two", "test")[0]["test_tokens"] == metrics(tmp_path / "one", "test")[0]["test_tokens"]
+    for event in ("train", "eval", "test"):             # what is logged is of all processes
+        for one, two in zip(metrics(tmp_path / "one", event), metrics(tmp_path / "two", event), strict=True):
+            assert one.keys() == two.keys()
+            measured = {"seconds", "ms_per_step", "samples_per_s"}
+            for key in one.keys() - measured - {"event"}:
+                assert two[key] == pytest.approx(one[key], rel=2e-3), key
+            if event == "train":
+                assert two["samples_per_s"] == pytest.approx(4 * 6 * 1e3 / two["ms_per_step"], rel=1e-6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
@@ -488,18 +511,49 @@ def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path, small, undisturbe
 
 # --- evaluation, official checkpoints, text, benchmark ---------------------------------------------------------------
 
-def test_a_checkpoint_is_evaluated_at_each_memory_length(tmp_path, small, capsys):
-    run(*RUN, "--data", small, "--out", tmp_path, "--steps", 12, "--eval-every", 12)
-    capsys.readouterr()
-    run(*RUN, "--data", small, "--eval", "--resume", tmp_path / "checkpoint.pt", "--eval-mem-len", 8, 20)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["valid", "test", "valid", "test", "spectral"]
+def test_a_checkpoint_is_evaluated_with_its_own_flags(tmp_path, small, capsys):
+    """Text, model, solver, budget and memory are the checkpoint's where they are not given; test as in training."""
+    more = "--norm pre --local-size 9 --tol 0.01 --solver anderson --vocab all --eval-streams 2".split()
+    run(*RUN, *more, "--data", small, "--out", tmp_path, "--steps", 12, "--eval-every", 12, "--log-every", 12)
+    path, (test,) = tmp_path / "best.pt", metrics(tmp_path, "test")
+    ended = capsys.readouterr().out.splitlines()[-1]
+    command = f"python deq_wikitext.py --eval --resume {path}"
+    assert ended == f"weights: {path}; evaluate them with: {command}"
+
+    def evaluated(*flags):
+        run("--eval", "--resume", path, *flags)
+        out, err = capsys.readouterr()
+        return out.splitlines(), [line for line in err.splitlines() if line.startswith("note: ")]
+
+    lines, notes = evaluated()
+    assert lines[0] == f"{path}, step 12: anderson, at most 4 steps, tolerance 0.01; 2 streams, segments of 6"
+    assert [line.split()[0] for line in lines[1:]] == ["valid", "test", "spectral"] and not notes
+    assert lines[2].startswith(f"test perplexity {test['test_perplexity']:.6g} of {test['test_tokens']} tokens, ")
+    lines, notes = evaluated("--eval-mem-len", 8, 20)
+    assert [line.split()[0] for line in lines[1:]] == ["valid", "test", "valid", "test", "spectral"]
+    assert "memory 8;" in lines[2] and "memory 20; relative residual" in lines[4] and not notes
+    lines, notes = evaluated("--solver", "broyden", "--max-iter", 7, "--mem-len", 3, "--segment", 5, "--tol", 0)
+    assert ": broyden, at most 7 steps, tolerance 0; 2 streams, segments of 5" in lines[0] and "memory 3;" in lines[2]
+    assert len(notes) == 5 and "note: trained with --max-iter 4, evaluated with 7" in notes
+    assert ": fixed-point, at most 9 steps" in evaluated("--eval-solver", "fixed-point", "--eval-max-iter", 9)[0][0]
+    assert "--amp True" not in str(notes) and "--amp False, evaluated with True" in str(evaluated("--amp")[1])
+    run("--generate", "w1", "--resume", path, "--generate-tokens", 3)
+    assert len(capsys.readouterr().out.split()) == 4
+    for flags, named in (("--norm post", "--norm pre (here post); leave them out"), ("--cutoffs 10", "--cutoffs"),
+                         ("--d-inner 25", "--d-inner 24 (here 25)"), ("--n-head 3", "--n-head 3"),
+                         ("--mem-len 995 --local-size 0", "plus --segment is 1001")):
+        assert named in refused(capsys, "--eval", "--resume", path, *flags.split())
+
+
+def test_what_was_saved_in_pretraining_is_evaluated_by_its_network(tmp_path, small, capsys):
+    run(*RUN, "--data", small, "--out", tmp_path, "--pretrain-steps", 9, "--pretrain-layers", 3)
     (test,) = metrics(tmp_path, "test")
-    assert lines[1].startswith(f"test perplexity {test['test_perplexity']:.6g} of {test['test_tokens']} tokens, ")
-    assert "memory 8;" in lines[1]
-    assert "memory 20" in lines[3] and "residual" in lines[3]
-    run(*RUN, "--data", small, "--eval", "--resume", tmp_path / "best.pt")
-    assert capsys.readouterr().out.splitlines()[1] == lines[1]
+    capsys.readouterr()
+    run("--eval", "--resume", tmp_path / "best.pt")
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 6: the pretraining network of 3 layers; " in lines[0] and "residual" not in lines[2]
+    assert lines[2].startswith(f"test perplexity {test['test_perplexity']:.6g} of ")
+    assert "test_residual_p50" not in test
 
 
 @pytest.mark.parametrize("lm", [False, True])
@@ -519,7 +573,7 @@ def test_official_checkpoints_are_evaluated_and_begun_with(lm, tmp_path, small, 
     assert "does not fit" in message and "ff1" in message
 
 
-def test_text_is_continued(tmp_path, small, capsys):
+def test_text_is_continued(tmp_path, monkeypatch, small, capsys):
     run(*RUN, "--data", small, "--out", tmp_path, "--steps", 60, "--eval-every", 60)
     capsys.readouterr()
     flags = [*RUN, "--data", small, "--resume", tmp_path / "checkpoint.pt", "--generate-tokens", 20]
@@ -531,6 +585,16 @@ def test_text_is_continued(tmp_path, small, capsys):
     for o in out:
         words = o.replace("\n", " <eos> ").split()[3:-1]
         assert len(words) == 20 and all(w == "<eos>" or w.startswith("w") for w in words)
+    lengths, log_p, p = [], [], []
+    forward, log_prob, multinomial = Model.forward, Model.log_prob, torch.multinomial
+    monkeypatch.setattr(Model, "forward", lambda self, ids, memory, **more: (
+        lengths.append(0 if memory is None else memory.h.shape[1]), forward(self, ids, memory=memory, **more))[1])
+    monkeypatch.setattr(Model, "log_prob", lambda self, h: (log_p.append(log_prob(self, h)), log_p[-1])[1])
+    monkeypatch.setattr(torch, "multinomial", lambda x, n: (p.append(x), multinomial(x, n))[1])
+    run(*flags, "--generate", "w1 w4 w7", "--temperature", 2)
+    assert lengths == [0, 3, 4, 5, 6, 7, *[8] * 14]                 # each token is read once, with all before it
+    assert all(torch.allclose(a.softmax(1), (b.log() * 2).softmax(1), atol=1e-6) for a, b in zip(log_p, p, strict=True))
+    capsys.readouterr()
     assert "'zebra' is not in the vocabulary" in refused(capsys, *flags, "--generate", "w1 zebra")
 
 
@@ -542,4 +606,5 @@ def test_the_benchmark_measures_every_row(capsys):
         (line,) = [line for line in printed.splitlines() if line.startswith(row + " ") and "x" in line
                    and line[len(row):].split()[0].replace(".", "").isdigit()]
         assert all(float(x.rstrip("x")) > 0 for x in line[len(row):].split() if x != "nan")
-    assert "1.00x   1.00x" in printed and "solver overhead" in printed and "NPG peak memory" in printed
+        assert line.endswith(" 1.00x   1.00x") or row != "PostLN implicit"
+    assert "solver overhead" in printed and "NPG peak memory" in printed
