@@ -734,6 +734,11 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
     die(f"{flag}: {path} is damaged or not a checkpoint, and no usable {previous.name} is beside it")
 
 
+def is_ours(state) -> bool:
+    """Whether a checkpoint was written by one of these scripts, with the run's flags, and not by another release."""
+    return isinstance(state, dict) and isinstance(state.get("args"), dict)
+
+
 class SaveTimer:
     """Says when to save: every `minutes`, and as soon as one process was sent SIGTERM, which also ends the run.
 

@@ -75,9 +75,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, describe_run,
-                    die, equilibrium, fixed_point, init_process, jacobian_regularization, load_checkpoint, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
-                    spectral_radius, upg)
+                    die, equilibrium, fixed_point, init_process, is_ours, jacobian_regularization, load_checkpoint,
+                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
+                    set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 DEFAULTS = {        # for WikiText-103, and for --data toy
@@ -1057,10 +1057,6 @@ def build_model(args, n_token, process):
         torch._dynamo.config.cache_size_limit = 64      # the memory grows, the last segment is short, and so on
         model.f = torch.compile(model.f)
     return model
-
-
-def is_ours(state):
-    return isinstance(state, dict) and isinstance(state.get("args"), dict)
 
 
 def load_weights(flag, path, state, model):

@@ -64,8 +64,8 @@ from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
 from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
-                    fixed_point, init_process, load_checkpoint, peak_memory, reset_peak_memory, save_checkpoint,
-                    seed_everything, upg)
+                    fixed_point, init_process, is_ours, load_checkpoint, peak_memory, reset_peak_memory,
+                    save_checkpoint, seed_everything, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -907,10 +907,6 @@ def begin(args, process, about_data, fingerprint):
               f"{about['commit']}; writing to {out}\n{about_data}"
               + (f"; continues after step {state['step']}" if state else ""), flush=True)
     return path, state, log, SaveTimer(args.save_every)
-
-
-def is_ours(state):
-    return isinstance(state, dict) and isinstance(state.get("args"), dict)
 
 
 def label(args):

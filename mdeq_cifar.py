@@ -54,8 +54,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, all_reduce_sum, anderson, broyden, cosine_similarity, describe_run, die,
-                    equilibrium, fixed_point, init_process, load_checkpoint, peak_memory, reset_peak_memory, rng_state,
-                    rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
+                    equilibrium, fixed_point, init_process, is_ours, load_checkpoint, peak_memory, reset_peak_memory,
+                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -697,10 +697,6 @@ def build_model(args, classes, process):
         functorch_config.donated_buffer = False
         model.f, model.head = torch.compile(model.f), torch.compile(model.head)
     return model
-
-
-def is_ours(state):
-    return isinstance(state, dict) and isinstance(state.get("args"), dict)
 
 
 def restore(args, model, optimizer=None, scheduler=None):

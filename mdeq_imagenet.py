@@ -68,8 +68,8 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
-                    fixed_point, init_process, load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states,
-                    save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
+                    fixed_point, init_process, is_ours, load_checkpoint, peak_memory, reset_peak_memory, rng_state,
+                    rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -788,10 +788,6 @@ def load_weights(flag, path, state, model):
     except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         die(f"{flag} {path} does not fit the model (--channels, --head-channels, --final-channels, classes of --data): "
             f"{' '.join(str(error).split())[:400]}")
-
-
-def is_ours(state):
-    return isinstance(state, dict) and isinstance(state.get("args"), dict)
 
 
 def initialise(args, model):
