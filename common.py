@@ -123,8 +123,9 @@ class _Progress:
         self.x0 = self.layout.pack(h0)
         N, device = self.layout.N, self.x0.device
         if offsets is not None:
-            _require(device.type != "cpu" or int(offsets[-1]) == N,
-                     f"offsets must end with the number of rows of h0, {N}, got {int(offsets[-1])}")
+            if device.type == "cpu":            # elsewhere it would synchronise
+                _require(int(offsets[0]) == 0 and int(offsets[-1]) == N and bool((offsets.diff() >= 0).all()),
+                         f"offsets must go from 0 up to the number of rows of h0, {N}, got {offsets.tolist()}")
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
         self.trace = self.x0.new_empty(max_iter + 1, N)

@@ -777,13 +777,21 @@ def test_the_lookalike_of_ppi_is_seeded_and_heavy_tailed():
 
 
 def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
-    """Trained to the end: the equilibrium reaches every node, 2 iterations a few; both are printed."""
+    """Trained to the end: the equilibrium reaches every node, 4 hops a few; both are printed."""
     run("--dataset", "chains", "--chain-length", 10, "--epochs", 100, "--tol", 1e-4, "--out", tmp_path)
     line = capsys.readouterr().out.splitlines()[-1]
-    implicit, few = (float(line.split(word)[1].split("%")[0]) for word in ("implicit ", "2 hops "))
+    implicit, few = (float(line.split(word)[1].split("%")[0]) for word in ("implicit ", "4 hops "))
     assert implicit > 95 and 50 < few < 80 and "guessing 50.0 %" in line
     graph = ignn_graphs.chains(10, 0)[0][0]
     assert (graph.x[1:] == 0).all() and graph.x[0].sum() == 1 and len(graph.y.unique()) == 1
+    torch.manual_seed(0)
+    model = ignn_graphs.node_model(parse_args(["--chain-length", "10"]), 2, 2, hops=2).double()
+    batch = make_batch([graph], "cpu", dtype=torch.float64)
+    reached = []
+    for value in (0.0, 3.0):
+        batch.x[0] = value
+        reached.append(model(batch).detach())
+    assert ((reached[0] - reached[1]).abs().amax(1) > 0).tolist() == [i <= 4 for i in range(len(graph.y))]
 
 
 # --- wrong input -----------------------------------------------------------------------------------------------------
@@ -798,7 +806,8 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     ("--table4", "--table4 is of COX2"), ("--eval", "--eval needs --resume FILE"),
     ("--dataset COX2 --eval --resume auto", "--eval needs --resume FILE"), ("--resume auto", "needs|--out DIR"),
     ("--benchmark --table4 --dataset COX2", "--benchmark"), ("--hops 0", "--hops must be at least 1"),
-    ("--chain-length 1", "--chain-length"), ("--graph-scale 0", "--graph-scale"),
+    ("--chain-length 1", "--chain-length"), ("--seed -1", "--seed must be in"), ("--benchmark", "--benchmark needs"),
+    ("--graph-scale 0", "--graph-scale"),
     ("--dataset COX2 --table4 --resume x.pt", "--table4 takes neither")])
 def test_an_impossible_flag_is_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -837,17 +846,35 @@ def test_missing_files_are_named(tmp_path, capsys):
 
 
 def test_data_that_are_neither_there_nor_downloadable_are_named(tmp_path, capsys, monkeypatch):
-    def offline(*_, **__):
+    def offline(root, name):
+        (Path(root) / name / "raw").mkdir(parents=True, exist_ok=True)          # as PyG does
         raise OSError("no route to host")
 
     monkeypatch.setattr(ignn_graphs, "TUDataset", offline)
-    error = refused(capsys, *SMALL, "--data", tmp_path / "none")
-    assert "no route to host" in error and str(tmp_path / "none" / "COX2" / "raw") in error
+    for _ in range(2):
+        error = refused(capsys, *SMALL, "--data", tmp_path / "none")
+        assert "no route to host" in error and f"unpack it to {tmp_path / 'none' / 'COX2' / 'raw'}" in error
+
+
+def test_an_edge_of_ppi_to_no_node_is_named(tmp_path, capsys):
+    write_ppi(tmp_path)
+    path = tmp_path / "PPI" / "raw" / "valid_graph.json"
+    graph = json.loads(path.read_text())
+    graph["links"].append({"source": 0, "target": 999})
+    path.write_text(json.dumps(graph))
+    assert "an edge to a node outside" in refused(capsys, "--dataset", "PPI", "--data", tmp_path)
+
+
+def test_an_official_ppi_checkpoint_is_not_evaluated_with_another_adjacency(ppi, tmp_path, capsys):
+    torch.save({"ig1.W": torch.zeros(4, 4)}, tmp_path / "official.pt")
+    assert "--ppi-model literal" in refused(capsys, "--dataset", "PPI", "--data", ppi, "--eval", "--resume",
+                                            tmp_path / "official.pt")
 
 
 def test_graphs_that_do_not_fit_together_are_named(capsys):
     args, good = parse_args(["--dataset", "PPI"]), node_graphs(1)[0]
     for change, message in ((dict(edge_index=torch.tensor([[0], [99]])), "outside 0"),
+                            (dict(x=good.x.index_fill(0, torch.tensor([1]), math.nan)), "not finite"),
                             (dict(edge_index=torch.tensor([[0], [-1]])), "outside 0"),
                             (dict(edge_index=torch.empty(2, 0, dtype=torch.long)), "graph 1 has no edges"),
                             (dict(y=good.y[:-1]), "labels for"), (dict(y=None), "0 labels for"),
@@ -955,19 +982,37 @@ def test_protocols_are_what_they_say():
 
 
 def test_a_collapse_is_reported(tmp_path, capsys):
-    """Fractions below a constant prediction's F1, and a loss that is no number."""
+    """Fractions below a constant prediction's F1, and a loss that is no number: the run ends with code 1."""
     run(*NODES, "--out", tmp_path / "a", "--epochs", 1, "--lr", 1e-9)
     assert "never above the constant prediction's" in capsys.readouterr().out
     assert results(tmp_path / "a")["collapsed"]
-    run(*NODES, "--out", tmp_path / "b", "--lr", 1e30, "--clip", 0, "--ppi-model", "literal")
-    assert "collapsed in epoch 1: the loss became" in capsys.readouterr().out
-    assert metrics(tmp_path / "b", "collapse")[0]["step"] == 1
+    error = refused(capsys, *NODES, "--out", tmp_path / "b", "--lr", 1e30, "--clip", 0, "--ppi-model", "literal",
+                    code=1)
+    assert "the loss became" in error and "in epoch 1" in error and "nothing was saved yet" in error
+    assert metrics(tmp_path / "b", "collapse")[0]["step"] == 1 and results(tmp_path / "b")["collapsed"]
 
 
-def test_positive_f1_is_that_of_predicting_every_label():
-    graphs = node_graphs(2)
-    y = torch.cat([graph.y for graph in graphs])
-    assert ignn_graphs.positive_f1(graphs) == pytest.approx(100 * 2 * y.mean().item() / (1 + y.mean().item()))
+def test_a_fall_to_the_constant_prediction_and_a_recovery_are_reported(tmp_path, capsys, monkeypatch):
+    """A loss of more than the constant's share of F1; small movements near it are neither."""
+    scores = iter([52.0, 50.0, 60.0, 50.0, 50.0, 58.0, 58.0])
+    monkeypatch.setattr(ignn_graphs, "constant_f1", lambda graphs: 49.5)
+    monkeypatch.setattr(ignn_graphs, "evaluate_nodes", lambda model, batch, pair=[]: (
+        pair.append(next(scores)) or pair[-1] if len(pair) < 1 else pair.pop(), 1.0))
+    run(*NODES, "--epochs", 7, "--out", tmp_path)
+    assert [(r["step"], r["what"].split(":")[0]) for r in metrics(tmp_path, "collapse")] == [
+        (4, "collapsed in epoch 4"), (6, "recovered in epoch 6")]
+    assert results(tmp_path)["collapsed"].endswith("recovered in epoch 6")
+
+
+def test_the_constant_f1_is_the_best_of_all_constant_predictions():
+    """All 2^C predictions of labels of unequal frequency; all labels together is not the best one."""
+    y = torch.zeros(50, 4)
+    for label, count in enumerate((40, 1, 20, 3)):
+        y[:count, label] = 1
+    graphs = [Data(y=y[:30]), Data(y=y[30:])]
+    f1 = [100 * 2 * (y * chosen).sum() / (50 * chosen.sum() + y.sum()) for chosen in torch.cartesian_prod(
+        *[torch.tensor([0.0, 1.0])] * 4)]
+    assert ignn_graphs.constant_f1(graphs) == pytest.approx(max(f1).item()) and max(f1) > f1[-1] + 1
 
 
 def test_micro_f1_counts_all_nodes_and_labels():
@@ -1006,6 +1051,19 @@ def test_table4_prints_four_methods_beside_the_paper(tu, tmp_path, capsys):
     last = results(tmp_path / "upg-0.5")["folds"]
     assert [float(line.split("accuracy ")[1].split(" %")[0]) for line in lines] == pytest.approx(
         [last[fold]["test"][-1] for fold in "012"], abs=0.01)
+
+
+def test_sigterm_between_two_trainings_is_not_lost(tmp_path, capsys, monkeypatch):
+    """Sent while the batches of the second method are made: it saves after its first epoch, and all ends."""
+    def make(*args, **kwargs):
+        if (tmp_path / "implicit" / "results.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(*args, **kwargs)
+
+    monkeypatch.setattr(ignn_graphs, "make_batch", make)
+    run(*NODES, "--table4", "--out", tmp_path)
+    assert "SIGTERM: saved to" in capsys.readouterr().out
+    assert len(metrics(tmp_path / "upg-0.5")) == 1 and not (tmp_path / "upg-0.8").exists()
 
 
 def test_an_official_checkpoint_is_evaluated_on_all_graphs(tu, tmp_path, capsys):

@@ -144,8 +144,9 @@ def test_offsets_make_samples_of_rows(mode):
         assert result.residual[i].item() == pytest.approx(alone.residual.item(), rel=1e-6)
         evals.append(alone.n_evals)
     assert evals[0] < evals[1] < 200 and torch.equal(result.h[5:], h0[5:])
-    with pytest.raises(ValueError, match="offsets"):
-        fixed_point(f, h0, offsets=torch.tensor([0, 6]))
+    for wrong in ([0, 6], [1, 7], [0, 5, 3, 7]):
+        with pytest.raises(ValueError, match="offsets"):
+            fixed_point(f, h0, offsets=torch.tensor(wrong))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
