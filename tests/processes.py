@@ -2,14 +2,15 @@
 
 Four seconds of imports is what a start of `python SCRIPT.py` costs; this one then runs the same main(parse_args(...)).
 """
+import atexit
 import contextlib
 import importlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -17,6 +18,13 @@ TESTS = Path(__file__).resolve().parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["processes", "torch._dynamo", "mdeq_cifar", "mdeq_imagenet"])
+
+
+@atexit.register
+def kill_what_a_failed_test_left():
+    """Python would wait for it, as for one of two processes whose other one has died."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Forked(fork.Process):
@@ -28,12 +36,8 @@ class Forked(fork.Process):
     def __init__(self, log, work, *args, **environment):
         super().__init__()
         self.log, self.work, self.args, self.environment = str(log), work, args, environment
-        before = {name: os.environ.get(name) for name in ENVIRONMENT}
-        os.environ.update(ENVIRONMENT)              # of the server: the first start starts it
-        multiprocessing.forkserver.ensure_running()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        self.start()
+        with mock.patch.dict(os.environ, ENVIRONMENT):      # of the server: the first start starts it, too
+            self.start()
 
     def run(self):
         os.setsid()
@@ -53,16 +57,18 @@ class Forked(fork.Process):
         assert self.exitcode is not None, f"still runs after {timeout} s"
         return self.exitcode
 
+    def finish(self):
+        """Waits for the end, which must be a good one."""
+        assert self.wait() == 0, Path(self.log).read_text()[-3000:]
 
-def pair(folder, work, *args):
+
+def pair(log, work, *args):
     """work(*args) in two processes, which find of torchrun's environment what init_process needs."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    both = [Forked(folder / f"rank{rank}.log", work, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                   LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
-    for rank, process in enumerate(both):
-        assert process.wait() == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+    return [Forked(log, work, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 
 def script(module, *flags):

@@ -75,7 +75,7 @@ def loss_of(h):
 
 
 def by_hand(model, u):
-    """Autograd through 100 plain iterations, which have converged; phantom gradients: through K damped steps more, alone.
+    """Autograd through 100 plain iterations, which have converged; for phantom gradients through K damped steps more.
 
     That is UPG's definition, and at a fixed point NPG equals it.
     """
@@ -120,8 +120,8 @@ def test_the_gradient_is_the_one_written_by_hand(Model, grad, device):
 def test_bf16_autocast_reaches_every_weight(Model, grad, device):
     """The trap: a leaf weight cast under no_grad sits in autocast's cache without a graph, and would get no gradient
 
-    (torch 2.14 no longer has it).  The state stays float32.  bf16 has 8 bits of mantissa, 0.4 % per operation; a few operations in a row: cosine above
-    0.999, norm to 3 %.
+    (torch 2.14 no longer has it).  The state stays float32.  bf16 has 8 bits of mantissa, 0.4 % per operation; a few
+    operations in a row: cosine above 0.999, norm to 3 %.
     """
     model, u = build(Model, grad, device, torch.float32, N=64, max_iter=20, tol=0.0, backward_max_iter=20,
                      backward_tol=0.0)
@@ -170,9 +170,9 @@ def train_together(folder):
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """gloo; DistributedDataParallel averages the gradients of the two halves' sums.  Also accumulated, with no_sync."""
-    pair(tmp_path, train_together, tmp_path)
-    for rank in range(2):
+    """gloo; DistributedDataParallel averages the two halves' gradients.  Also accumulated, with no_sync."""
+    for rank, process in enumerate(pair(tmp_path / "log", train_together, tmp_path)):
+        process.finish()
         results = torch.load(tmp_path / f"{rank}.pt")
         assert len(results) == 2 * 3 * 2
         for name, got in results.items():
