@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs_as_printed(capsys):
-    """And leaves the gradient A_{5,0.5}: five damped steps from where 100 plain iterations end, to the solver's 1e-5."""
+    """And leaves the gradient A_{5,0.5}: five damped steps from the end of a plain iteration."""
     torch.manual_seed(0)
     code, example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {}
     exec(compile(code, "README.md", "exec"), example)
