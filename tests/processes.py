@@ -36,6 +36,7 @@ class Forked(fork.Process):
     def __init__(self, log, work, *args, **environment):
         super().__init__()
         self.log, self.work, self.args, self.environment = str(log), work, args, environment
+        self.start_method = multiprocessing.get_start_method()
         with mock.patch.dict(os.environ, ENVIRONMENT):      # of the server: the first start starts it, too
             self.start()
 
@@ -45,6 +46,7 @@ class Forked(fork.Process):
         for stream in (sys.stdout, sys.stderr):
             os.dup2(out, stream.fileno())
             stream.reconfigure(line_buffering=True)
+        multiprocessing.set_start_method(self.start_method, force=True)     # of its own workers: not "forkserver"
         os.environ.update(self.environment)
         torch.set_num_threads(1)
         self.work(*self.args)
