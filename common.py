@@ -379,7 +379,8 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     "implicit" backward_max_iter + 4.
 
     If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
-    backward_tol = 0.  Raises ValueError for an impossible argument.
+    backward_tol = 0.  If it contains torch.utils.checkpoint, give that use_reentrant=False: the other kind loses a part
+    of "upg" in silence and cannot do "npg" and "implicit".  Raises ValueError for an impossible argument.
     """
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")

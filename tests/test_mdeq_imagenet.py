@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import Forked, pair, script
 from test_mdeq import zoo_imagenet
 from torch import nn
 
@@ -398,27 +399,49 @@ def test_an_unreadable_file_is_named_and_ends_the_run_or_is_left_out(split, kind
     assert [r["step"] for r in metrics(tmp_path / "skip", "train")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("last, code, printed", [
-    ("", 0, ""), ("raise RuntimeError('no memory')", 1, "RuntimeError: no memory"),
-    ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt")])
-def test_workers_never_keep_a_process_from_ending(last, code, printed, small):
-    """They ignore SIGTERM, by which Python ends them at exit where they still exist: as something holds the loader.
-
-    A rank that hangs after its traceback would never be restarted by torchrun.
-    """
+@pytest.fixture(scope="module")
+def ends(small, tmp_path_factory):
+    """{last line of a program: (exit code, stderr)}: one Python that has imported the script, forked for each."""
+    folder = tmp_path_factory.mktemp("ends")
+    lasts = ["", "raise RuntimeError('no memory')", "raise KeyboardInterrupt"]
     program = f"""
-import sys, torch, mdeq_imagenet as m
+import os, sys, torch, mdeq_imagenet as m
 from common import Process
 args = m.parse_args([*{NARROW!r}, '--data', {str(small)!r}, '--crop', '32', '--resize', '36', '--workers', '2',
                      '--batch-size', '8'])
 train, val, _ = m.load_images(args, Process(0, 1, torch.device('cpu')))
-sys.kept = iter(m.image_loader(val, [[(0, 0)], [(1, 0)]], args, torch.device('cpu')))
-next(sys.kept)
-{last}
+codes = []
+for last in {lasts!r}:
+    if (pid := os.fork()):
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    else:
+        os.dup2(os.open(f"{folder}/{{len(codes)}}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.kept = iter(m.image_loader(val, [[(0, 0)], [(1, 0)]], args, torch.device('cpu')))
+        next(sys.kept)
+        exec(last)
+        break
+else:
+    print(codes)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and done.stderr.strip().split("\n")[-1] == printed
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        codes = json.loads(process.communicate(timeout=60)[0])
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return {last: (code, (folder / str(i)).read_text()) for i, (last, code) in enumerate(zip(lasts, codes))}
+
+
+@pytest.mark.parametrize("last, code, printed", [
+    ("", 0, ""), ("raise RuntimeError('no memory')", 1, "RuntimeError: no memory"),
+    ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt")])
+def test_workers_never_keep_a_process_from_ending(last, code, printed, ends):
+    """They ignore SIGTERM, by which Python ends them at exit where they still exist: as something holds the loader.
+
+    A rank that hangs after its traceback would never be restarted by torchrun.
+    """
+    assert ends[last][0] == code and ends[last][1].strip().split("\n")[-1] == printed
 
 
 # --- wrong flags and wrong data --------------------------------------------------------------------------------------
@@ -895,17 +918,27 @@ LONG_RUN = [*SMALL_RUN, *"--epochs 8 --save-every 0 --dropout 0.2".split()]     
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def start(out, *command, launcher=(), **environment):
-    """The script as a process group of its own; what it prints goes to OUT.log."""
+def start(out, *command, launcher=None, **environment):
+    """The script as a process group of its own; what it prints goes to OUT.log.
+
+    Forked, or, with a launcher, begun as from a shell: `python LAUNCHER mdeq_imagenet.py ...`.
+    """
+    if launcher is None:
+        return Forked(f"{out}.log", script, "mdeq_imagenet", *command, "--out", out)
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen([sys.executable, *launcher, *map(str, (SCRIPT, *command)), "--out", str(out)],
                                 env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment}, stdout=log,
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def finish(process, out):
+def start_pair(out, *command):
+    return pair(f"{out}.log", script, "mdeq_imagenet", *command, "--out", out)
+
+
+def finish(out, *processes):
     """Waits for the end, which must be a good one."""
-    assert process.wait(timeout=120) == 0, Path(f"{out}.log").read_text()[-3000:]
+    for process in processes:
+        assert process.wait(timeout=120) == 0, Path(f"{out}.log").read_text()[-3000:]
     return checkpoint(out)
 
 
@@ -932,16 +965,13 @@ def steps_of(out, event="train"):
 
 @pytest.fixture(scope="module")
 def undisturbed(small, tmp_path_factory):
-    """A run of one process and one of two, which go on while the tests begin: {processes: (Popen, out)}."""
-    root, runs = tmp_path_factory.mktemp("undisturbed"), {}
-    for n, launcher in ((1, ()), (2, TORCHRUN)):
-        out = root / str(n)
-        runs[n] = start(out, *LONG_RUN, "--data", small, launcher=launcher), out
+    """A run of one process and one of two, which go on while the tests begin: {processes: (out, *processes)}."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    runs = {1: (root / "1", start(root / "1", *LONG_RUN, "--data", small)),
+            2: (root / "2", *start_pair(root / "2", *LONG_RUN, "--data", small))}
     yield runs
-    for process, _ in runs.values():
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    for process in (*runs[1][1:], *runs[2][1:]):
+        process.kill()
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, small, undisturbed):
@@ -955,16 +985,16 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, sma
         process = start(out, *LONG_RUN, "--data", small, "--resume", "auto", "--workers", workers)
         wait_for_new_checkpoint(out, process, before)
         time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         assert process.wait() == -signal.SIGKILL
     process = start(out, *LONG_RUN, "--data", small, "--resume", "auto")
-    end, expected = finish(process, out), finish(*undisturbed[1])
+    end, expected = finish(out, process), finish(*undisturbed[1])
     assert end["step"] == 40
     assert_same_end(end, expected)
     assert steps_of(out, "start")[0] == 0 and min(steps_of(out, "start")[1:]) > 0       # resumed, not begun again
-    for folder in (out, undisturbed[1][1]):
+    for folder in (out, undisturbed[1][0]):
         assert steps_of(folder) == list(range(1, 41)) and steps_of(folder, "epoch") == list(range(5, 41, 5))
-    losses = [[r["loss"] for r in metrics(folder, "train")] for folder in (out, undisturbed[1][1])]
+    losses = [[r["loss"] for r in metrics(folder, "train")] for folder in (out, undisturbed[1][0])]
     assert losses[0] == losses[1]
 
 
@@ -975,13 +1005,13 @@ def test_SIGTERM_saves_and_ends_with_code_0(tmp_path, small, undisturbed):
     """
     out = tmp_path / "run"
     flags = [*LONG_RUN, "--data", small, "--save-every", 1000, "--workers", 2]
-    process = start(out, *flags)
+    process = start(out, *flags, launcher=())
     log = out / "metrics.jsonl"
     wait_for(lambda: log.exists() and '"train"' in log.read_text(), process)
     os.killpg(process.pid, signal.SIGTERM)
-    step = finish(process, out)["step"]
+    step = finish(out, process)["step"]
     assert 0 < step < 40 and f"SIGTERM: saved after step {step} " in Path(f"{out}.log").read_text()
-    end, expected = finish(start(out, *flags, "--resume", "auto"), out), finish(*undisturbed[1])
+    end, expected = finish(out, start(out, *flags, "--resume", "auto")), finish(*undisturbed[1])
     assert_same_end(end, expected)
     assert steps_of(out) == list(range(1, 41)) and steps_of(out, "epoch") == list(range(5, 41, 5))
 
@@ -1015,7 +1045,7 @@ def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path, small, undisturbe
         victim = wait_for(lambda: ranks(agent).get(rank), agent)
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: ranks(agent).get(rank) not in (None, victim), agent)
-    end, expected = finish(agent, out), finish(*undisturbed[2])
+    end, expected = finish(out, agent), finish(*undisturbed[2])
     assert len(end["rng"]) == 2
     assert_same_end(end, expected)
     starts = steps_of(out, "start")
@@ -1034,7 +1064,7 @@ def test_SIGTERM_to_torchrun_saves_the_work_of_all_processes(tmp_path, small, un
     agent.wait(timeout=60)
     step, printed = checkpoint(out)["step"], Path(f"{out}.log").read_text()
     assert 0 < step < 40 and f"SIGTERM: saved after step {step} " in printed and printed.count("SIGTERM: saved") == 1
-    end = finish(start(out, *flags, "--resume", "auto", launcher=TORCHRUN), out)
+    end = finish(out, *start_pair(out, *flags, "--resume", "auto"))
     assert_same_end(end, finish(*undisturbed[2]))
     assert steps_of(out) == list(range(1, 41)) and steps_of(out, "epoch") == list(range(5, 41, 5))
 
@@ -1046,9 +1076,9 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
     checkpoint, and two, get the same.
     """
     flags = [*SMALL_RUN, "--data", small, "--lr", 0.005]        # at 0.05 rounding grows a million times in 5 steps
-    agent = start(tmp_path / "two", *flags, launcher=TORCHRUN)
+    together = start_pair(tmp_path / "two", *flags)
     run(*flags, "--accumulate", 2, "--out", tmp_path / "one")
-    two, one = finish(agent, tmp_path / "two"), checkpoint(tmp_path / "one")
+    two, one = finish(tmp_path / "two", *together), checkpoint(tmp_path / "one")
     seed_everything(0)
     model = mdeq_imagenet.build_model(parse_args(SMALL_RUN), CLASSES, CPU)
     moved = {name: one["model"][name] - p.detach() for name, p in model.named_parameters()}
@@ -1059,11 +1089,10 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
     assert rates[0] == rates[1]
 
     evaluation = [*flags, "--batch-size", 6, "--eval", "--resume", tmp_path / "two" / "checkpoint.pt"]
-    lines = {}
-    for n, launcher in ((1, ()), (2, TORCHRUN)):
-        assert start(tmp_path / f"eval{n}", *evaluation, launcher=launcher).wait(timeout=60) == 0
-        printed = Path(f"{tmp_path / f'eval{n}'}.log").read_text()
-        (lines[n],) = [line for line in printed.splitlines() if "top-1" in line]
+    lines, out = {}, tmp_path / "eval"
+    for n, processes in ((1, [start(f"{out}1", *evaluation)]), (2, start_pair(f"{out}2", *evaluation))):
+        assert [process.wait() for process in processes] == [0] * n
+        (lines[n],) = [line for line in Path(f"{out}{n}.log").read_text().splitlines() if "top-1" in line]
     assert lines[1] == lines[2] and "7 images, 0 unreadable" in lines[1]
     (epoch,) = metrics(tmp_path / "two", "epoch")
     assert f"top-1 {epoch['val_top1']:.2f} %, top-5 {epoch['val_top5']:.2f} %, loss {epoch['val_loss']:.4f}" in lines[1]

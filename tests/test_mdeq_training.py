@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import Forked, pair
+from torch.nn.parallel import DistributedDataParallel
 
 import mdeq_cifar
-from common import Process
-from mdeq_cifar import main, parse_args, prepare, toy_images
+from common import Process, init_process
+from mdeq_cifar import MDEQ, main, parse_args, prepare, toy_images
 
 ROOT = Path(mdeq_cifar.__file__).parent
 SCRIPT = ROOT / "mdeq_cifar.py"
@@ -376,11 +378,15 @@ def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, narrow):
 
 # --- kill and resume -------------------------------------------------------------------------------------------------
 
+def without_benchmark(*flags):
+    """A toy run's last minute is no part of what can be killed and resumed."""
+    mdeq_cifar.benchmark = lambda *args, **kwargs: None
+    run(*flags)
+
+
 def start(out, *flags):
     more = "--epochs 3 --save-every 2 --dropout 0.2 --augment yes".split()
-    command = [SCRIPT, *TINY_RUN, *more, "--out", out, *flags]
-    return subprocess.Popen([sys.executable, *map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)
+    return Forked(f"{out}.log", without_benchmark, *TINY_RUN, *more, "--out", out, *flags)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
@@ -396,14 +402,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
         while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
             time.sleep(0.01)                                                # until there is something new to resume
         time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         killed += process.wait() == -signal.SIGKILL
-        process.stderr.close()
     assert killed == 3
     process = start(tmp_path / "b", "--resume", "auto")
     for p in (process, undisturbed):
-        error = p.communicate(timeout=120)[1].decode()
-        assert p.returncode == 0, error
+        p.finish()
     a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in "ab")
     assert a["step"] == b["step"] == 30 and a["last"] == b["last"]
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
@@ -427,48 +431,35 @@ def torchrun(*command):
     return result.stdout
 
 
-DRIVER = '''
-import sys
-import torch
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from common import init_process
-from mdeq_cifar import MDEQ
-
-def step(grad, rank, world):
+def changes(grad, process):
+    """What one step of SGD adds to each parameter; in eval mode, as BatchNorm's batch statistics are per process."""
     torch.manual_seed(0)
     model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, grad=grad, max_iter=4, backward_max_iter=4)
-    model.double().eval()                   # with batch statistics two halves would differ from the whole
-    net = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    model.double().eval()
+    net = DistributedDataParallel(model) if process.world_size > 1 else model
     x, y = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.arange(8)
-    x, y = x.tensor_split(world)[rank], y.tensor_split(world)[rank]
+    x, y = (t.tensor_split(process.world_size)[process.rank] for t in (x, y))
     before = [p.detach().clone() for p in model.parameters()]
     F.cross_entropy(net(x), y).backward()
-    optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=10.0).step()
     return [p.detach() - b for p, b in zip(model.parameters(), before)]
 
-if __name__ == "__main__":
+
+def save_changes(folder):
     process = init_process()
-    steps = {grad: step(grad, process.rank, process.world_size) for grad in ("upg", "npg", "implicit")}
-    torch.save(steps, f"{sys.argv[1]}.{process.rank}")
-'''
+    torch.save({grad: changes(grad, process) for grad in ("upg", "npg", "implicit")}, folder / f"{process.rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    """DistributedDataParallel of two halves = one process on the whole batch, to 1e-9: float64 rounding.
-
-    In eval mode, as BatchNorm's batch statistics are per process.
-    """
-    (tmp_path / "driver.py").write_text(DRIVER)
-    torchrun(tmp_path / "driver.py", tmp_path / "steps")
-    namespace = {"__name__": "driver"}
-    exec(DRIVER, namespace)
+    """DistributedDataParallel of two halves = one process on the whole batch, to 1e-9: float64 rounding."""
+    for process in pair(tmp_path / "log", save_changes, tmp_path):
+        process.finish()
+    together = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for grad in ("upg", "npg", "implicit"):
-        alone = namespace["step"](grad, 0, 1)
-        for rank in (0, 1):
-            together = torch.load(f"{tmp_path / 'steps'}.{rank}", weights_only=True)[grad]
-            for a, b in zip(alone, together):
+        alone = changes(grad, Process(0, 1, torch.device("cpu")))
+        for own in together:
+            for a, b in zip(alone, own[grad]):
                 assert (a - b).abs().max() <= 1e-9 * max(a.abs().max(), 1e-6)
 
 

@@ -1,5 +1,4 @@
 """The gradients UPG, NPG, implicit and BPTT against dense algebra, the engine they live in, and the diagnostics."""
-import copy
 import functools
 import gc
 import math
@@ -7,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-import torch._functorch.config
 from torch import nn
 
 from common import (adaptive_damping, anderson, broyden, cosine_similarity, equilibrium, fixed_point, implicit,
@@ -370,28 +368,11 @@ def test_the_value_is_the_state_of_the_same_solve(grad):
 
 
 @pytest.mark.parametrize("grad", GRADS)
-def test_bf16_autocast_reaches_every_weight(grad):
-    """The trap: a leaf weight cast under no_grad sits in autocast's cache without a graph, and would get no gradient.
+def test_bf16_autocast_reaches_convolutions_and_several_resolutions(grad):
+    """Weights are leaves, cast and cached by autocast; backward inside of it too.
 
     bf16 has 8 bits of mantissa, 0.4 % per operation; a few operations in a row: cosine above 0.999, norm to 3 %.
     """
-    torch.manual_seed(0)
-    model = Layer(grad, D=32, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
-    u = torch.randn(16, 32)
-    params = list(model.linear.parameters())
-    exact = torch.autograd.grad(model(u).square().sum(), params)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        h = model(u)
-    assert h.dtype == torch.float32
-    rough = torch.autograd.grad(h.square().sum(), params)
-    assert cosine_similarity(rough, exact) > 0.999
-    for a, b in zip(rough, exact):
-        assert abs(a.norm() / b.norm() - 1) < 0.03
-
-
-@pytest.mark.parametrize("grad", GRADS)
-def test_bf16_autocast_reaches_convolutions_and_several_resolutions(grad):
-    """Weights are leaves, cast and cached by autocast; backward inside of it too.  Bounds as above."""
     torch.manual_seed(0)
     convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
     x = torch.randn(2, 4, 8, 8)
@@ -505,69 +486,6 @@ def test_a_solvers_own_arguments_are_bound_by_partial():
     torch.testing.assert_close(out.detach(), h, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("grad", GRADS)
-def test_gradient_accumulation_adds_up(grad):
-    model, u = layer(grad), torch.randn(4, 5, dtype=torch.float64)
-    whole = torch.autograd.grad(model(u).square().sum(), model.linear.weight)[0]
-    for part in u.split(2):
-        model(part).square().sum().backward()
-    torch.testing.assert_close(model.linear.weight.grad, whole, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("grad", GRADS)
-def test_checkpointing_functional_call_and_deepcopy_give_the_same_gradient(grad):
-    model, u = layer(grad), torch.randn(4, 5, dtype=torch.float64)
-    expected = torch.autograd.grad(model(u).square().sum(), model.linear.weight)[0]
-    out = torch.utils.checkpoint.checkpoint(model, u, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), model.linear.weight)[0], expected)
-    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    out = torch.func.functional_call(model, params, (u,))
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), params["linear.weight"])[0], expected)
-    clone = copy.deepcopy(model)
-    torch.testing.assert_close(torch.autograd.grad(clone(u).square().sum(), clone.linear.weight)[0], expected)
-
-
-@pytest.mark.parametrize("grad", GRADS)
-def test_a_compiled_f_gives_the_same_gradient(grad):
-    f, w, u, h0, _ = problem(N=3)
-    options = dict(grad=grad, k=3, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
-    expected = torch.autograd.grad(equilibrium(f, h0, **options)[0].square().sum(), (w, u))
-    torch._dynamo.reset()
-    compiled = torch.compile(f, backend="aot_eager")
-    for _ in range(2):
-        got = torch.autograd.grad(equilibrium(compiled, h0, **options)[0].square().sum(), (w, u))
-        for a, b in zip(got, expected):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_a_compiled_f_must_not_donate_its_buffers():
-    """npg and implicit run the backward of one graph repeatedly; a donated buffer may be overwritten by the first run.
-
-    torch gives none away if a graph's first backward keeps it, so npg alone works.  After upg's, or with the compile
-    cache of a run of upg, it refuses: torch._functorch.config.donated_buffer has to be False before f is compiled.
-    """
-    _, w, u, h0, _ = problem(N=3)
-
-    def f(h):                               # several operations, so that there is an intermediate to donate
-        return torch.tanh(torch.relu(torch.sigmoid(h @ w) * h.sin() + u) @ w + u)
-
-    def gradient(f, grad):
-        h, _ = equilibrium(f, h0, grad=grad, k=3, max_iter=20, tol=0, backward_max_iter=20, backward_tol=0)
-        return torch.autograd.grad(h.square().sum(), (w, u))
-
-    for donate in (True, False):
-        torch._dynamo.reset()
-        with torch._functorch.config.patch(donated_buffer=donate):
-            compiled = torch.compile(f, backend="aot_eager")
-            for grad in GRADS:
-                if donate and grad != "upg":
-                    with pytest.raises(RuntimeError, match="donated buffers"):
-                        gradient(compiled, grad)
-                    continue
-                for a, b in zip(gradient(compiled, grad), gradient(f, grad)):
-                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
 # --- diagnostics -----------------------------------------------------------------------------------------------------
 
 def linear(a):
@@ -625,11 +543,11 @@ def test_adaptive_damping_is_one_over_rho_clipped():
 
 
 def test_jacobian_regularization_estimates_the_frobenius_norm_and_is_differentiable():
-    """20000 vectors; the estimate's relative deviation is below sqrt(2 / 20000) = 1 %, times 4."""
+    """20000 vectors, 1000 for each of 20 samples; the relative deviation is below sqrt(2 / 20000) = 1 %, times 4."""
     torch.manual_seed(0)
     a = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    h = torch.zeros(1, 4, dtype=torch.float64)
-    value = sum(jacobian_regularization(lambda h: h @ a.T, h, n_vectors=200) for _ in range(100)) / 100
+    h = torch.zeros(20, 4, dtype=torch.float64)
+    value = jacobian_regularization(lambda h: h @ a.T, h, n_vectors=1000)
     torch.testing.assert_close(value, a.square().sum() / 4, rtol=0.04, atol=0)
     torch.testing.assert_close(torch.autograd.grad(value, a)[0], a / 2, rtol=0.2, atol=0.1)
 

@@ -17,10 +17,21 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs_as_printed(capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    exec(compile(code, "README.md", "exec"), {})
+    """And leaves the gradient A_{5,0.5}: five damped steps from the end of a plain iteration."""
+    torch.manual_seed(0)
+    code, example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {}
+    exec(compile(code, "README.md", "exec"), example)
     n_evals = int(capsys.readouterr().out.split()[0])
-    assert 1 < n_evals <= 31
+    assert 1 < n_evals <= 31 and example["result"].converged.all()
+    f, layer, h = example["f"], example["layer"], torch.zeros(8, 64)
+    with torch.no_grad():
+        for _ in range(100):
+            h = f(h)
+    for _ in range(5):
+        h = 0.5 * h + 0.5 * f(h)
+    torch.testing.assert_close(example["h"], h, rtol=1e-3, atol=1e-5)
+    expected, got = torch.autograd.grad(h.square().mean(), layer.weight)[0], layer.weight.grad
+    assert (got - expected).norm() < 1e-3 * expected.norm()
 
 
 SCRIPTS = {module.__name__: module for module in (deq_synthetic, deq_wikitext, ignn_graphs, mdeq_cifar,

@@ -4,20 +4,17 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import pair
 
 import common
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, describe_run, die, init_process, load_checkpoint,
                     peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
                     set_rng_state)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def state(step):
@@ -300,60 +297,20 @@ def test_a_run_describes_itself_with_or_without_git(monkeypatch):
     assert about["commit"] == "unknown" and about["processes"] == 2 and json.dumps(about)
 
 
-TWO = """
-import gc
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-from torch.nn.parallel import DistributedDataParallel
-from common import all_reduce_sum, equilibrium, init_process, rng_states, seed_everything
-
-process = init_process()
-seed_everything(process.rank)
-states = rng_states()
-assert len(states) == 2 and not (states[0]["torch"] == states[1]["torch"]).all()
-assert (states[process.rank]["torch"] == torch.get_rng_state()).all()           # by rank
-assert (process.rank, process.world_size) == (torch.distributed.get_rank(), 2)
-x = torch.tensor(float(process.rank + 1))
-assert all_reduce_sum(x) is x and x.item() == 3.0                               # in place
+def meet():
+    process = init_process()
+    assert (process.rank, process.world_size) == (int(os.environ["RANK"]), 2) == (torch.distributed.get_rank(), 2)
+    assert torch.distributed.get_backend() == "gloo" and process.device == torch.device("cpu")
+    seed_everything(process.rank)
+    states = rng_states()
+    assert len(states) == 2 and not (states[0]["torch"] == states[1]["torch"]).all()
+    assert (states[process.rank]["torch"] == torch.get_rng_state()).all()           # by rank
+    x = torch.tensor(float(process.rank + 1))
+    assert all_reduce_sum(x) is x and x.item() == 3.0                               # in place
+    torch.distributed.destroy_process_group()
 
 
-class Layer(torch.nn.Module):
-    def __init__(self, grad):
-        super().__init__()
-        torch.manual_seed(1)
-        self.linear, self.grad = torch.nn.Linear(8, 8), grad
-        with torch.no_grad():
-            self.linear.weight *= 0.5
-
-    def forward(self, u):
-        return equilibrium(lambda h: torch.tanh(self.linear(h) + u), torch.zeros_like(u), grad=self.grad, tol=0,
-                           backward_tol=0, max_iter=8, backward_max_iter=8)[0]
-
-
-u = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
-for grad in ("upg", "npg", "implicit"):
-    alone, together = Layer(grad), DistributedDataParallel(Layer(grad))
-    for _ in range(2):                  # twice: the reducer must be ready again after the first
-        alone.zero_grad(), together.zero_grad()
-        alone(u).square().mean().backward()
-        together(u.chunk(2)[process.rank]).square().mean().backward()
-        for a, b in zip(alone.parameters(), together.parameters()):
-            assert (a.grad - b.grad).abs().max() < 1e-5 * a.grad.abs().max(), grad
-Path(sys.argv[1], f"rank{{process.rank}}").touch()           # two processes may print into each other's lines
-del alone, together, a, b
-gc.collect()        # what holds the group when Python ends can abort it (github.com/pytorch/pytorch/issues/190489)
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """gloo through torchrun: process group, random states by rank, DistributedDataParallel around every gradient."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(root=str(ROOT)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*torchrun, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200,
-                         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
+def test_two_processes_find_each_other(tmp_path):
+    """Process group, random states by rank, sums.  Gradients: test_usage.py; under torchrun: the scripts' tests."""
+    for process in pair(tmp_path / "log", meet):
+        process.finish()

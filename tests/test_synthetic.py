@@ -13,10 +13,10 @@ from common import seed_everything
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def rows(part, *flags):
+def rows(part, *flags, **sizes):
     args = deq_synthetic.parse_args(["--only", part, *flags])
     seed_everything(args.seed)
-    return getattr(deq_synthetic, part)(args)
+    return getattr(deq_synthetic, part)(args, **sizes)
 
 
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
@@ -79,7 +79,8 @@ def test_theorem_2_the_rate_is_the_spectral_radius():
 
 
 def test_theorem_3_the_floor_falls_with_epsilon_and_stays_below_the_bound():
-    table = rows("theorem3")
+    """50 steps of larger batches, in place of 100: less noise, so that the floors are as far apart."""
+    table = rows("theorem3", steps=50, batch=32)
     for family in (table[:4], table[4:]):
         assert all(a["epsilon"] > b["epsilon"] and a["mean"] > b["mean"] for a, b in zip(family, family[1:]))
     assert all(r["added"] <= r["bound"] + 1e-12 for r in table)
