@@ -111,13 +111,13 @@ def fig1(args):
           f"relative error is at most {result.residual.max():.1e} (paper: 1e-5)")
     print("Exact gradient, back-propagation through 100 iterations against implicit differentiation with 20 Broyden "
           f"iterations:\ncosine at least {agreement.min():.7f} (paper: above 0.9999)")
-    rows = [{"part": "exact", "cosine_min": agreement.min().item(), "residual_max": result.residual.max().item()}]
+    rows = [{"event": "exact", "cosine_min": agreement.min().item(), "residual_max": result.residual.max().item()}]
     lams = [round(0.1 * i, 1) for i in range(1, 11)]
     for name, phantom in (("upg", upg), ("npg", npg)):
         for lam in lams:
             for k in range(1, 21):
                 c = pair_cosines(gradient(phantom(f, h_star, k, lam)), exact, pairs)
-                rows.append({"part": "fig1", "grad": name, "lam": lam, "k": k, "mean": c.mean().item(),
+                rows.append({"event": "fig1", "grad": name, "lam": lam, "k": k, "mean": c.mean().item(),
                              "std": c.std().item()})
     cell = {(r["grad"], r["lam"], r["k"]): r for r in rows[1:]}
     ks = (1, 2, 3, 5, 10, 20)
@@ -185,7 +185,7 @@ def fig4(args, iterations=30):
             for t, v in enumerate(sequence, start=iterations if name == "best" else 1):
                 v = v.double()
                 objective = torch.linalg.vector_norm((matrix @ v[:, :, None])[:, :, 0] - g, dim=1)
-                row = {"part": "fig4", "lip": lip, "grad": name, "iteration": t, "objective": objective.mean().item(),
+                row = {"event": "fig4", "lip": lip, "grad": name, "iteration": t, "objective": objective.mean().item(),
                        "relative_error": (objective / torch.linalg.vector_norm(v, dim=1)).mean().item(),
                        "cosine": torch.cosine_similarity(v, exact, dim=1).mean().item(),
                        "l1": (v.abs().sum(1).mean() / exact_l1.mean()).item(), "exact_l1": exact_l1.mean().item()}
@@ -249,7 +249,7 @@ def theorem1(args):
         a = gradient_matrix(npg(f, h, k, lam), w)
         left = torch.linalg.matrix_norm(a @ (torch.eye(len(j), dtype=j.dtype) - j) - df, 2).item()
         cosine = torch.cosine_similarity(a @ directions, exact @ directions, dim=0).min().item()
-        rows.append({"part": "theorem1", "k": k, "lam": lam, "left": left, "right": right, "cosine_min": cosine})
+        rows.append({"event": "theorem1", "k": k, "lam": lam, "left": left, "right": right, "cosine_min": cosine})
         print(f"{k:<4d} {lam:.1f} {left:20.4f} {right:27.4f}   {'holds' if left <= right else 'fails':>12s} "
               f"{'yes' if cosine >= 0 else 'no':>9s} {cosine:13.4f}")
     wrong = [r for r in rows if r["left"] <= r["right"] and r["cosine_min"] < 0]
@@ -278,7 +278,7 @@ def theorem2(args):
                         / torch.linalg.matrix_norm(exact, 2)).item()
             errors = [error(k) for k in ks]
             rate = (error(40) / error(30)) ** 0.1
-            rows.append({"part": "theorem2", "lam": lam, "grad": name, "rate": rate, "rho": rho, "rho_power": power,
+            rows.append({"event": "theorem2", "lam": lam, "grad": name, "rate": rate, "rho": rho, "rho_power": power,
                          **{f"error_{k}": e for k, e in zip(ks, errors)}})
             print(f"{lam:.1f}  {name}  " + "".join(f"{e:<11.1e}" for e in errors)
                   + f"  {rate:.4f}  {rho:.4f}   {power:.4f}")
@@ -322,15 +322,16 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
         epsilon = largest = weighted = total = 0.0
         for n in range(1, steps + 1):
             index = torch.randint(samples, (batch,), generator=order)
-            full = gradient(w, everything, exact)
-            true = gradient(w, index, exact)
+            late = n > steps // 2
+            true = gradient(w, index, exact) if late or attach is exact else None
+            full = gradient(w, everything, exact) if late else None
             g = pulled(true, pull) if attach is exact else gradient(w, index, attach)
             eta = 0.5 / n ** 0.5
             w = w - eta * g
-            if n > steps // 2:
+            if late:
                 weighted, total = weighted + eta * full.square().sum().item(), total + eta
                 epsilon, largest = max(epsilon, (g - true).norm().item()), max(largest, full.norm().item())
-        rows.append({"part": "theorem3", "oracle": name, "epsilon": epsilon, "mean": weighted / total,
+        rows.append({"event": "theorem3", "oracle": name, "epsilon": epsilon, "mean": weighted / total,
                      "bound": largest * epsilon, "last": full.square().sum().item()})
     base = rows[-1]["mean"]
     print(f"\nTheorem 3.  {steps} SGD steps, eta_n = 0.5 / sqrt(n), a tanh layer fitted to another one's equilibria; "
@@ -396,7 +397,7 @@ def table2(args, rows_n=64, size=1024, repeats=3):
             points.append((n, statistics.median(t for t, _ in runs), runs[0][1]))
         slopes = [statistics.linear_regression([p[0] for p in points], [p[i] for p in points]).slope for i in (1, 2)]
         for i, (n, ms, mb) in enumerate(points):
-            rows.append({"part": "table2", "grad": name, "steps": n, "ms": ms, "mb": mb, "ms_per_step": slopes[0],
+            rows.append({"event": "table2", "grad": name, "steps": n, "ms": ms, "mb": mb, "ms_per_step": slopes[0],
                          "mb_per_step": slopes[1]})
             tail = f"{slopes[0]:19.2f} {slopes[1]:10.3f}" if i == 0 else ""
             print(f"{name if i == 0 else '':9s} {n:7d} {ms:8.1f} {mb:7.2f} {tail}")
@@ -419,7 +420,7 @@ def plot(rows, folder):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for ax, grad in zip(axes, ("upg", "npg")):
         for lam in (0.1, 0.2, 0.3, 0.5, 0.8, 1.0):
-            line = [r for r in rows if r["part"] == "fig1" and r["grad"] == grad and r["lam"] == lam]
+            line = [r for r in rows if r["event"] == "fig1" and r["grad"] == grad and r["lam"] == lam]
             k, mean, std = ([r[key] for r in line] for key in ("k", "mean", "std"))
             ax.plot(k, mean, label=f"$\\lambda$ = {lam}")
             ax.fill_between(k, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2)
@@ -433,7 +434,7 @@ def plot(rows, folder):
     for i, key in enumerate(keys):
         for ax, lip in zip(axes[i], lips):
             for grad in ("broyden", "phantom"):
-                line = [r for r in rows if r["part"] == "fig4" and r["grad"] == grad and r["lip"] == lip]
+                line = [r for r in rows if r["event"] == "fig4" and r["grad"] == grad and r["lip"] == lip]
                 scale = line[0]["exact_l1"] if key == "l1" else 1.0
                 ax.plot([r["iteration"] for r in line], [scale * r[key] for r in line], label=grad)
             if key == "l1":
@@ -466,7 +467,7 @@ def main(args):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         log = MetricsLog(Path(args.out) / "metrics.jsonl", last_step=-1)
-        log.write(part="start", args=vars(args), **describe_run(torch.device(args.device), 1))
+        log.write(event="start", args=vars(args), **describe_run(torch.device(args.device), 1))
         for row in rows:
             log.write(**row)
     if args.plot:
