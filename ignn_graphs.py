@@ -27,7 +27,7 @@ What makes it faster: batches and their sparse matrices (CSR, with the transpose
 W is projected once per step, all rows in one sort; A V Omega_1^T is computed before the solve; graphs stop one by one;
 the folds of COX2 and PROTEINS are divided over processes (OMP_NUM_THREADS=1: the matrices are too small for threads).
 
-Measured: README.md has Table 4 as far as it was run, on a CPU.
+Measured: README.md has Table 4 for COX2, on a CPU; PROTEINS and PPI are not run to the end.
 
 Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds (there:
 shuffled after stratification); residual per graph and relative (there: the largest entry of the batch); W is projected
