@@ -576,7 +576,7 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
 
 
 def adaptive_damping(rho: Tensor) -> float:
-    """lam = 1 / rho(J) clipped to (0, 1], for the largest rho of the batch (App. D.3).  One host synchronisation."""
+    """lam = 1 / rho(J) clipped to (0, 1] (App. D.3), for the largest of the rho given.  One host synchronisation."""
     largest = float(rho.max())
     _require(math.isfinite(largest), f"rho must be finite, got {largest}")
     return 1.0 / max(1.0, largest)
@@ -716,7 +716,7 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
     flag: what the user gave the path with, for the messages.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):            # unlike Path.is_file, False also where a folder may not be entered
         die(f"{flag}: there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -733,7 +733,7 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
             f"convert it: x = torch.load('{path}', weights_only=False); torch.save(x.state_dict(), 'converted.pt'), or "
             "x['state_dict'] where x is not the model itself")
-    die(f"{flag}: {path} is damaged or not a checkpoint, and no usable {previous.name} is beside it")
+    die(f"{flag}: {path} is damaged or not a checkpoint ({reason}), and no usable {previous.name} is beside it")
 
 
 def is_ours(state) -> bool:
@@ -794,7 +794,7 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike, last_step: int | None = None, last_step_of: dict | None = None):
         self.path = Path(path)
-        if last_step is not None and self.path.exists():
+        if last_step is not None and os.path.exists(self.path):
             kept = []
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):         # a killed run may leave half a line
@@ -802,8 +802,11 @@ class MetricsLog:
                     if record.get("step", 0) <= (last_step_of or {}).get(record.get("event"), last_step):
                         kept.append(line + "\n")
             new = self.path.with_name(self.path.name + ".new")
-            new.write_text("".join(kept))
-            os.replace(new, self.path)
+            try:
+                new.write_text("".join(kept))
+                os.replace(new, self.path)
+            except OSError as error:
+                die(f"--out: cannot write {new} ({error.strerror})", code=1)
 
     def write(self, **record):
         try:

@@ -4,11 +4,13 @@
     python deq_wikitext.py --data toy                               # a small model on generated text, on a CPU
     python deq_wikitext.py --accumulate 4                           # one GPU: the same streams in 4 micro-batches
     python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480    # ours with its own flags, or an official one
-    python deq_wikitext.py --generate "The game was" --resume FILE         # continues the text
+    python deq_wikitext.py --generate "The game was" --resume FILE         # continues it; toy text: "w5 w17"
     python deq_wikitext.py --benchmark --batch-size 14              # step time and memory of Table 3's rows
 
 Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, the content
-of the archive wikitext-103-v1.zip; or the same three as train.txt, valid.txt and test.txt.
+of the archive wikitext-103-v1.zip; or the same three as train.txt, valid.txt and test.txt.  --eval and --generate read
+it too, for the vocabulary.  Our checkpoints bring the flags of text, model, solver and memory; to an official one give
+its row's model flags (--norm above all: the files do not differ in it).
 
 Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed to the first row;
 torchrun --nproc_per_node=4 deq_wikitext.py with
@@ -26,7 +28,7 @@ in training, and twelve unrolled steps from zero:
                       --init-before-norm --k 12 --lam 1 --max-iter 0 --checkpoint-blocks --pretrain-steps 0
                       --steps 150000 --warmup-steps 8000
 
-What makes it faster (--benchmark with the flag measures all but --accumulate; README.md has what was measured):
+What makes it faster (--benchmark with the flag measures all but --accumulate):
     --compile                   F by torch.compile: fewer launches; the same numbers to rounding
     --amp                       bf16 autocast, solver state and softmax in float32: changes results, so off by default
     TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq; --no-tf32 without
@@ -80,19 +82,22 @@ from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_s
                     set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
-DEFAULTS = {        # for WikiText-103, and for --data toy
+DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
     "d_model": (700, 64), "n_head": (10, 4), "d_inner": (48000, 256), "cutoffs": ([20000, 40000, 200000], [200, 800]),
     "dropout": (0.05, 0.0), "solver": ("broyden", "broyden"), "max_iter": (30, 12), "backward_max_iter": (35, 12),
     "pretrain_steps": (32000, 0), "steps": (300000, 1000), "warmup_steps": (16000, 50), "batch_size": (56, 20),
     "segment": (150, 30), "mem_len": (150, 30), "lr": (2.5e-4, 2e-3), "eval_every": (5000, 250), "log_every": (200, 50)}
 MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_inner", "n_blocks", "cutoffs", "div_val",
-               "ln_affine", "attn_out_ln", "local_size"}
-EVALUATION_FLAGS = {"data", "vocab", "solver", "max_iter", "tol", "k", "lam", "segment", "mem_len", "pretrain_steps",
-                    "pretrain_layers", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter"}
+               "ln_affine", "attn_out_ln"}
+EVALUATION_FLAGS = {"data", "vocab", "local_size", "solver", "max_iter", "tol", "k", "lam", "segment", "mem_len",
+                    "pretrain_steps", "pretrain_layers", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter"}
 
 
 def parse_args(argv=None, saved=None):
-    """saved: flags of the checkpoint that --eval or --generate use, in place of those that are not given."""
+    """saved: flags of the checkpoint that --eval or --generate use, in place of those that are not given.
+
+    Without it these two are only recognised, and nothing else is checked: main reads the checkpoint and calls again.
+    """
     p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.  --data "
                                 "DIR has wiki.{train,valid,test}.tokens or {train,valid,test}.txt.")
 
@@ -154,8 +159,8 @@ def parse_args(argv=None, saved=None):
     add("--eval-every", "steps between evaluations on valid", type=int)
     add("--eval-streams", "streams that valid and test are cut into", type=int, default=16)
     add("--eval-mem-len", "memory in evaluation; training uses the first (default --mem-len)", type=int, nargs="+")
-    add("--eval-solver", "solver in evaluation; fixed-point never looks ahead in the text (default --solver; with "
-        "--max-iter 0 fixed-point)", choices=list(SOLVERS))
+    add("--eval-solver", "solver in evaluation; 'unrolled': --eval-max-iter plain steps, which alone never look ahead "
+        "in the text (default --solver; with --max-iter 0 unrolled)", choices=[*SOLVERS, "unrolled"])
     add("--eval-max-iter", "steps in evaluation (default --max-iter, or --k where that is 0)", type=int)
     # speed
     add("--amp", "bf16 autocast; solver state and softmax stay float32", action="store_true")
@@ -170,7 +175,7 @@ def parse_args(argv=None, saved=None):
     add("--log-every", "steps between log lines", type=int)
     add("--radius-every", "steps between spectral radii of J and J_lam on valid; 0: never", type=int, default=0)
     add("--eval", "only evaluate --resume's checkpoint, ours or an official one; as with --generate, ours brings the "
-        "flags that are not given", action="store_true")
+        "flags of text, model, solver and memory that are not given", action="store_true")
     add("--generate", "only continue this text with the checkpoint of --resume", metavar="TEXT")
     add("--generate-tokens", "how many tokens --generate adds", type=int, default=100)
     add("--temperature", "of --generate; 0: the likeliest token", type=float, default=0.9)
@@ -197,7 +202,7 @@ def parse_args(argv=None, saved=None):
         refuse(args.resume in (None, "auto"), f"{mode} needs --resume FILE, the checkpoint to use")
         if saved is None:
             return args             # the flags are complete, and can be checked, when the checkpoint has been read
-        for name in ("solver", "max_iter", "mem_len"):          # if given, not the checkpoint's --eval-... either
+        for name in ("solver", "max_iter", "mem_len"):      # one that is given beats the saved --eval-... of it, too
             saved = {k: v for k, v in saved.items() if k != f"eval_{name}" or getattr(args, name) is None}
         p.set_defaults(**{name: value for name, value in saved.items() if name in MODEL_FLAGS | EVALUATION_FLAGS})
         args = p.parse_args(argv)
@@ -206,9 +211,9 @@ def parse_args(argv=None, saved=None):
         if getattr(args, name) is None:
             setattr(args, name, toy if args.data == "toy" else full)
     args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
-    # What is trained without a solver iterates plainly: Broyden may leave it.
-    args.eval_solver = args.eval_solver or (args.solver if args.max_iter else "fixed-point")
-    args.eval_max_iter = args.max_iter or args.k if args.eval_max_iter is None else args.eval_max_iter
+    args.eval_solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")   # as it was trained
+    if args.eval_max_iter is None:
+        args.eval_max_iter = args.max_iter or args.k
 
     def check(names, ok, must):
         for name in names.split():
@@ -776,7 +781,9 @@ def load_official(model, state_dict):
     The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict: ValueError names
     keys that are unknown, missing, of another shape, or not tied where they must be.
     """
-    state_dict = state_dict.get("state_dict", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict) if isinstance(state_dict, dict) else None
+    if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
+        raise ValueError("it is no state dict: a dict of tensors")
     found = {}
     for key, value in state_dict.items():
         key = key.removeprefix("module.")
@@ -833,9 +840,13 @@ def autocast(args, device):
 
 @contextlib.contextmanager
 def evaluating(model, args):
-    """The model in evaluation mode, with the solver of evaluation."""
+    """The model in evaluation mode, with the solver of evaluation.
+
+    A solver sees the future a little: its inner products, its stop and its choice of the best state are of a stream's
+    whole segment.  Where all is solved to the tolerance, so is the difference.
+    """
     before = model.solver, model.max_iter, model.training
-    model.solver, model.max_iter = SOLVERS[args.eval_solver], args.eval_max_iter
+    model.solver, model.max_iter = SOLVERS.get(args.eval_solver, fixed_point), args.eval_max_iter
     model.eval()
     yield
     model.solver, model.max_iter, training = before
@@ -860,9 +871,9 @@ def health(name, residuals, tol):
 
 @torch.no_grad()
 def evaluate(model, name, ids, args, process, mem_len, unroll=0):
-    """Perplexity of a text in --eval-streams streams with a memory of their own; the first token of each has none.
+    """Perplexity of a text in --eval-streams streams with a memory of their own; the first token of each is given.
 
-    unroll: layers of the pretraining network, while that is being trained.
+    unroll: layers of the unrolled network in place of the solver; 0: the solver.
     """
     text = streams(ids, args.eval_streams)
     own = text.tensor_split(process.world_size)[process.rank]              # some may have one stream more, or none
@@ -890,8 +901,8 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
 
 
 def spell_health(name, record):
-    return "relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}".format(
-        *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)))
+    return "relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}, {:.0%} solved".format(
+        *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), record[f"{name}_solved"])
 
 
 def spell(name, record):
@@ -928,7 +939,7 @@ def radii(model, ids, args, process):
 
 
 @torch.no_grad()
-def generate(model, vocabulary, args, process):
+def generate(model, vocabulary, args, process, unroll=0):
     """Continues --generate token by token, each drawn from the model's distribution; prints as it goes."""
     known = {word: i for i, word in enumerate(vocabulary)}
     words = args.generate.replace("\n", " <eos> ").split() or ["<eos>"]
@@ -942,7 +953,7 @@ def generate(model, vocabulary, args, process):
     with evaluating(model, args), autocast(args, process.device):
         for _ in range(args.generate_tokens):
             for segment in ids.split(args.segment, dim=1):
-                out = model(segment, memory=memory, mem_len=args.eval_mem_len[0])
+                out = model(segment, memory=memory, mem_len=args.eval_mem_len[0], unroll=unroll)
                 memory = out.memory
             log_prob = model.log_prob(out.h[:, -1])
             ids = (torch.multinomial((log_prob / args.temperature).softmax(1), 1) if args.temperature else
@@ -963,7 +974,8 @@ TABLE3 = {      # of the model: norm, gradient, forward and backward steps; and 
 def benchmark(model, args, device, repeats=3):
     """Times training steps of Table 3's rows in turns, and the solver's overhead: medians over the repeats.
 
-    A row with JR is the mean of steps with and without the term, weighted by --jr-freq.
+    A row with JR is the mean of steps with and without the term, weighted by --jr-freq.  All rows have the --mem-len,
+    --dropout and --dropatt of the command and no jitter: only gradient, JR and iterations differ.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     model.train()
@@ -1026,7 +1038,8 @@ def benchmark(model, args, device, repeats=3):
     median = {row: [statistics.median(column) for column in zip(*times[row])] for row in TABLE3}
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, memory "
-          f"{M}, {args.solver}, k = {model.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
+          f"{M}, dropatt {args.dropatt}, no jitter, {args.solver}, k = {model.k}; {about['device']}, torch "
+          f"{about['torch']}, commit {about['commit']}")
     print("row                forward ms  backward ms  step ms  peak GB  tokens/s  backward    step (first row / this)")
     base = median["PostLN implicit"]
     for row, (forward, backward, whole, gb) in median.items():
@@ -1085,7 +1098,7 @@ def read_checkpoint(flag, path):
     return state
 
 
-def restore(args, model, types, optimizer, scheduler):
+def restore(args, model, types, train_text, optimizer, scheduler):
     """--resume in training: all of the state.  Returns what was read."""
     state = read_checkpoint("--resume", args.resume)
     if not is_ours(state):
@@ -1097,6 +1110,8 @@ def restore(args, model, types, optimizer, scheduler):
                 "use the same flags, or start afresh with another --out")
     if "optimizer" not in state:
         die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
+    if state.get("train_text") != train_text:
+        die(f"--resume {args.resume} is of a run on another training text than --data {args.data} holds")
     load_weights("--resume", args.resume, state, model)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
@@ -1104,9 +1119,11 @@ def restore(args, model, types, optimizer, scheduler):
     return state
 
 
-def unrolled_layers(args, step):
-    """Layers of the pretraining network in the step that follows `step` steps; 0: the solver."""
-    return args.pretrain_layers if step < args.pretrain_steps else 0
+def unrolled_layers(args, step, evaluation=False):
+    """Layers of the unrolled network in place of the solver after `step` steps, in pretraining above all; 0: none."""
+    if step < args.pretrain_steps:
+        return args.pretrain_layers
+    return args.eval_max_iter if evaluation and args.eval_solver == "unrolled" else 0
 
 
 def jr_weight(args, step):
@@ -1128,9 +1145,10 @@ def all_streams(part, world):
 def train(args, process, model, text):
     device, rank, world = process.device, process.rank, process.world_size
     main, types = rank == 0, checksum(text.vocabulary)
+    train_text = hashlib.sha256(text.train.numpy()).hexdigest()[:16]
     out = Path(args.out)
     checkpoint, best_path = out / "checkpoint.pt", out / "best.pt"
-    seen = int(all_reduce_sum(torch.tensor(float(checkpoint.exists()), device=device)))      # by so many processes
+    seen = int(all_reduce_sum(torch.tensor(float(os.path.exists(checkpoint)), device=device)))  # by so many processes
     if args.resume == "auto":
         if seen not in (0, world):
             die(f"--out {out}: {checkpoint.name} is there for {seen} of {world} processes; all machines must see one "
@@ -1151,10 +1169,10 @@ def train(args, process, model, text):
         return s / args.warmup_steps if s < args.warmup_steps else (1 + math.cos(math.pi * s / args.steps)) / 2
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0, "last": math.inf, "seconds": 0.0}
+    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0, "seconds": 0.0}
     memories = [None] * n
     if args.resume:
-        state = restore(args, model, types, optimizer, scheduler)
+        state = restore(args, model, types, train_text, optimizer, scheduler)
         if state["memory"] is not None:
             parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
             memories = [Memory(*pair) for pair in zip(*parts)]
@@ -1163,7 +1181,7 @@ def train(args, process, model, text):
         if is_ours(first):
             check_flags("--init", args.init, first, args, types, MODEL_FLAGS, "use the same flags")
         load_weights("--init", args.init, first, model)
-    step, evaluated, best, best_step, last = (state[k] for k in ("step", "evaluated", "best", "best_step", "last"))
+    step, evaluated, best, best_step = (state[k] for k in ("step", "evaluated", "best", "best_step"))
     seed_everything(args.seed + rank)
     if args.resume:
         if len(state["rng"]) == world:
@@ -1194,8 +1212,8 @@ def train(args, process, model, text):
             save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                          "scheduler": scheduler.state_dict(), "rng": rng, "memory": memory,
                                          "lam": model.lam, "step": step, "evaluated": evaluated, "best": best,
-                                         "best_step": best_step, "last": last, "types": types, "args": vars(args),
-                                         "seconds": time.perf_counter() - started})
+                                         "best_step": best_step, "types": types, "train_text": train_text,
+                                         "args": vars(args), "seconds": time.perf_counter() - started})
 
     meter, residuals, backward_residuals, stop = Meter(device), [], [], False
     started, due = time.perf_counter() - state["seconds"], step % args.eval_every == 0 or step == args.steps
@@ -1203,7 +1221,7 @@ def train(args, process, model, text):
     # Evaluation comes first: a run that was cut off in one finds its checkpoint just before it.
     while not stop and (step < args.steps or evaluated < step):
         if step > evaluated and due:
-            unroll = unrolled_layers(args, step - 1)
+            unroll = unrolled_layers(args, step - 1, evaluation=True)
             with timer.saved():
                 record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
             if evaluated <= args.pretrain_steps < step:
@@ -1223,7 +1241,7 @@ def train(args, process, model, text):
                 tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})")
                 for name in ("train", "backward"):
                     if f"{name}_solved" in record:
-                        tqdm.write(f"  {name}: {spell_health(name, record)}, {record[f'{name}_solved']:.0%} solved")
+                        tqdm.write(f"  {name}: {spell_health(name, record)}")
             save()
             meter.reset()
             continue
@@ -1246,7 +1264,7 @@ def train(args, process, model, text):
             if not torch.isfinite(rho):
                 die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
                     "--grad upg", code=1)
-            model.lam = adaptive_damping(rho)
+            model.lam = adaptive_damping(rho)                   # of the mean over the streams
         means = collections.defaultdict(float)              # over the micro-batches
         for i in range(n):
             ids, targets = own[i][:, start:end], own[i][:, start + 1:end + 1]
@@ -1320,7 +1338,9 @@ def train(args, process, model, text):
     here, of_step = (best_path, best_step) if best_path.exists() else (checkpoint, step)
     if of_step != step:
         load_weights("--out", here, load_checkpoint(here, flag="--out"), model)
-    record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0], unrolled_layers(args, of_step - 1))
+    unroll = unrolled_layers(args, of_step - 1, evaluation=True)
+    with timer.saved():
+        record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0], unroll)
     if main:
         log.write(event="test", step=step, of_step=of_step, seconds=time.perf_counter() - started, **record)
         print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
@@ -1335,16 +1355,18 @@ def train(args, process, model, text):
 def evaluate_checkpoint(args, process, model, text, state):
     """--eval: perplexities at each memory length, and spectral radii."""
     ours, main = is_ours(state), process.rank == 0
-    unroll = unrolled_layers(args, state["step"] - 1) if ours else 0
+    unroll = unrolled_layers(args, state["step"] - 1 if ours else math.inf, evaluation=True)
     if main:
         print(args.resume + (f", step {state['step']}: " if ours else ": ")
-              + (f"the pretraining network of {unroll} layers" if unroll else
+              + (f"an unrolled network of {unroll} layers" if unroll else
                  f"{args.eval_solver}, at most {args.eval_max_iter} steps, tolerance {args.tol:g}")
               + f"; {args.eval_streams} streams, segments of {args.segment}", flush=True)
     for mem_len, name in itertools.product(args.eval_mem_len, ("valid", "test")):
         record = evaluate(model, name, getattr(text, name), args, process, mem_len, unroll)
         if main:
             print(spell(name, record), flush=True)
+    if ours and state["step"] <= args.pretrain_steps:
+        return                          # it has not seen its equilibrium yet
     record = radii(model, text.valid, args, process)
     if main:
         print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of the "
@@ -1385,7 +1407,7 @@ def main(argv=None):
     else:
         if is_ours(state):
             check_flags("--resume", args.resume, state, args, checksum(text.vocabulary), MODEL_FLAGS)
-            for name in ("solver", "max_iter", "tol", "segment", "mem_len", "amp"):
+            for name in ("solver", "max_iter", "tol", "segment", "mem_len", "local_size", "amp"):
                 if process.rank == 0 and state["args"][name] != getattr(args, name):
                     print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
                           f"{getattr(args, name)}", file=sys.stderr, flush=True)
@@ -1394,7 +1416,8 @@ def main(argv=None):
         if args.eval:
             evaluate_checkpoint(args, process, model, text, state)
         else:
-            generate(model, text.vocabulary, args, process)
+            step = state["step"] - 1 if is_ours(state) else math.inf
+            generate(model, text.vocabulary, args, process, unrolled_layers(args, step, evaluation=True))
     if process.world_size > 1:
         dist.destroy_process_group()
 

@@ -898,7 +898,7 @@ def begin(args, process, about_data, fingerprint):
     """Opens --out: (checkpoint's path, what --resume restores or None, log or None)."""
     out = Path(args.out)
     path = out / "checkpoint.pt"
-    here = gathered(path.exists(), process)
+    here = gathered(os.path.exists(path), process)
     if any(here) != all(here):
         die(f"--out {out}: {path.name} is there for some processes only; all machines must see one and the same folder")
     resume = (str(path) if here[0] else None) if args.resume == "auto" else args.resume

@@ -736,8 +736,8 @@ def train(args, process, model, train_set, test_set):
     out = Path(args.out)
     checkpoint = out / "checkpoint.pt"
     if args.resume == "auto":
-        args.resume = str(checkpoint) if checkpoint.exists() else None
-    if checkpoint.exists() and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
+        args.resume = str(checkpoint) if os.path.exists(checkpoint) else None
+    if os.path.exists(checkpoint) and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
         die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
     N = len(train_set.y)
     steps_per_epoch = math.ceil(N / args.batch_size)        # the last, incomplete batch is kept

@@ -844,7 +844,7 @@ def train(args, process, model, train_set, val_set, classes):
     main = rank == 0
     out = Path(args.out)
     checkpoint = out / "checkpoint.pt"
-    seen = int(all_reduce_sum(torch.tensor(float(checkpoint.exists()), device=device)))      # by so many processes
+    seen = int(all_reduce_sum(torch.tensor(float(os.path.exists(checkpoint)), device=device)))  # by so many processes
     if args.resume == "auto":
         if seen not in (0, world):
             die(f"--out {out}: {checkpoint.name} is there for {seen} of {world} processes; all machines must see one "

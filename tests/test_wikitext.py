@@ -909,6 +909,25 @@ def test_perplexity_is_that_of_all_predicted_tokens():
     assert record["valid_perplexity"] == pytest.approx(math.exp(total / 60), rel=1e-9)
 
 
+@pytest.mark.parametrize("solver, ahead", [("unrolled", False), ("broyden", True)])
+def test_unrolled_evaluation_alone_never_looks_ahead(solver, ahead):
+    """Another last token of the segment changes no earlier prediction; a solver that is cut off lets it."""
+    args = evaluation_args("--eval-streams", 2, "--eval-max-iter", 4, "--tol", 1e-2, "--eval-solver", solver)
+    model, nll = build(dropout=0.0), []
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)                   # far from solved after four steps
+    unroll = deq_wikitext.unrolled_layers(args, math.inf, evaluation=True)
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    for last in (3, 50):
+        ids[:, 7] = last
+        with deq_wikitext.evaluating(model, args), torch.no_grad():
+            nll.append(model(ids[:, :-1], ids[:, 1:], None, mem_len=5, unroll=unroll).nll.view(2, 8))
+    assert unroll == (0 if ahead else 4)
+    change = (nll[0] - nll[1]).abs()
+    assert (change[:, :6].max() > 1e-6) == ahead and change[:, 7].max() > 1e-2
+
+
 def test_processes_divide_the_streams(monkeypatch):
     """Three streams over two processes and over five, of which two have none: the sums are those of one."""
     args, model = evaluation_args("--eval-streams", 3), build()

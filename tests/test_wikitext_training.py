@@ -91,7 +91,7 @@ def checkpoint(out, name="checkpoint.pt"):
 
 def assert_same_end(a, b):
     """Weights, Adam's state, memory, schedule, generators and results equal bit for bit."""
-    assert all(a[key] == b[key] for key in ("step", "evaluated", "last", "best", "best_step", "scheduler", "lam"))
+    assert all(a[key] == b[key] for key in ("step", "evaluated", "best", "best_step", "scheduler", "lam"))
     assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     moments = [[v for s in c["optimizer"]["state"].values() for v in (s["exp_avg"], s["exp_avg_sq"])] for c in (a, b)]
     assert len(moments[0]) > 40 and all(torch.equal(x, y) for x, y in zip(*moments, strict=True))
@@ -346,10 +346,15 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
                         ("--d-inner 25", "--d-inner 24 (here 25)")):
         assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
     for mode in (["--eval", "--resume"], ["--init"]):
-        for more, named in (("--norm pre", "--norm post (here pre)"), ("--local-size 9", "--local-size 0 (here 9)")):
+        for more, named in (("--norm pre", "--norm post (here pre)"), ("--n-blocks 2", "--n-blocks 1 (here 2)")):
             target = [] if mode == ["--init"] else flags[-2:]
             assert named in refused(capsys, *flags[:-2], *target, *mode, out / "checkpoint.pt", *more.split())
     assert "weights alone" in refused(capsys, *flags[:-2], "--out", out, "--resume", out / "best.pt")
+    longer = make_text(tmp_path / "longer")                 # the same types
+    (longer / "train.txt").write_text(2 * (longer / "train.txt").read_text())
+    assert "another training text" in refused(capsys, *RUN, "--data", longer, "--out", out, "--resume", "auto")
+    torch.save({"a": 1}, tmp_path / "a.pt")
+    assert "no state dict" in refused(capsys, *flags[:-2], "--eval", "--resume", tmp_path / "a.pt")
     other = make_text(tmp_path / "other")
     (other / "train.txt").write_text((other / "train.txt").read_text() + "w39 w39 w39 w39 w39 " * 9 + "\n")
     for mode in (["--resume", "auto"], ["--eval", "--resume", out / "checkpoint.pt"]):
@@ -551,7 +556,7 @@ def test_what_was_saved_in_pretraining_is_evaluated_by_its_network(tmp_path, sma
     capsys.readouterr()
     run("--eval", "--resume", tmp_path / "best.pt")
     lines = capsys.readouterr().out.splitlines()
-    assert "step 6: the pretraining network of 3 layers; " in lines[0] and "residual" not in lines[2]
+    assert "step 6: an unrolled network of 3 layers; " in lines[0] and "residual" not in lines[2]
     assert lines[2].startswith(f"test perplexity {test['test_perplexity']:.6g} of ")
     assert "test_residual_p50" not in test
 
