@@ -53,9 +53,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, all_reduce_sum, anderson, broyden, cosine_similarity, describe_run, die,
-                    equilibrium, fixed_point, init_process, is_ours, load_checkpoint, peak_memory, reset_peak_memory,
-                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, cosine_similarity, describe_run,
+                    die, equilibrium, fixed_point, init_process, is_ours, load_checkpoint, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -115,8 +116,8 @@ def parse_args(argv=None):
                    "runs/MODEL-GRAD-TIME)")
     p.add_argument("--resume", metavar="FILE",
                    help="continue from this checkpoint; 'auto': from --out's, if there is one")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; each epoch ends with one "
-                   "(default 500)")
+    p.add_argument("--save-every", type=float, default=5.0,
+                   help="minutes between checkpoints; each epoch, and SIGTERM, saves one too (default 5)")
     p.add_argument("--log-every", type=int, default=50, help="steps between log lines (default 50)")
     p.add_argument("--cosine-every", type=int, default=0,
                    help="steps between cosines of UPG and NPG to the exact gradient, Fig. 2; 0: never (default 0)")
@@ -151,15 +152,14 @@ def parse_args(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("k", "max_iter", "backward_max_iter", "pretrain_layers", "epochs", "batch_size", "save_every",
-                 "log_every"):
+    for name in ("k", "max_iter", "backward_max_iter", "pretrain_layers", "epochs", "batch_size", "log_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("train_size", "test_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("tol", "pretrain_steps", "weight_decay", "cosine_every", "radius_every"):
-        if getattr(args, name) < 0:
+    for name in ("tol", "pretrain_steps", "weight_decay", "save_every", "cosine_every", "radius_every"):
+        if not getattr(args, name) >= 0:
             p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if not 0 < args.lam <= 1:
         p.error(f"--lam must be in (0, 1], got {args.lam}")
@@ -731,6 +731,7 @@ def restore(args, model, optimizer=None, scheduler=None):
 
 
 def train(args, process, model, train_set, test_set):
+    """Whether it came to its end: False after a SIGTERM."""
     device, rank, world = process.device, process.rank, process.world_size
     main = rank == 0
     out = Path(args.out)
@@ -780,7 +781,8 @@ def train(args, process, model, train_set, test_set):
                                          "best_epoch": best_epoch, "last": last, "args": vars(args),
                                          "seconds": time.perf_counter() - started})
 
-    meter, residuals, backward_residuals = Meter(device), [], []
+    meter, residuals, backward_residuals, stop = Meter(device), [], [], False
+    timer = SaveTimer(args.save_every)
     started = time.perf_counter() - state["seconds"]
     for epoch in range(step // steps_per_epoch, args.epochs):
         order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))          # the same on all processes
@@ -807,7 +809,8 @@ def train(args, process, model, train_set, test_set):
 
             # --- the step ends here; what follows is logging, diagnostics and saving ---
             epoch_ends = b == steps_per_epoch - 1
-            saving = step % args.save_every == 0 and not epoch_ends     # an epoch's end saves after its evaluation
+            saving, stop = timer.poll()
+            saving = saving and not epoch_ends                          # an epoch's end saves after its evaluation
             paused = time.perf_counter()
             if args.cosine_every and step % args.cosine_every == 0:
                 cosines = gradient_cosines(model, x, y, args)
@@ -841,6 +844,10 @@ def train(args, process, model, train_set, test_set):
             if saving:
                 save()
                 meter.reset()
+                if stop:
+                    break
+        if stop and not epoch_ends:
+            break
 
         if world > 1:
             for buffer in model.buffers():          # evaluate the first process's BatchNorm statistics on all
@@ -867,10 +874,18 @@ def train(args, process, model, train_set, test_set):
                 + f"; {record['test_evals']:g} calls of F per solve")
         save()
         meter.reset()
+        if stop:
+            break
+    if stop and step < args.epochs * steps_per_epoch:
+        if main:
+            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
+                  flush=True)
+        return False
     if main:
         print(f"done: test accuracy {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; "
               f"chosen on the test images, as the paper does); {(time.perf_counter() - started) / 60:.1f} minutes",
               flush=True)
+    return True
 
 
 def main(args):
@@ -900,9 +915,7 @@ def main(args):
             print(f"{args.resume}: test accuracy {record['test_accuracy']:.2f} %, test loss {record['test_loss']:.4f}, "
                   f"{len(test_set.y)} images; median relative residual {record['test_residual_p50']:.1e} after "
                   f"{record['test_evals']:g} calls of F")
-    else:
-        train(args, process, model, train_set, test_set)
-    if args.data == "toy" and not args.eval and process.world_size == 1:
+    elif train(args, process, model, train_set, test_set) and args.data == "toy" and process.world_size == 1:
         x, y = train_set.x[:args.batch_size], train_set.y[:args.batch_size]
         benchmark(model, prepare(x, False, memory_format(args)), y, args)
     if process.world_size > 1:

@@ -340,19 +340,19 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
         return prepare_once(x, augment, memory_format) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(mdeq_cifar, "prepare", broken)
-    flags = [*TINY_RUN, "--save-every", 2, "--log-every", 2, "--out", tmp_path / "run"]
+    flags = [*TINY_RUN, "--save-every", 0, "--log-every", 2, "--out", tmp_path / "run"]
     message = refused(capsys, *flags, code=1)
     assert "nan" in message and "step 6" in message and str(tmp_path / "run" / "checkpoint.pt") in message
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 4 and all_finite(state)
+    assert state["step"] == 5 and all_finite(state)
     run(*flags, "--resume", "auto")                 # prepare breaks only once
-    assert [r["step"] for r in metrics(tmp_path / "run", "train")] == list(range(2, 21, 2))
+    assert [r["step"] for r in metrics(tmp_path / "run", "train")] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("lr", ["1e9", "1e38"])
 def test_a_learning_rate_far_too_high_ends_the_run(lr, tmp_path, capsys, narrow):
     """Exit code 1, and the checkpoint that the message names has finite weights."""
-    flags = [*TINY_RUN, "--lr", lr, "--save-every", 1, "--out", tmp_path / "run"]
+    flags = [*TINY_RUN, "--lr", lr, "--save-every", 0, "--out", tmp_path / "run"]
     message = refused(capsys, *flags, code=1)
     assert "step" in message
     checkpoint = tmp_path / "run" / "checkpoint.pt"
@@ -370,10 +370,10 @@ def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, narrow):
         return model
 
     monkeypatch.setattr(mdeq_cifar, "build_model", build_model)
-    message = refused(capsys, *TINY_RUN, "--save-every", 2, "--out", tmp_path / "run", code=1)
+    message = refused(capsys, *TINY_RUN, "--save-every", 0, "--out", tmp_path / "run", code=1)
     assert str(tmp_path / "run" / "checkpoint.pt") in message
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert all_finite(state) and state["step"] == 2
+    assert all_finite(state) and state["step"] == 3
 
 
 # --- kill and resume -------------------------------------------------------------------------------------------------
@@ -385,26 +385,27 @@ def without_benchmark(*flags):
 
 
 def start(out, *flags):
-    more = "--epochs 3 --save-every 2 --dropout 0.2 --augment yes".split()
+    more = "--epochs 3 --save-every 0 --dropout 0.2 --augment yes".split()
     return Forked(f"{out}.log", without_benchmark, *TINY_RUN, *more, "--out", out, *flags)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
-    """SIGKILL three times, --resume auto: weights, BatchNorm statistics and momenta equal bit for bit, each step once.
+    """SIGKILL, SIGTERM, SIGKILL: weights, BatchNorm statistics and momenta equal bit for bit, each step once.
 
     Data order, augmentation, dropout masks, optimiser and schedule all continue where they were.
     """
-    undisturbed, killed, rng = start(tmp_path / "a"), 0, random.Random(0)
-    for _ in range(3):
+    undisturbed, ends, rng = start(tmp_path / "a"), [], random.Random(0)
+    for kill in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         process = start(tmp_path / "b", "--resume", "auto")
         path = tmp_path / "b" / "checkpoint.pt"
         before = path.stat().st_mtime_ns if path.exists() else None
         while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
             time.sleep(0.01)                                                # until there is something new to resume
         time.sleep(rng.uniform(0, 0.2))
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == 3
+        os.kill(process.pid, kill)
+        ends.append(process.wait())
+    assert ends == [-signal.SIGKILL, 0, -signal.SIGKILL]                    # SIGTERM saves and ends
+    assert "SIGTERM: saved after step" in (tmp_path / "b.log").read_text()
     process = start(tmp_path / "b", "--resume", "auto")
     for p in (process, undisturbed):
         p.finish()
@@ -413,7 +414,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*momenta)) and len(momenta[0]) > 50
-    assert metrics(tmp_path / "b", "start")[-1]["step"] >= 6                # it was resumed, not begun again
+    assert metrics(tmp_path / "b", "start")[-1]["step"] >= 3                # it was resumed, not begun again
     for event, steps in (("train", list(range(1, 31))), ("epoch", [10, 20, 30])):
         for d in "ab":
             assert [r["step"] for r in metrics(tmp_path / d, event)] == steps
