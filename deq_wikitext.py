@@ -140,7 +140,7 @@ def parse_args(argv=None, saved=None):
     add("--jitter", "in training up to so many steps fewer, drawn for each batch", type=int, default=0)
     add("--backward-max-iter", "steps of the backward solver of --grad implicit", type=int)
     add("--tol", "relative residual at which a stream is solved; 0: always the whole budget", type=float, default=1e-3)
-    add("--pretrain-steps", "first optimiser steps, with an unrolled network, not the solver", type=int)
+    add("--pretrain-steps", "first optimiser steps, with an unrolled network in place of the solver", type=int)
     add("--pretrain-layers", "evaluations of F in that network", type=int, default=2)
     add("--jr", "weight of Jacobian regularisation; 0: none", type=float, default=0.0)
     add("--jr-freq", "share of the steps that have it", type=float, default=0.4)
@@ -163,19 +163,20 @@ def parse_args(argv=None, saved=None):
         "in the text (default --solver; with --max-iter 0 unrolled)", choices=[*SOLVERS, "unrolled"])
     add("--eval-max-iter", "steps in evaluation (default --max-iter, or --k where that is 0)", type=int)
     # speed
-    add("--amp", "bf16 autocast; solver state and softmax stay float32", action="store_true")
+    add("--amp", "bf16 autocast; the solver's own vectors and the softmax stay float32", action="store_true")
     add("--no-tf32", "GPU matrix products in full float32; TF32 is the default", action="store_true")
     add("--compile", "torch.compile F", action="store_true")
     add("--checkpoint-blocks", "compute F's parts again in the backward pass", action="store_true")
     # run
     add("--out", "folder of checkpoint.pt, best.pt and metrics.jsonl, a shared one on several machines (default "
-        "--resume's, or runs/wikitext-GRAD-TIME)")
+        "--resume's, or runs/wikitext-GRAD-TIME-PID)")
     add("--resume", "continue from this checkpoint; 'auto': from --out's, if there is one", metavar="FILE")
-    add("--save-every", "minutes between checkpoints; evaluation and SIGTERM save too", type=float, default=15.0)
+    add("--save-every", "minutes between checkpoints; each evaluation, and SIGTERM, saves one too", type=float,
+        default=15.0)
     add("--log-every", "steps between log lines", type=int)
     add("--radius-every", "steps between spectral radii of J and J_lam on valid; 0: never", type=int, default=0)
-    add("--eval", "only evaluate --resume's checkpoint, ours or an official one; as with --generate, ours brings the "
-        "flags of text, model, solver and memory that are not given", action="store_true")
+    add("--eval", "only evaluate the checkpoint of --resume, ours or an official one; as with --generate, ours brings "
+        "the flags of text, model, solver and memory that are not given", action="store_true")
     add("--generate", "only continue this text with the checkpoint of --resume", metavar="TEXT")
     add("--generate-tokens", "how many tokens --generate adds", type=int, default=100)
     add("--temperature", "of --generate; 0: the likeliest token", type=float, default=0.9)

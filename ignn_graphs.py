@@ -112,14 +112,16 @@ def parse_args(argv=None):
                    "fixed-point for COX2, PROTEINS and --ppi-model literal, else anderson)")
     p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
     p.add_argument("--lam", type=float, default=0.5, help="damping of the phantom gradient, in (0, 1] (default 0.5)")
-    p.add_argument("--max-iter", type=int, default=300, help="forward iterations at most (default 300)")
+    p.add_argument("--max-iter", type=int, default=300, help="steps of the forward solver (default 300)")
     p.add_argument("--tol", type=float, help="residual at which a graph is solved: relative, or the largest entry with "
                    "--ppi-model literal (default COX2, PROTEINS 1e-5, else 1e-6; literal 3e-6)")
-    p.add_argument("--backward-max-iter", type=int, default=300, help="of --grad implicit (default 300)")
+    p.add_argument("--backward-max-iter", type=int, default=300, help="steps of the backward solver of --grad "
+                   "implicit (default 300)")
     p.add_argument("--backward-tol", type=float, help="relative, of --grad implicit (default ten times "
                    "--tol, 1e-5 with literal)")
     # optimisation
-    p.add_argument("--epochs", type=int, help="(default 200; PPI 1000; PPI-synthetic 100; chains 200)")
+    p.add_argument("--epochs", type=int, help="passes over the training graphs (default 200; PPI 1000; PPI-synthetic "
+                   "100; chains 200)")
     p.add_argument("--batch-size", type=int, help="graphs per step over all processes; for COX2 and PROTEINS, whose "
                    "folds are divided, per fold (default 128; PPI 1; chains all)")
     p.add_argument("--lr", type=float, help="Adam's (default 0.001, halved from epoch 51 on; PPI 0.005; chains 0.01)")
@@ -128,11 +130,11 @@ def parse_args(argv=None):
     # run
     p.add_argument("--table4", action="store_true", help="train implicit, UPG lam 0.5, 0.8, 1.0 and print Table 4")
     p.add_argument("--out", help="folder of checkpoint.pt, metrics.jsonl, results.json (default "
-                   "runs/ignn-DATASET-TIME)")
+                   "--resume's, or runs/ignn-DATASET-TIME-PID)")
     p.add_argument("--resume", metavar="FILE", help="continue from this checkpoint; 'auto': from --out's, if "
                    "there is one")
-    p.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints; SIGTERM saves too "
-                   "(default 5)")
+    p.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints; each fold, and SIGTERM, "
+                   "saves one too (default 5)")
     p.add_argument("--log-every", type=int, help="epochs between log lines (default a tenth of --epochs)")
     p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume, ours or an official "
                    "one; ours brings the flags that are not given")

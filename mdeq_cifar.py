@@ -113,7 +113,7 @@ def parse_args(argv=None):
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (GPUs only)")
     # run
     p.add_argument("--out", help="folder of checkpoint.pt and metrics.jsonl (default --resume's, or "
-                   "runs/MODEL-GRAD-TIME)")
+                   "runs/MODEL-GRAD-TIME-PID)")
     p.add_argument("--resume", metavar="FILE",
                    help="continue from this checkpoint; 'auto': from --out's, if there is one")
     p.add_argument("--save-every", type=float, default=5.0,

@@ -128,7 +128,7 @@ def parse_args(argv=None):
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (GPUs only)")
     # run
     p.add_argument("--out", help="folder of checkpoint.pt and metrics.jsonl (default --resume's, or "
-                   "runs/imagenet-GRAD-TIME); on several machines a shared one")
+                   "runs/imagenet-GRAD-TIME-PID); on several machines a shared one")
     p.add_argument("--resume", metavar="FILE",
                    help="continue from this checkpoint; 'auto': from --out's, if there is one")
     p.add_argument("--save-every", type=float, default=15.0,
