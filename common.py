@@ -541,7 +541,7 @@ def _bptt(f, h0, max_iter, tol, stop_mode):
     layout = _Layout(h0)
     with torch.no_grad():       # measured anew: the solver has let go of samples that diverge
         f_h, h = layout.pack(states[-1]), layout.pack(states[-2])
-        last = torch.linalg.vector_norm(f_h - h, dim=1)
+        last = torch.linalg.vector_norm(f_h - h, math.inf if stop_mode == "max" else 2, dim=1)
         if stop_mode == "rel":
             last = last / torch.linalg.vector_norm(f_h, dim=1).clamp_min(1e-12)
         last = last.nan_to_num(nan=math.inf)

@@ -133,7 +133,11 @@ def test_bptt_is_plain_autograd_through_the_iteration():
     torch.testing.assert_close(out, h, rtol=0, atol=0)
     torch.testing.assert_close(pull(out.square().sum(), w, None), pull(h.square().sum(), w, None), rtol=1e-12, atol=0)
     assert result.n_evals == 8
-    torch.testing.assert_close(result.residual, (f(h) - h).norm(dim=1).detach())
+    change = (f(h) - h).detach()
+    torch.testing.assert_close(result.residual, change.norm(dim=1))
+    for mode, expected in (("max", change.abs().amax(1)), ("rel", change.norm(dim=1) / f(h).detach().norm(dim=1))):
+        _, result = equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=7, stop_mode=mode)
+        torch.testing.assert_close(result.residual, expected)
 
 
 def test_bptt_tends_to_the_exact_gradient():
