@@ -167,7 +167,7 @@ class _Progress:
             sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) if p.dim() > 1
                      else p.to(g.dtype).abs() for p in f_parts]
             size = self.per_sample(sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
-            residual = torch.where(size.isfinite(), norm / size.clamp_min(1e-12), math.inf)     # x / inf is no root
+            residual = torch.where(size < math.inf, norm / size.clamp_min(1e-12), math.inf)     # x / inf is no root
         if self.evals == 0:
             self.limit = 1e6 * norm
         self.trace[self.evals] = residual
@@ -653,6 +653,23 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def first_then_others(make: Callable, process: Process):
+    """make() on the first process of each machine, then on the others, which find on the disk what it has left there.
+
+    If the first ends the run (`die`), the others end with it, in silence.
+    """
+    for turn in (True, False):
+        code = torch.zeros((), device=process.device)
+        if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
+            try:
+                result = make()
+            except SystemExit as end:
+                code += end.code
+        if all_reduce_sum(code) > 0:            # the others wait here
+            raise SystemExit(2)
+    return result
 
 
 def seed_everything(seed: int):

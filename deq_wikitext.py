@@ -77,9 +77,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, describe_run,
-                    die, equilibrium, fixed_point, init_process, is_ours, jacobian_regularization, load_checkpoint,
-                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
-                    set_rng_state, spectral_radius, upg)
+                    die, equilibrium, first_then_others, fixed_point, init_process, is_ours, jacobian_regularization,
+                    load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
+                    seed_everything, set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
@@ -298,13 +298,7 @@ def load_text(args, process):
     """--data as a Text.  The first process of each machine reads and caches it while the others wait."""
     if args.data == "toy":
         return toy_text()
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if process.world_size > 1 and not first:
-        dist.barrier()
-    text = read_text(args)
-    if process.world_size > 1 and first:
-        dist.barrier()
-    return text
+    return first_then_others(lambda: read_text(args), process)
 
 
 def read_text(args):

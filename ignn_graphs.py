@@ -57,6 +57,8 @@ from typing import NamedTuple
 # Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")          # by torch_geometric's import
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -70,8 +72,8 @@ from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
 from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
-                    fixed_point, init_process, is_ours, load_checkpoint, peak_memory, reset_peak_memory,
-                    save_checkpoint, seed_everything, upg)
+                    first_then_others, fixed_point, init_process, is_ours, load_checkpoint, peak_memory,
+                    reset_peak_memory, save_checkpoint, seed_everything, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -125,7 +127,8 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int, help="graphs per step over all processes; for COX2 and PROTEINS, whose "
                    "folds are divided, per fold (default 128; PPI 1; chains all)")
     p.add_argument("--lr", type=float, help="Adam's (default 0.001, halved from epoch 51 on; PPI 0.005; chains 0.01)")
-    p.add_argument("--clip", type=float, help="gradient norm, PPI and chains; 0: none (default 1; literal, zoo 0)")
+    p.add_argument("--clip", type=float, help="largest norm of the gradient, PPI and chains; 0: none (default 1; "
+                   "literal, zoo 0)")
     p.add_argument("--seed", type=int, default=42, help="of folds, weights, order and dropout (default 42)")
     # run
     p.add_argument("--table4", action="store_true", help="train implicit, UPG lam 0.5, 0.8, 1.0 and print Table 4")
@@ -141,16 +144,25 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
     args = p.parse_args(argv)
-    if args.table4 and (args.eval or args.resume not in (None, "auto")):
-        p.error("--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
-    if args.eval and (not args.resume or args.resume == "auto"):
-        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
-    if args.benchmark and (args.eval or args.resume or args.table4):
-        p.error("--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
-    if (args.benchmark or args.eval) and "RANK" in os.environ:
-        p.error(f"--{'benchmark' if args.benchmark else 'eval'} is for one process: run it without torchrun")
-    if args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"):
-        p.error("--benchmark needs --dataset COX2, PPI or PPI-synthetic: graphs of those sizes are generated for it")
+
+    def refuse(wrong, message):
+        if wrong:
+            p.error(message)
+
+    def check(names, ok, must):
+        for name in names.split():
+            value = getattr(args, name)
+            refuse(not ok(value), f"--{name.replace('_', '-')} {must}, got {value}")
+
+    refuse(args.table4 and (args.eval or args.resume not in (None, "auto")),
+           "--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
+    refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
+    refuse(args.benchmark and (args.eval or args.resume or args.table4),
+           "--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
+    refuse((args.benchmark or args.eval) and "RANK" in os.environ,
+           f"--{'benchmark' if args.benchmark else 'eval'} is for one process: run it without torchrun")
+    refuse(args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"),
+           "--benchmark needs --dataset COX2, PPI or PPI-synthetic: graphs of those sizes are generated for it")
     if args.eval:                                   # what is not given here is as it was in training
         state = load_checkpoint(args.resume)
         if is_ours(state):
@@ -173,38 +185,25 @@ def parse_args(argv=None):
         args.backward_tol = 1e-5 if args.stop_mode == "max" else 10 * args.tol
     if args.log_every is None:
         args.log_every = max(1, args.epochs // 10)
-    for name in ("k", "max_iter", "backward_max_iter", "epochs", "batch_size", "hidden", "hops", "log_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("tol", "backward_tol", "save_every", "clip"):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    for name in ("lr", "graph_scale"):
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(args, name)}")
-    if not 0 <= args.seed < 2 ** 32:
-        p.error(f"--seed must be in [0, 2^32), got {args.seed}")
-    if not 0 < args.kappa < 1:
-        p.error(f"--kappa must be in (0, 1), got {args.kappa}: from 1 on the equilibrium may not exist")
-    if not 0 < args.lam <= 1:
-        p.error(f"--lam must be in (0, 1], got {args.lam}")
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout must be in [0, 1), got {args.dropout}")
-    if args.folds < 2:
-        p.error(f"--folds must be at least 2, got {args.folds}")
-    if args.chain_length < 2:
-        p.error(f"--chain-length must be at least 2, got {args.chain_length}")
+    check("k max_iter backward_max_iter epochs batch_size hidden hops log_every", lambda x: x >= 1,
+          "must be at least 1")
+    check("tol backward_tol save_every clip", lambda x: x >= 0, "must not be negative")
+    check("lr graph_scale", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
+    check("kappa", lambda x: 0 < x < 1, "must be in (0, 1), or the equilibrium may not exist")
+    check("lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check("dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check("folds chain_length", lambda x: x >= 2, "must be at least 2")
     for name in ("val", "unstratified_folds", "evaluate_2a_too"):
-        if getattr(args, name) and not graphs:
-            p.error(f"--{name.replace('_', '-')} is of the folds of COX2 and PROTEINS, not of {args.dataset}")
-    if args.table4 and chains:
-        p.error("--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
-    if args.eval and chains:
-        p.error("--eval needs --dataset COX2, PROTEINS or PPI: an official checkpoint does not say which it is of")
-    if args.resume == "auto" and not args.out:
-        p.error("--resume auto continues the training in --out DIR")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
-        p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+        refuse(getattr(args, name) and not graphs,
+               f"--{name.replace('_', '-')} is of the folds of COX2 and PROTEINS, not of {args.dataset}")
+    refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
+    refuse(args.eval and chains,
+           "--eval needs --dataset COX2, PROTEINS or PPI: an official checkpoint does not say which it is of")
+    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
+    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
+        args.out and args.resume == "auto"),
+        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
     return args
 
 
@@ -294,7 +293,7 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
 # --- data: COX2, PROTEINS, PPI ---------------------------------------------------------------------------------------
 
 def load(args, process, make):
-    """The data set of PyG; the first process downloads and converts, the others then read what it has written."""
+    """The data set of PyG, by make().  The first process downloads and converts, the others read what it has left."""
     raw = Path(args.data) / args.dataset / "raw"
     names = ([f"{args.dataset}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
              if args.dataset != "PPI" else [f"{split}_{part}" for split in ("train", "valid", "test") for part in
@@ -304,18 +303,17 @@ def load(args, process, make):
     if there and missing:
         die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; "
             "unpack it anew, or remove the folder to have it downloaded")
-    for turn in range(2):
-        if (process.rank > 0) == turn:
-            try:
-                result = make()
-            except Exception as error:      # PyG lets through whatever the network, the archive or the numbers raise
-                what = str(error).splitlines()[0] if str(error) else type(error).__name__
-                die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
-                    + (f"its files are damaged: remove {raw.parent / 'processed'}, and unpack {raw} anew if that does "
-                       "not help" if there else f"unpack it to {raw}, or give this machine internet access"))
-        if process.world_size > 1:
-            dist.barrier()
-    return result
+
+    def read():
+        try:
+            return make()
+        except Exception as error:          # PyG lets through whatever the network, the archive or the numbers raise
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
+                + (f"its files are damaged: remove {raw.parent / 'processed'}, and unpack {raw} anew if that does "
+                   "not help" if there else f"unpack it to {raw}, or give this machine internet access"))
+
+    return first_then_others(read, process)
 
 
 def check_graphs(args, graphs, nodes):
@@ -482,7 +480,8 @@ class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, matrix, transpose):
         ctx.matrices = transpose, matrix
-        return torch.sparse.mm(matrix, h)
+        out = h.new_empty(matrix.shape[0], h.shape[1])
+        return torch.addmm(out, matrix, h, beta=0, out=out)     # torch.sparse.mm would fill and copy zeros first
 
     @staticmethod
     def backward(ctx, g):

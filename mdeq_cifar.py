@@ -54,9 +54,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, cosine_similarity, describe_run,
-                    die, equilibrium, fixed_point, init_process, is_ours, load_checkpoint, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
-                    spectral_radius, upg)
+                    die, equilibrium, first_then_others, fixed_point, init_process, is_ours, load_checkpoint,
+                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
+                    set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -242,28 +242,26 @@ def folder_images(root, split):
 
 def load_images(args, process):
     """(train, test) on the device.  The first process of each machine downloads and decodes while the others wait."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if process.world_size > 1 and not first:
-        torch.distributed.barrier()
     root = Path(args.data)
-    if args.data == "toy":
-        train, test = toy_images(args.train_size or 2000, seed=1), toy_images(args.test_size or 1000, seed=2)
-    elif (root / "train").is_dir() or (root / "test").is_dir():
-        a, b = ({d.name for d in (root / split).glob("*") if d.is_dir()} for split in ("train", "test"))
-        if not a or a != b:
-            die(f"--data {root}: train/ and test/ must hold the same class folders; only in train: {sorted(a - b)}, "
-                f"only in test: {sorted(b - a)}")
-        train, test = folder_images(root, "train"), folder_images(root, "test")
-    else:
+
+    def read():
+        if args.data == "toy":
+            return toy_images(args.train_size or 2000, seed=1), toy_images(args.test_size or 1000, seed=2)
+        if (root / "train").is_dir() or (root / "test").is_dir():
+            a, b = ({d.name for d in (root / split).glob("*") if d.is_dir()} for split in ("train", "test"))
+            if not a or a != b:
+                die(f"--data {root}: train/ and test/ must hold the same class folders; only in train: "
+                    f"{sorted(a - b)}, only in test: {sorted(b - a)}")
+            return folder_images(root, "train"), folder_images(root, "test")
         try:
             sets = [torchvision.datasets.CIFAR10(str(root), train=split, download=True) for split in (True, False)]
         except (OSError, RuntimeError, EOFError) as error:
             die(f"--data {root}: no CIFAR-10 there, and the download failed ({error}); give a folder that has it, or "
                 "--data toy")
-        train, test = (Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), 10)
-                       for s in sets)
-    if process.world_size > 1 and first:
-        torch.distributed.barrier()
+        return [Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), 10)
+                for s in sets]
+
+    train, test = first_then_others(read, process)
     if len(test.y) < process.world_size:
         die(f"--data {root}: {len(test.y)} test images are too few for {process.world_size} processes")
     train, test = balanced(train, args.train_size, "--train-size"), balanced(test, args.test_size, "--test-size")

@@ -12,9 +12,9 @@ import torch
 from processes import pair
 
 import common
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, describe_run, die, init_process, load_checkpoint,
-                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
-                    set_rng_state)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, describe_run, die, first_then_others, init_process,
+                    load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
+                    seed_everything, set_rng_state)
 
 
 def state(step):
@@ -314,3 +314,32 @@ def test_two_processes_find_each_other(tmp_path):
     """Process group, random states by rank, sums.  Gradients: test_usage.py; under torchrun: the scripts' tests."""
     for process in pair(tmp_path / "log", meet):
         process.finish()
+
+
+def read_cache(folder, good):
+    process = init_process()
+
+    def read():
+        cache = folder / "cache"
+        if cache.exists():
+            return cache.read_text()
+        if not good:
+            die("no data")
+        time.sleep(0.5)                     # the other one would come first
+        cache.write_text(f"rank {process.rank}")
+        return cache.read_text()
+
+    (folder / f"{process.rank}").write_text(first_then_others(read, process))
+    torch.distributed.destroy_process_group()
+
+
+def test_the_first_process_prepares_what_the_others_then_find(tmp_path):
+    for p in pair(tmp_path / "log", read_cache, tmp_path, True):
+        p.finish()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["rank 0", "rank 0"]
+
+
+def test_if_the_first_process_finds_bad_input_all_end_with_its_one_line(tmp_path):
+    """Not with the traceback of a process that waits for one that is gone."""
+    assert [p.wait() for p in pair(tmp_path / "log", read_cache, tmp_path, False)] == [2, 2]
+    assert (tmp_path / "log").read_text() == "error: no data\n"
