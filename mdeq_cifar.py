@@ -19,7 +19,8 @@ Table 3 (Large, 220 epochs, batch 128, augmentation):
        paper 93.8 +- 0.17  --model large --grad implicit --optimizer adam --weight-decay 0 --dropout 0.3
                            --pretrain-steps 20000
              95.0 +- 0.16  --model large
-Fig. 2: row 1 with --cosine-every 500.  Fig. 3: rows 6 and 7 over --k and --lam.  App. D.2: --radius-every 500.
+Fig. 2: row 1 with --cosine-every 500.  Fig. 3: --fig3 FOLDER, rows 6 and 7 over k and lam, and the picture.
+App. D.2: --radius-every 500.
 
 Measured: the rows above are not run yet.  README.md has a small run of UPG, NPG and implicit on two CPU cores, and the
 benchmark: backward pass of UPG 3.05 times, whole step 1.49 times faster than implicit (Tiny, batch 128, 2 CPU cores).
@@ -32,6 +33,7 @@ is: Normal(0, 0.01) for plain convolutions, PyTorch's default for weight-normali
 import argparse
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -57,6 +59,8 @@ from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broy
                     die, equilibrium, first_then_others, fixed_point, init_process, is_ours, load_checkpoint,
                     peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
                     set_rng_state, spectral_radius, upg)
+
+FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -123,6 +127,8 @@ def parse_args(argv=None):
                    help="steps between cosines of UPG and NPG to the exact gradient, Fig. 2; 0: never (default 0)")
     p.add_argument("--radius-every", type=int, default=0,
                    help="steps between spectral radii of J and J_lam on 64 test images, D.2; 0: never (default 0)")
+    p.add_argument("--fig3", metavar="FOLDER", help="train UPG and NPG over k and lam, one after the other in --out, "
+                   "and draw FOLDER/fig3.png; needs matplotlib")
     p.add_argument("--eval", action="store_true",
                    help="only evaluate the checkpoint of --resume, ours or an official one; ours brings the flags of "
                    "model and solver that are not given")
@@ -133,8 +139,10 @@ def parse_args(argv=None):
         p.error("--eval needs --resume FILE, the checkpoint to evaluate")
     if args.benchmark and args.eval:
         p.error("--benchmark and --eval are two different things to do: choose one")
-    if args.benchmark and "RANK" in os.environ:
-        p.error("--benchmark measures one process: run it without torchrun")
+    if args.fig3 and (args.eval or args.benchmark or args.resume not in (None, "auto")):
+        p.error("--fig3 takes neither --eval, --benchmark nor a FILE to --resume: use --out DIR --resume auto")
+    if (args.benchmark or args.fig3) and "RANK" in os.environ:
+        p.error(f"--{'benchmark' if args.benchmark else 'fig3'} is for one process: run it without torchrun")
     if args.resume == "auto" and (not args.out or args.eval):
         p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
     if args.eval:                                   # what is not given here is as it was in training
@@ -710,7 +718,8 @@ def restore(args, model, optimizer=None, scheduler=None):
                 print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
                       f"{getattr(args, name)}", flush=True)
     if ours:
-        free = {"data", "out", "resume", "eval", "benchmark", "save_every", "log_every", "cosine_every", "radius_every"}
+        free = {"data", "out", "resume", "eval", "benchmark", "fig3", "save_every", "log_every", "cosine_every",
+                "radius_every"}
         if args.eval:
             free |= set(vars(args)) - {"model"}             # in training, the others can change the curve
         differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
@@ -729,7 +738,7 @@ def restore(args, model, optimizer=None, scheduler=None):
 
 
 def train(args, process, model, train_set, test_set):
-    """Whether it came to its end: False after a SIGTERM."""
+    """The last epoch's test accuracy; None after a SIGTERM, nan where a run of --fig3 has diverged."""
     device, rank, world = process.device, process.rank, process.world_size
     main = rank == 0
     out = Path(args.out)
@@ -831,6 +840,9 @@ def train(args, process, model, train_set, test_set):
                     broken = "" if finite else "a weight became infinite or not a number"       # host sync
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+                    if args.fig3:
+                        tqdm.write(f"{broken} by step {step}")
+                        return math.nan
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
                 if main:
                     lr, seconds = scheduler.get_last_lr()[0], time.perf_counter() - started
@@ -878,15 +890,69 @@ def train(args, process, model, train_set, test_set):
         if main:
             print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
                   flush=True)
-        return False
+        return None
     if main:
         print(f"done: test accuracy {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; "
               f"chosen on the test images, as the paper does); {(time.perf_counter() - started) / 60:.1f} minutes",
               flush=True)
-    return True
+    return last
 
+
+# --- Fig. 3 ----------------------------------------------------------------------------------------------------------
+
+def figure3(args, process, train_set, test_set):
+    """Trains UPG and NPG over k and lam, each run in a folder of its own under --out: [{"grad", "lam", "k", ...}].
+
+    All begin with the same weights and see the same images in the same order.  None after a SIGTERM.
+    """
+    out, rows = Path(args.out), []
+    for grad, lam, k in itertools.product(*FIG3.values()):
+        one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam, "k": k,
+                                    "out": str(out / f"{grad}-{lam}-{k}")})
+        seed_everything(args.seed)
+        started = time.perf_counter()
+        accuracy = train(one, process, build_model(one, train_set.classes, process), train_set, test_set)
+        if accuracy is None:
+            return None
+        rows.append({"grad": grad, "lam": lam, "k": k, "accuracy": accuracy, "seconds": time.perf_counter() - started})
+    log = MetricsLog(out / "metrics.jsonl", last_step=-1)
+    log.write(event="start", args=vars(args), **describe_run(process.device, 1))
+    for row in rows:
+        log.write(event="fig3", **row)
+    print("\n| test accuracy, last epoch | " + " | ".join(f"k = {k}" for k in FIG3["k"]) + " |\n"
+          + "|---" * (1 + len(FIG3["k"])) + "|")
+    for grad, lam in itertools.product(FIG3["grad"], FIG3["lam"]):
+        line = [f"{row['accuracy']:.2f}" for row in rows if (row["grad"], row["lam"]) == (grad, lam)]
+        print(f"| {grad.upper()}, lam = {lam} | " + " | ".join(line) + " |", flush=True)
+    return rows
+
+
+def plot(rows, folder):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    folder.mkdir(parents=True, exist_ok=True)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for ax, grad in zip(axes, FIG3["grad"]):
+        for lam in FIG3["lam"]:
+            line = [row for row in rows if (row["grad"], row["lam"]) == (grad, lam)]
+            ax.plot([row["k"] for row in line], [row["accuracy"] for row in line], "o-", label=f"$\\lambda$ = {lam}")
+        ax.set(title=grad.upper(), xlabel="k", xticks=FIG3["k"])
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[1].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(folder / "fig3.png", dpi=110)
+    print(f"wrote {folder / 'fig3.png'}", flush=True)
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
 
 def main(args):
+    if args.fig3:
+        try:
+            import matplotlib  # noqa: F401, here and not after hours of work
+        except ImportError:
+            die("--fig3 needs matplotlib: pip install matplotlib")
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
     if not args.out and args.resume:
         args.out = str(Path(args.resume).parent)
@@ -913,9 +979,15 @@ def main(args):
             print(f"{args.resume}: test accuracy {record['test_accuracy']:.2f} %, test loss {record['test_loss']:.4f}, "
                   f"{len(test_set.y)} images; median relative residual {record['test_residual_p50']:.1e} after "
                   f"{record['test_evals']:g} calls of F")
-    elif train(args, process, model, train_set, test_set) and args.data == "toy" and process.world_size == 1:
-        x, y = train_set.x[:args.batch_size], train_set.y[:args.batch_size]
-        benchmark(model, prepare(x, False, memory_format(args)), y, args)
+    elif args.fig3:
+        rows = figure3(args, process, train_set, test_set)
+        if rows:
+            plot(rows, Path(args.fig3))
+    else:
+        done = train(args, process, model, train_set, test_set) is not None
+        if done and args.data == "toy" and process.world_size == 1:
+            x, y = train_set.x[:args.batch_size], train_set.y[:args.batch_size]
+            benchmark(model, prepare(x, False, memory_format(args)), y, args)
     if process.world_size > 1:
         torch.distributed.destroy_process_group()
 

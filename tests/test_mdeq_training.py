@@ -1,11 +1,13 @@
 """mdeq_cifar.py as a program: data, wrong input, training, kill and resume, two processes, official checkpoints."""
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import make_mdeq_example as reference
@@ -474,3 +476,64 @@ def test_the_script_runs_on_two_processes_and_writes_once(tmp_path):
     assert (epoch["test_accuracy"] * 30 / 100) % 1 == pytest.approx(0, abs=1e-6)
     assert out.count("done: ") == 1
     assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["rng"]) == 2
+
+
+# --- Fig. 3 ----------------------------------------------------------------------------------------------------------
+
+class Axes:
+    """Stands for matplotlib's, which the tests do not need: keeps what is drawn."""
+    drawn = []
+
+    def plot(self, x, y, *_, label):
+        self.drawn.append((label, x, y))
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def fake_matplotlib(monkeypatch):
+    plt, Axes.drawn = types.ModuleType("matplotlib.pyplot"), []
+    plt.subplots = lambda *args, **kwargs: (Axes(), [Axes(), Axes()])
+    package = types.ModuleType("matplotlib")
+    package.use, package.pyplot = lambda backend: None, plt
+    monkeypatch.setitem(sys.modules, "matplotlib", package)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", plt)
+
+
+def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path, monkeypatch, narrow, fake_matplotlib):
+    """Every run equals the one that its flags give alone; a run that diverges is a gap in its line, not the end."""
+    monkeypatch.setattr(mdeq_cifar, "FIG3", {"grad": ("upg", "npg"), "lam": (0.5,), "k": (1, 3)})
+    flags, real = [*TINY_RUN, "--train-size", 20, "--epochs", 1], mdeq_cifar.build_model
+
+    def build(args, *rest):
+        model = real(args, *rest)
+        if args.fig3 and args.out.endswith("npg-0.5-3"):
+            model.classifier.bias.data.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(mdeq_cifar, "build_model", build)
+    run(*flags, "--fig3", tmp_path, "--out", tmp_path / "a")
+    rows = metrics(tmp_path / "a", "fig3")
+    assert [(row["grad"], row["k"]) for row in rows] == [("upg", 1), ("upg", 3), ("npg", 1), ("npg", 3)]
+    assert [math.isnan(row["accuracy"]) for row in rows] == [False, False, False, True]
+    for grad, accuracy in (("upg", rows[0]["accuracy"]), ("npg", rows[2]["accuracy"])):
+        run(*flags, "--grad", grad, "--k", 1, "--out", tmp_path / grad)
+        alone, among = ([record["loss"] for record in metrics(out, "train")]
+                        for out in (tmp_path / grad, tmp_path / "a" / f"{grad}-0.5-1"))
+        assert alone == among and accuracy == metrics(tmp_path / grad, "epoch")[-1]["test_accuracy"]
+    assert [(x, [str(a) for a in y]) for _, x, y in Axes.drawn] == [
+        ([1, 3], [str(row["accuracy"]) for row in rows[i:i + 2]]) for i in (0, 2)]
+    trained = [(tmp_path / "a" / name / "metrics.jsonl").read_text() for name in ("upg-0.5-1", "npg-0.5-1")]
+    run(*flags, "--fig3", tmp_path, "--out", tmp_path / "a", "--resume", "auto")        # what is finished stays
+    assert [row["accuracy"] for row in metrics(tmp_path / "a", "fig3")][:3] == [row["accuracy"] for row in rows][:3]
+    again = [(tmp_path / "a" / name / "metrics.jsonl").read_text() for name in ("upg-0.5-1", "npg-0.5-1")]
+    assert [text.count('"train"') for text in again] == [text.count('"train"') for text in trained]
+
+
+def test_figure_3_without_matplotlib_is_refused_before_the_training(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused(capsys, *TINY_RUN, "--fig3", tmp_path, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert "without torchrun" in refused(capsys, *TINY_RUN, "--fig3", tmp_path)
