@@ -50,6 +50,8 @@ def parse_args(argv=None):
         p.error(f"--pairs must be at least 2, for a standard deviation, got {args.pairs}")
     if not 0 < args.lip < 1:
         p.error(f"--lip must be in (0, 1), got {args.lip}")
+    if not 0 <= args.seed < 2 ** 32:
+        p.error(f"--seed must be in [0, 2^32), got {args.seed}")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error(f"--device {args.device}: there is no GPU here")
     args.only = args.only or list(PARTS)

@@ -231,7 +231,7 @@ def parse_args(argv=None, saved=None):
     check("dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
     check("jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
     check("temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
-    check("seed", lambda x: -2 ** 63 <= x < 2 ** 63, "must be in [-2^63, 2^63)")
+    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
     if args.lam != "auto":
         with contextlib.suppress(ValueError):
             args.lam = float(args.lam)

@@ -135,16 +135,28 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
-    if args.eval and not args.resume:
-        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
-    if args.benchmark and args.eval:
-        p.error("--benchmark and --eval are two different things to do: choose one")
-    if args.fig3 and (args.eval or args.benchmark or args.resume not in (None, "auto")):
-        p.error("--fig3 takes neither --eval, --benchmark nor a FILE to --resume: use --out DIR --resume auto")
-    if (args.benchmark or args.fig3) and "RANK" in os.environ:
-        p.error(f"--{'benchmark' if args.benchmark else 'fig3'} is for one process: run it without torchrun")
-    if args.resume == "auto" and (not args.out or args.eval):
-        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
+
+    def refuse(wrong, message):
+        if wrong:
+            p.error(message)
+
+    def check(names, ok, must):
+        for name in names.split():
+            value = getattr(args, name)
+            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
+                   f"--{name.replace('_', '-')} {must}, got {value}")
+
+    refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
+    refuse(args.benchmark and args.eval, "--benchmark and --eval are two different things to do: choose one")
+    refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
+    refuse(args.fig3 and (args.eval or args.benchmark or args.resume not in (None, "auto")),
+           "--fig3 takes neither --eval, --benchmark nor a FILE to --resume: use --out DIR --resume auto")
+    refuse((args.benchmark or args.fig3) and "RANK" in os.environ,
+           f"--{'benchmark' if args.benchmark else 'fig3'} is for one process: run it without torchrun")
+    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
+    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
+        args.out and args.resume == "auto"),
+        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
@@ -160,25 +172,19 @@ def parse_args(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("k", "max_iter", "backward_max_iter", "pretrain_layers", "epochs", "batch_size", "log_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("train_size", "test_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("tol", "pretrain_steps", "weight_decay", "save_every", "cosine_every", "radius_every"):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if not 0 < args.lam <= 1:
-        p.error(f"--lam must be in (0, 1], got {args.lam}")
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout must be in [0, 1), got {args.dropout}")
-    if args.grad == "bptt" and args.solver != "fixed-point":
-        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
-    if args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ):
-        p.error("--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
-    if not (0 < args.lr < math.inf):
-        p.error(f"--lr must be positive and finite, got {args.lr}")
+    check("k max_iter backward_max_iter pretrain_layers epochs batch_size log_every", lambda x: x >= 1,
+          "must be at least 1")
+    check("train_size test_size", lambda x: x is None or x >= 1, "must be at least 1")
+    check("tol pretrain_steps weight_decay save_every cosine_every radius_every", lambda x: x >= 0,
+          "must not be negative")
+    check("lr", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check("lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check("dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
+    refuse(args.grad == "bptt" and args.solver != "fixed-point",
+           "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),
+           "--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
     return args
 
 

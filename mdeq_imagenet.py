@@ -144,16 +144,27 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
-    if args.eval and not args.resume:
-        p.error("--eval needs --resume FILE, the checkpoint to evaluate")
-    if args.benchmark and args.eval:
-        p.error("--benchmark and --eval are two different things to do: choose one")
-    if args.benchmark and "RANK" in os.environ:
-        p.error("--benchmark measures one process: run it without torchrun")
-    if args.resume == "auto" and (not args.out or args.eval):
-        p.error("--resume auto continues the training in --out DIR; --eval needs --resume FILE")
-    if args.init and (args.eval or args.benchmark):
-        p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
+
+    def refuse(wrong, message):
+        if wrong:
+            p.error(message)
+
+    def check(names, ok, must):
+        for name in names.split():
+            value = getattr(args, name)
+            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
+                   f"--{name.replace('_', '-')} {must}, got {value}")
+
+    refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
+    refuse(args.benchmark and args.eval, "--benchmark and --eval are two different things to do: choose one")
+    refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
+    refuse(args.benchmark and "RANK" in os.environ, "--benchmark is for one process: run it without torchrun")
+    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
+    refuse(args.init and (args.eval or args.benchmark),
+           "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
+    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
+        args.out and args.resume == "auto"),
+        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
@@ -172,44 +183,28 @@ def parse_args(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("k", "max_iter", "backward_max_iter", "pretrain_layers", "epochs", "batch_size", "accumulate", "crop",
-                 "final_channels", "log_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("tol", "pretrain_steps", "weight_decay", "workers", "save_every", "radius_every", "radius_images"):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    divisor = 2 ** (len(args.channels) + 1)
-    if args.crop % divisor:
-        p.error(f"--crop {args.crop}: the input side must be divisible by {divisor}, as the stem and the "
-                f"{len(args.channels)} branches halve it {len(args.channels) + 1} times")
-    if args.crop > args.resize:
-        p.error(f"--crop {args.crop} is larger than the resized image: it must be at most --resize {args.resize}")
-    if len(args.head_channels) != len(args.channels):
-        p.error(f"--head-channels needs one number per branch: {len(args.channels)} --channels, "
-                f"{len(args.head_channels)} --head-channels")
-    if len(args.channels) < 2:
-        p.error(f"--channels needs at least two branches, got {args.channels}: with one, F has no fusion")
-    if min(args.channels) < 8 or any(c % 8 for c in args.channels):
-        p.error(f"--channels must be multiples of 8, the groups of GroupNorm, got {args.channels}")
-    if min(args.head_channels) < 1:
-        p.error(f"--head-channels must be at least 1, got {args.head_channels}")
-    if not 0 < args.lam <= 1:
-        p.error(f"--lam must be in (0, 1], got {args.lam}")
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout must be in [0, 1), got {args.dropout}")
-    if not 0 < args.lr < math.inf:
-        p.error(f"--lr must be positive and finite, got {args.lr}")
-    if args.grad == "bptt" and args.solver != "fixed-point":
-        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
-    if args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ):
-        p.error("--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
-    if args.radius_every and not args.radius_images:
-        p.error("--radius-every needs --radius-images of at least 1, got 0")
-    if args.resume and args.benchmark:
-        p.error("--benchmark measures a model with fresh weights: it takes no --resume")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (args.out and args.resume == "auto" or args.eval):
-        p.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    check("k max_iter backward_max_iter pretrain_layers epochs batch_size accumulate crop final_channels head_channels "
+          "log_every", lambda x: x >= 1, "must be at least 1")
+    check("tol pretrain_steps weight_decay workers save_every radius_every radius_images", lambda x: x >= 0,
+          "must not be negative")
+    check("lr", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check("lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check("dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
+    check("channels", lambda x: x >= 8 and x % 8 == 0, "must be multiples of 8, the groups of GroupNorm")
+    branches = len(args.channels)
+    refuse(branches < 2, f"--channels needs at least two branches, got {args.channels}: with one, F has no fusion")
+    refuse(len(args.head_channels) != branches, f"--head-channels needs one number per branch: {branches} --channels, "
+           f"{len(args.head_channels)} --head-channels")
+    refuse(args.crop % 2 ** (branches + 1), f"--crop {args.crop}: the input side must be divisible by "
+           f"{2 ** (branches + 1)}, as the stem and the {branches} branches halve it {branches + 1} times")
+    refuse(args.crop > args.resize,
+           f"--crop {args.crop} is larger than the resized image: it must be at most --resize {args.resize}")
+    refuse(args.grad == "bptt" and args.solver != "fixed-point",
+           "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),
+           "--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
+    refuse(args.radius_every and not args.radius_images, "--radius-every needs --radius-images of at least 1, got 0")
     return args
 
 

@@ -453,7 +453,7 @@ def test_workers_never_keep_a_process_from_ending(last, code, printed, ends):
     ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan", "--lam"),
     ("--lam 1.5", "--lam"), ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
     ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),
-    ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"), ("--weight-decay nan", "--weight-decay"),
+    ("--seed 4294967296", "--seed"), ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"), ("--weight-decay nan", "--weight-decay"),
     ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--eval --resume auto --out x", "--resume"), ("--benchmark --eval --resume x", "--benchmark"),

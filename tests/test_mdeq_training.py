@@ -187,11 +187,18 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     ("--batch-size 0", "--batch-size"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--lr abc", "--lr"),
     ("--grad bptt --solver broyden", "--grad bptt"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--grad exact", "--grad"), ("--sync-bn", "--sync-bn"), ("--train-size 15", "--train-size 15"),
-    ("--test-size 0", "--test-size"), ("--resume nowhere.pt --out unused", "nowhere.pt")])
+    ("--test-size 0", "--test-size"), ("--seed -1", "--seed"), ("--seed 4294967296", "--seed"),
+    ("--benchmark --resume x.pt", "--resume"), ("--resume nowhere.pt --out unused", "nowhere.pt")])
 def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, narrow):
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, *TINY_RUN, *flags.split())
     assert not list(tmp_path.iterdir())                                     # nothing was written
+
+
+def test_restarts_need_a_checkpoint_to_find(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    assert "--max-restarts needs --out DIR --resume auto" in refused(capsys, *TINY_RUN, "--out", "x")
+    parse_args([*TINY_RUN, "--out", "x", "--resume", "auto"])
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(capsys, monkeypatch, tmp_path):

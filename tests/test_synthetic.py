@@ -106,6 +106,7 @@ def test_the_script_writes_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--pairs", "1"], ["--lip", "1"], ["--only", "fig2"], ["--activation", "gelu"],
+                                   ["--seed", "4294967296"],
                                    ["--plot", "x", "--only", "fig1"]])
 def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
