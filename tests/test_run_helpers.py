@@ -70,6 +70,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path, monkeypatch, capsys,
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith(f"error: --out: cannot write {path}.new (No space left on device)")
     assert load_checkpoint(path)["step"] == 2 if saves else not path.exists()
+    assert not path.with_name("checkpoint.pt.new").exists()         # room for what is saved elsewhere
 
 
 def test_the_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
@@ -243,6 +244,14 @@ def test_meter_averages_a_value_over_the_samples_it_was_added_with():
     assert record["loss"] == 4.0 and record["rho"] == 3.0
 
 
+def test_meter_adds_up_in_float32():
+    """bfloat16 has 8 bits: a sum of it stops growing at 256 times its terms."""
+    meter, value = Meter(torch.device("cpu")), torch.tensor(2.0, dtype=torch.bfloat16)
+    for _ in range(2000):
+        meter.add(1, loss=value)
+    assert meter.read()["loss"] == 2.0
+
+
 def test_meter_keeps_no_graph():
     w = torch.ones(1, requires_grad=True)
     meter = Meter(torch.device("cpu"))
@@ -324,7 +333,7 @@ def read_cache(folder, good):
         if cache.exists():
             return cache.read_text()
         if not good:
-            die("no data")
+            die("no data", code=1)
         time.sleep(0.5)                     # the other one would come first
         cache.write_text(f"rank {process.rank}")
         return cache.read_text()

@@ -147,6 +147,9 @@ def test_offsets_make_samples_of_rows(mode):
     for wrong in ([0, 6], [1, 7], [0, 5, 3, 7]):
         with pytest.raises(ValueError, match="offsets"):
             fixed_point(f, h0, offsets=torch.tensor(wrong))
+    for wrong in ([0, 7], torch.tensor([0.0, 7.0]), torch.zeros(0, dtype=torch.long)):
+        with pytest.raises(ValueError, match="offsets must be an integer tensor"):
+            fixed_point(f, h0, offsets=wrong)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -574,3 +577,11 @@ def test_a_norm_that_overflows_is_not_a_root(solver):
     """||f(h)|| beyond float32's largest square: finite / inf would be a residual of 0."""
     result = solver(lambda h: torch.exp(50 * h), torch.ones(1, 1), max_iter=5, tol=1e-4)
     assert not (result.converged & (torch.exp(50 * result.h)[:, 0] > 1e18)).any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_that_is_infinite_from_the_start_keeps_h0(solver):
+    """inf is not within a million times inf: Broyden's first step, infinite too, would be multiplied by 0 later."""
+    u = torch.tensor([[-1.0], [1.0]])
+    result = solver(lambda h: 0.3 * h + 1 / (u + 1), torch.zeros(2, 1), max_iter=20, tol=1e-5)
+    assert result.h[0] == 0 and result.residual[0] == math.inf and result.converged.tolist() == [False, True]
