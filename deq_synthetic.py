@@ -469,7 +469,7 @@ def main(args):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         log = MetricsLog(Path(args.out) / "metrics.jsonl", last_step=-1)
-        log.write(event="start", args=vars(args), **describe_run(torch.device(args.device), 1))
+        log.write(event="start", step=0, args=vars(args), **describe_run(torch.device(args.device), 1))
         for row in rows:
             log.write(**row)
     if args.plot:

@@ -898,7 +898,7 @@ def gathered(value, process):
 FREE = {"data", "out", "resume", "eval", "benchmark", "table4", "save_every", "log_every", "stop_mode"}
 
 
-def begin(args, process, about_data, fingerprint):
+def begin(args, process, parameters, about_data, fingerprint):
     """Opens --out: (checkpoint's path, what --resume restores or None, log or None)."""
     out = Path(args.out)
     path = out / "checkpoint.pt"
@@ -930,7 +930,7 @@ def begin(args, process, about_data, fingerprint):
             die(f"--out {out}: cannot make this folder ({error.strerror})")
         log = MetricsLog(out / "metrics.jsonl", last_step=state["step"] if state else None)
         about = describe_run(process.device, process.world_size)
-        log.write(event="start", step=state["step"] if state else 0, args=vars(args), **about)
+        log.write(event="start", step=state["step"] if state else 0, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {process.world_size}, torch {about['torch']}, commit "
               f"{about['commit']}; writing to {out}\n{about_data}"
               + (f"; continues after step {state['step']}" if state else ""), flush=True)
@@ -1001,10 +1001,10 @@ def train_graphs(args, process, timer, graphs):
 
     parameters, fingerprint = sum(p.numel() for p in fold_model(0).parameters()), checksum(graphs)
     path, state, log = begin(
-        args, process, f"{label(args)}: {parameters:,} parameters ({official_count(fold_model(0)):,} with the official "
-        f"layers' unused ones); {len(graphs)} graphs, {args.folds} {'un' if args.unstratified_folds else ''}stratified "
-        f"folds, {args.epochs} epochs; majority class {statistics.mean(majority):.1f} ± "
-        f"{statistics.pstdev(majority):.1f} % of the test folds", fingerprint)
+        args, process, parameters, f"{label(args)}: {parameters:,} parameters ({official_count(fold_model(0)):,} with "
+        f"the official layers' unused ones); {len(graphs)} graphs, {args.folds} "
+        f"{'un' if args.unstratified_folds else ''}stratified folds, {args.epochs} epochs; majority class "
+        f"{statistics.mean(majority):.1f} ± {statistics.pstdev(majority):.1f} % of the test folds", fingerprint)
     state = state or {"ranks": [{"results": {}, "weights": {}, "model": None, "optimizer": None}] * world, "round": 0,
                       "epoch": 0, "seconds": 0.0}
     mine = copy.deepcopy(state["ranks"][process.rank])
@@ -1134,8 +1134,9 @@ def train_nodes(args, process, timer, splits, hops=0):
         [graph.y for graph in splits[1]]).bincount().max().item() / sum(len(graph.y) for graph in splits[1]))
     method = f"{hops * len(model.implicit)} hops" if hops else label(args)
     fingerprint = checksum([graph for graphs in splits for graph in graphs])
+    parameters = sum(p.numel() for p in model.parameters())
     path, state, log = begin(
-        args, process, f"{method}: {sum(p.numel() for p in model.parameters()):,} parameters "
+        args, process, parameters, f"{method}: {parameters:,} parameters "
         f"({official_count(model):,} as the paper counts); {' + '.join(str(len(s)) for s in splits)} graphs of "
         f"{args.dataset}, {args.epochs} epochs of {len(groups)} steps; a constant prediction has a "
         f"validation {metric} of {constant:.1f} %", fingerprint)

@@ -784,7 +784,8 @@ def train(args, process, model, train_set, test_set):
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
               f"writing to {out}\n{args.model}: {parameters:,} parameters; {N} training and {len(test_set.y)} test "
-              f"images; {args.epochs} epochs of {steps_per_epoch} steps", flush=True)
+              f"images; {args.epochs} epochs of {steps_per_epoch} steps"
+              + (f"; continues after step {step}" if step else ""), flush=True)
 
     def save():
         rng = rng_states()                                  # all processes take part
