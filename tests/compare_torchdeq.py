@@ -5,8 +5,9 @@
     PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --behaviour
 
 Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one process; figures
-are medians over the repeats, the ratios medians of the ratios of neighbours.  The growth of memory is the peak of
-the resident set during one solve over that before it, in a process of its own for each side (Linux).
+are medians over the repeats, the ratios medians of the ratios of neighbours.  A solve is also given over the time that
+its calls of f alone take, measured in turns with it: 1 would be a solver that costs nothing.  The growth of memory is
+the peak of the resident set during one solve over that before it, in a process of its own for each side (Linux).
 Behaviour: each question is asked of both sides in a process of its own, since one of them may not return.
 """
 import argparse
@@ -124,6 +125,18 @@ def sides(cell):
     exact = theirs(True, ift=True)
     return {"solve": solve, f"step, UPG {K}": (ours("upg"), theirs(True, grad=K, tau=LAM)),
             "step, implicit": (ours("implicit"), exact), f"step, our NPG {K}, its implicit": (ours("npg"), exact)}
+
+
+def f_alone(cell, calls):
+    """Runs f so often, without a solver, from the start: a state is as good as another for its time."""
+    h0 = cell.start()
+    h = (h0,) if torch.is_tensor(h0) else h0
+
+    @torch.no_grad()
+    def run():
+        for _ in range(calls):
+            cell(*h)
+    return run
 
 
 def growth(name, side):
@@ -310,17 +323,24 @@ def main():
     print("| cell | what | ours | torchdeq | torchdeq / ours |\n|---|---|---|---|---|")
     for name, make in CELLS.items():
         torch.manual_seed(0)
-        for what, pair in sides(make()).items():
+        cell = make()
+        for what, pair in sides(cell).items():
             calls = [run() for run in pair]                             # warm-up
-            times = [[], []]
+            runs = [*pair, f_alone(cell, calls[0])] if what == "solve" else pair
+            times = [[] for _ in runs]
             for _ in range(args.repeats):
-                for side, run in enumerate(pair):
+                for side, run in enumerate(runs):
                     start = time.perf_counter()
                     run()
                     times[side].append(1e3 * (time.perf_counter() - start))
-            ratio = statistics.median(b / a for a, b in zip(*times))
+            ratio = statistics.median(b / a for a, b, *_ in zip(*times))
             cells = [f"{statistics.median(t):.0f} ms, {n} calls" for t, n in zip(times, calls)]
             print(f"| {name} | {what} | {cells[0]} | {cells[1]} | {ratio:.2f} |", flush=True)
+            if what == "solve":
+                overhead = [statistics.median(t / f * calls[0] / n for t, f in zip(times[side], times[2]))
+                            for side, n in enumerate(calls)]
+                print(f"| {name} | solve / (calls of f x time of f) | {overhead[0]:.2f} | {overhead[1]:.2f} | |",
+                      flush=True)
         mb = [float(subprocess.run([sys.executable, __file__, "--growth", name, str(side)], check=True, text=True,
                                    stdout=subprocess.PIPE).stdout) for side in (0, 1)]
         print(f"| {name} | memory of a solve | {mb[0]:.0f} MB | {mb[1]:.0f} MB | {mb[1] / mb[0]:.2f} |", flush=True)
