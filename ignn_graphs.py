@@ -171,6 +171,13 @@ def parse_args(argv=None):
 
     graphs, chains, ppi = args.dataset in ("COX2", "PROTEINS"), args.dataset == "chains", args.dataset == "PPI"
     official = args.ppi_model != "robust" and not graphs and not chains
+    for names, of, here in (("folds val unstratified_folds evaluate_2a_too dropout", "COX2 and PROTEINS", graphs),
+                            ("clip", "PPI and chains", not graphs), ("chain_length hops", "chains", chains),
+                            ("ppi_model", "PPI and PPI-synthetic", not graphs and not chains),
+                            ("graph_scale", "PPI-synthetic", args.dataset == "PPI-synthetic" or args.benchmark)):
+        for name in names.split():
+            refuse(not here and getattr(args, name) != p.get_default(name),
+                   f"--{name.replace('_', '-')} is of {of}: it has no effect on {args.dataset}")
     args.stop_mode = "max" if official and args.ppi_model == "literal" else "rel"
     defaults = {"hidden": 64 if graphs else 16 if chains else 256 if ppi else 32, "kappa": 0.9 if graphs else 0.98,
                 "epochs": 1000 if ppi else 100 if args.dataset == "PPI-synthetic" else 200,
@@ -194,9 +201,6 @@ def parse_args(argv=None):
     check("lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
     check("dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
     check("folds chain_length", lambda x: x >= 2, "must be at least 2")
-    for name in ("val", "unstratified_folds", "evaluate_2a_too"):
-        refuse(getattr(args, name) and not graphs,
-               f"--{name.replace('_', '-')} is of the folds of COX2 and PROTEINS, not of {args.dataset}")
     refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
     refuse(args.eval and chains,
            "--eval needs --dataset COX2, PROTEINS or PPI: an official checkpoint does not say which it is of")

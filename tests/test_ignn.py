@@ -801,13 +801,17 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     ("--lam 0", "--lam must be in"), ("--lam 1.5", "--lam must be in"), ("--k 0", "--k must be at least 1"),
     ("--grad bptt", "--grad"), ("--epochs 0", "--epochs must be at least 1"),
     ("--tol -1", "--tol must not be negative"),
-    ("--lr 0", "--lr must be positive"), ("--lr nan", "--lr must be positive"), ("--dropout 1", "--dropout must be in"),
-    ("--dataset COX2 --folds 1", "--folds must be at least 2"), ("--val", "--val is of the folds of COX2"),
+    ("--lr 0", "--lr must be positive"), ("--lr nan", "--lr must be positive"),
+    ("--dataset COX2 --dropout 1", "--dropout must be in"),
+    ("--dataset COX2 --folds 1", "--folds must be at least 2"), ("--val", "--val is of COX2"),
+    ("--dataset PPI --folds 5", "--folds is of COX2"), ("--dataset COX2 --clip 1", "--clip is of PPI and chains"),
+    ("--dataset COX2 --hops 3", "--hops is of chains"), ("--dataset COX2 --ppi-model zoo", "--ppi-model is of PPI"),
+    ("--dataset PPI --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
     ("--table4", "--table4 is of COX2"), ("--eval", "--eval needs --resume FILE"),
     ("--dataset COX2 --eval --resume auto", "--eval needs --resume FILE"), ("--resume auto", "needs|--out DIR"),
     ("--benchmark --table4 --dataset COX2", "--benchmark"), ("--hops 0", "--hops must be at least 1"),
     ("--chain-length 1", "--chain-length"), ("--seed -1", "--seed must be in"), ("--benchmark", "--benchmark needs"),
-    ("--graph-scale 0", "--graph-scale"),
+    ("--dataset PPI-synthetic --graph-scale 0", "--graph-scale must be positive"),
     ("--dataset COX2 --table4 --resume x.pt", "--table4 takes neither")])
 def test_an_impossible_flag_is_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -614,7 +614,7 @@ def test_the_states_of_bptt_are_float32_also_where_f_is_of_lower_precision():
 
 
 def test_the_spectral_radius_of_a_skewed_complex_pair_is_within_three_per_cent_after_50_steps():
-    """||v|| oscillates by the condition of the eigenvectors, 30; a plain mean of the last 25 steps is up to 12 % off."""
+    """||v|| oscillates by the condition of the eigenvectors, 30; a plain mean of the last 25 steps is 12 % off."""
     rotation = 0.9 * torch.tensor([[math.cos(0.3), -math.sin(0.3)], [math.sin(0.3), math.cos(0.3)]])
     skew = torch.tensor([1.0, 30.0]).diag()
     a = (skew @ rotation @ skew.inverse()).double()
