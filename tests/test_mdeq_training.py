@@ -19,7 +19,7 @@ from processes import Forked, pair
 from torch.nn.parallel import DistributedDataParallel
 
 import mdeq_cifar
-from common import Process, init_process
+from common import Process, init_process, seed_everything
 from mdeq_cifar import MDEQ, main, parse_args, prepare, toy_images
 
 ROOT = Path(mdeq_cifar.__file__).parent
@@ -176,6 +176,8 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     assert len(opened) == 18 and train.x[4, :, 5, 5].tolist() == [9, 8, 7]
     changed.unlink()
     assert len(load(tmp_path)[0].y) == 5
+    (tmp_path / "train" / "cat" / "2.bmp").rename(tmp_path / "train" / "dog" / "-.bmp")     # in the same place, a dog
+    assert load(tmp_path)[0].y.tolist() == [0, 0, 1, 1, 1]
 
 
 # --- wrong flags and wrong data --------------------------------------------------------------------------------------
@@ -304,8 +306,10 @@ def test_a_short_run_learns_what_a_linear_classifier_cannot(tmp_path, narrow):
         "--log-every", 20, "--out", tmp_path)
     losses = [record["loss"] for record in metrics(tmp_path, "train")]
     assert losses[-1] < 0.6 * losses[0]
-    last = metrics(tmp_path, "epoch")[-1]
+    first, last = metrics(tmp_path, "epoch")
     assert last["test_accuracy"] > 45
+    assert [(r["best_accuracy"], r["best_epoch"]) for r in (first, last)] == [
+        (first["test_accuracy"], 1), max((r["test_accuracy"], r["epoch"]) for r in (first, last))]
     assert last["test_evals"] == 5 and last["step"] == 80
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["last"] == last["test_accuracy"]
 
@@ -319,6 +323,65 @@ def test_every_gradient_trains(grad, tmp_path, narrow):
     assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
     assert all(0 < r["loss"] < 10 for r in metrics(tmp_path, "train"))
     assert -1 <= metrics(tmp_path, "cosine")[0]["cosine_upg"] <= 1 and metrics(tmp_path, "radius")[0]["rho_J"] > 0
+
+
+def test_the_recipe_is_the_papers(tmp_path, narrow):
+    """SGD 0.1 and momentum 0.9 with 1e-4, or Adam 0.001 with 2.5e-6, of all parameters; cosine to 1e-6."""
+    for name, lr, decay in (("sgd", 0.1, 1e-4), ("adam", 0.001, 2.5e-6)):
+        out = tmp_path / name
+        run(*TINY_RUN, "--train-size", 20, "--optimizer", name, "--out", out)
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        (group,), schedule = state["optimizer"]["param_groups"], state["scheduler"]
+        assert group["weight_decay"] == decay and group.get("momentum") == (0.9 if name == "sgd" else None)
+        assert len(group["params"]) == len(list(MDEQ().parameters()))
+        assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (4, 1e-6, [lr])
+        expected = [1e-6 + (lr - 1e-6) * (1 + math.cos(t * math.pi / 4)) / 2 for t in range(1, 5)]
+        assert [r["lr"] for r in metrics(out, "train")] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_after(tmp_path, monkeypatch, narrow):
+    forward, unrolls = MDEQ.forward, []
+
+    def watched(self, x, unroll=0, **kwargs):
+        if self.training:
+            unrolls.append(unroll)
+        return forward(self, x, unroll=unroll, **kwargs)
+
+    monkeypatch.setattr(MDEQ, "forward", watched)
+    run(*TINY_RUN, *"--train-size 50 --epochs 1 --pretrain-steps 3 --pretrain-layers 2 --out".split(), tmp_path)
+    assert unrolls == [2] * 3 + [0] * 2
+
+
+def test_cosines_and_radii_do_not_change_a_run(tmp_path, narrow):
+    """Fig. 2 and D.2 leave dropout masks, BatchNorm statistics and the gradient of the training alone."""
+    flags = [*TINY_RUN, *"--train-size 50 --test-size 10 --epochs 1 --dropout 0.2".split()]
+    run(*flags, "--out", tmp_path / "a")
+    run(*flags, *"--cosine-every 2 --radius-every 3 --out".split(), tmp_path / "b")
+    assert [r["step"] for r in metrics(tmp_path / "b", "cosine")] == [2, 4]
+    assert [r["step"] for r in metrics(tmp_path / "b", "radius")] == [3]
+    a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in "ab")
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"])
+
+
+def test_cosines_are_of_the_gradients_of_the_parameters_of_F(narrow):
+    """Each phantom gradient beside the exact one, as an ordinary backward pass leaves them in the parameters."""
+    args = parse_args([*TINY_RUN, "--k", "3"])
+    torch.manual_seed(0)
+    model, images = mdeq_cifar.build_model(args, 10, Process(0, 1, torch.device("cpu"))), toy_images(8, seed=3)
+    x, grads = prepare(images.x, False, mdeq_cifar.memory_format(args)), {}
+    got = mdeq_cifar.gradient_cosines(model, x, images.y, args)
+    others = ("stem", "injection", "bottlenecks", "down", "final", "classifier")
+    for grad in ("implicit", "upg", "npg"):
+        model.grad = grad
+        model.zero_grad()
+        F.cross_entropy(model(x), images.y).backward()
+        grads[grad] = torch.cat([p.grad.double().flatten() for n, p in model.named_parameters()
+                                 if not n.startswith(others)])
+    for grad in ("upg", "npg"):
+        cosine = F.cosine_similarity(grads[grad], grads["implicit"], dim=0).item()
+        assert got[f"cosine_{grad}"] == pytest.approx(cosine, rel=1e-6)
+    assert abs(got["cosine_upg"] - got["cosine_npg"]) > 1e-3
 
 
 def test_evaluation_counts_every_image_once(narrow):
@@ -471,6 +534,28 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         for own in together:
             for a, b in zip(alone, own[grad]):
                 assert (a - b).abs().max() <= 1e-9 * max(a.abs().max(), 1e-6)
+
+
+def without_batch_statistics(*flags):
+    """A run whose BatchNorm is that of evaluation: it does not depend on how processes divide a batch."""
+    build = mdeq_cifar.build_model
+    mdeq_cifar.build_model = lambda *args: build(*args).eval()
+    run(*flags)
+
+
+def test_two_processes_weigh_every_image_alike(tmp_path):
+    """Batches of 6 and 3 images, the latter divided as 2 + 1: the script's steps are those of one process."""
+    make_folder(tmp_path / "data", classes="abc")
+    sizes = "--batch-size 6 --max-iter 3 --k 2 --epochs 1 --lr 0.05".split()
+    flags = [*sizes, "--data", tmp_path / "data"]
+    one = Forked(tmp_path / "log1", without_batch_statistics, *flags, "--out", tmp_path / "1")
+    for process in (one, *pair(tmp_path / "log2", without_batch_statistics, *flags, "--out", tmp_path / "2")):
+        process.finish()
+    one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in "12")
+    seed_everything(0)
+    model = mdeq_cifar.build_model(parse_args([]), 3, Process(0, 1, torch.device("cpu")))
+    largest = max((one[name] - p.detach()).abs().max() for name, p in model.named_parameters())
+    assert largest > 1e-3 and max((one[name] - two[name]).abs().max() for name in one) < 1e-3 * largest
 
 
 def test_the_script_runs_on_two_processes_and_writes_once(tmp_path):
