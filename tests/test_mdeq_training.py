@@ -147,6 +147,23 @@ def test_image_folders_are_read_with_their_labels(tmp_path):
         assert torch.equal(images.x, torch.stack(expected))
 
 
+def test_cifar10_comes_from_torchvision_and_a_failed_download_is_named(tmp_path, monkeypatch, capsys):
+    """(N, 32, 32, 3) arrays and lists of labels become (N, 3, 32, 32); both splits, each at its place."""
+    pixels = {split: torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8) for split in (True, False)}
+
+    def offline(*_, **__):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(mdeq_cifar.torchvision.datasets, "CIFAR10", lambda root, train, download: types.SimpleNamespace(
+        data=pixels[train].numpy(), targets=[(i + train) % 10 for i in range(20)]))
+    for split, images in zip((True, False), load(tmp_path)):
+        assert images.classes == 10 and images.y.tolist() == [(i + split) % 10 for i in range(20)]
+        assert torch.equal(images.x, torch.stack([x.permute(2, 0, 1) for x in pixels[split]]))
+    monkeypatch.setattr(mdeq_cifar.torchvision.datasets, "CIFAR10", offline)
+    message = refused(capsys, "--data", tmp_path / "none", "--epochs", 1, "--out", tmp_path / "out")
+    assert f"--data {tmp_path / 'none'}" in message and "no route to host" in message
+
+
 def test_grey_and_transparent_files_become_three_channels(tmp_path):
     make_folder(tmp_path)
     Image.new("L", (32, 32), 77).save(tmp_path / "train" / "cat" / "0.png")
@@ -251,7 +268,7 @@ def test_broken_data_is_named_before_training(break_it, tmp_path, capsys):
     """No traceback after an hour: one line that names the folder or the file."""
     make_folder(tmp_path / "data", kind="jpeg")
     named = break_it(tmp_path / "data")
-    message = refused(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    message = refused(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1, "--max-iter", 1)
     assert "--data" in message and named in message
     assert not (tmp_path / "out").exists()
 
@@ -326,10 +343,15 @@ def test_every_gradient_trains(grad, tmp_path, narrow):
 
 
 def test_the_recipe_is_the_papers(tmp_path, narrow):
-    """SGD 0.1 and momentum 0.9 with 1e-4, or Adam 0.001 with 2.5e-6, of all parameters; cosine to 1e-6."""
+    """SGD 0.1 and momentum 0.9 with 1e-4, or Adam 0.001 with 2.5e-6, of all parameters; cosine to 1e-6.
+
+    Convolutions in TF32 are torch's default, which --no-tf32 changes.
+    """
     for name, lr, decay in (("sgd", 0.1, 1e-4), ("adam", 0.001, 2.5e-6)):
         out = tmp_path / name
-        run(*TINY_RUN, "--train-size", 20, "--optimizer", name, "--out", out)
+        run(*TINY_RUN, *"--train-size 20 --test-size 10 --optimizer".split(), name, "--out", out,
+            *["--no-tf32"] * (name == "adam"))
+        assert torch.backends.cudnn.allow_tf32 == (name == "sgd")
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         (group,), schedule = state["optimizer"]["param_groups"], state["scheduler"]
         assert group["weight_decay"] == decay and group.get("momentum") == (0.9 if name == "sgd" else None)
@@ -350,6 +372,16 @@ def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_afte
     monkeypatch.setattr(MDEQ, "forward", watched)
     run(*TINY_RUN, *"--train-size 50 --epochs 1 --pretrain-steps 3 --pretrain-layers 2 --out".split(), tmp_path)
     assert unrolls == [2] * 3 + [0] * 2
+
+
+def test_training_images_alone_are_augmented(tmp_path, monkeypatch, narrow):
+    seen, prepare_one = [], mdeq_cifar.prepare
+    monkeypatch.setattr(mdeq_cifar, "prepare", lambda x, augment, memory_format: (
+        seen.append(augment), prepare_one(x, augment, memory_format))[1])
+    for augment in ("yes", "no"):
+        run(*TINY_RUN, *"--train-size 20 --test-size 10 --epochs 1 --augment".split(), augment, "--out",
+            tmp_path / augment)
+    assert seen == [True, True] + [False] * 6           # the last of each run is for the benchmark
 
 
 def test_cosines_and_radii_do_not_change_a_run(tmp_path, narrow):
@@ -382,6 +414,31 @@ def test_cosines_are_of_the_gradients_of_the_parameters_of_F(narrow):
         cosine = F.cosine_similarity(grads[grad], grads["implicit"], dim=0).item()
         assert got[f"cosine_{grad}"] == pytest.approx(cosine, rel=1e-6)
     assert abs(got["cosine_upg"] - got["cosine_npg"]) > 1e-3
+
+
+def test_radii_are_means_at_the_equilibria_of_images_of_all_classes(monkeypatch, narrow):
+    """64 images, evenly from 130 that are sorted by class: of J (lam = 1) and of J_lam."""
+    args, states = parse_args([*TINY_RUN, "--lam", "0.7"]), []
+    torch.manual_seed(0)
+    model, images = mdeq_cifar.build_model(args, 10, Process(0, 1, torch.device("cpu"))), toy_images(130, seed=2)
+
+    def radius(f, h, *, lam, n_iter):
+        states.append(h[0])
+        return lam + torch.arange(len(h[0])).float()
+
+    monkeypatch.setattr(mdeq_cifar, "spectral_radius", radius)
+    assert mdeq_cifar.radii(model, images, args) == pytest.approx({"rho_J": 1 + 31.5, "rho_J_lam": 0.7 + 31.5})
+    with torch.no_grad():
+        _, result = model.eval()(prepare(images.x[:128:2], False, mdeq_cifar.memory_format(args)), with_result=True)
+    assert (states[0] - result.h[0]).abs().max() < 1e-4 and torch.equal(states[0], states[1])
+
+
+def test_residual_statistics_are_nearest_ranks_of_all_solves():
+    """Ten values in any order; the share solved is to tol, or to 1e-3 where tol is 0."""
+    parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2, 0.3, 0.7, 0.6, 0.8])]
+    found = mdeq_cifar.health("x", parts, 0.2)
+    assert found == pytest.approx(dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3))
+    assert mdeq_cifar.health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
 
 
 def test_evaluation_counts_every_image_once(narrow):
@@ -446,6 +503,24 @@ def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, narrow):
     assert str(tmp_path / "run" / "checkpoint.pt") in message
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all_finite(state) and state["step"] == 3
+
+
+def test_the_benchmark_measures_every_gradient_and_leaves_the_model_as_it_is(capsys, monkeypatch):
+    """Steps in turns after a warm-up, then NPG's memory for k = 1 and 20; ratios are those of the printed times."""
+    args, steps, forward = parse_args("--data toy --grad npg --k 2".split()), [], MDEQ.forward
+    model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, max_iter=3, backward_max_iter=3)
+    monkeypatch.setattr(MDEQ, "forward", lambda self, x: (steps.append((self.grad, self.k)), forward(self, x))[1])
+    before, images = [p.detach().clone() for p in model.parameters()], toy_images(20, seed=1)
+    mdeq_cifar.benchmark(model, prepare(images.x, False, torch.channels_last), images.y, args, repeats=1)
+    assert steps == [("implicit", 2), ("upg", 2), ("npg", 2)] * 2 + [("npg", 1), ("npg", 20)]
+    assert (model.grad, model.k) == ("npg", 2) and all(map(torch.equal, before, model.parameters()))
+    lines = [line.replace("x", "").split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: [float(value) for value in line[1:]] for line in lines if line and line[0] in dict(steps)}
+    assert list(rows) == ["implicit", "upg", "npg"]
+    for _, backward, step, _, per_second, backward_ratio, step_ratio in rows.values():
+        assert backward_ratio == pytest.approx(rows["implicit"][1] / backward, rel=0.1)
+        assert step_ratio == pytest.approx(rows["implicit"][2] / step, rel=0.1)
+        assert per_second == pytest.approx(20e3 / step, rel=0.1)
 
 
 # --- kill and resume -------------------------------------------------------------------------------------------------
@@ -567,7 +642,8 @@ def test_the_script_runs_on_two_processes_and_writes_once(tmp_path):
     (epoch,) = metrics(tmp_path, "epoch")
     assert (epoch["test_accuracy"] * 30 / 100) % 1 == pytest.approx(0, abs=1e-6)
     assert out.count("done: ") == 1
-    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["rng"]) == 2
+    first, second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["rng"]
+    assert not torch.equal(first["torch"], second["torch"])                 # each draws dropout masks of its own
 
 
 # --- Fig. 3 ----------------------------------------------------------------------------------------------------------
@@ -625,6 +701,7 @@ def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path
 
 def test_figure_3_without_matplotlib_is_refused_before_the_training(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(mdeq_cifar, "figure3", lambda *_: pytest.fail("it trains"))
     assert "pip install matplotlib" in refused(capsys, *TINY_RUN, "--fig3", tmp_path, "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
     monkeypatch.setenv("RANK", "0")
