@@ -866,7 +866,8 @@ def test_an_edge_of_ppi_to_no_node_is_named(tmp_path, capsys):
     graph = json.loads(path.read_text())
     graph["links"].append({"source": 0, "target": 999})
     path.write_text(json.dumps(graph))
-    assert "an edge to a node outside" in refused(capsys, "--dataset", "PPI", "--data", tmp_path)
+    flags = ["--data", tmp_path, *"--dataset PPI --hidden 4 --epochs 1 --tol 1e-3 --out".split(), tmp_path / "out"]
+    assert "an edge to a node outside" in refused(capsys, *flags)
 
 
 def test_an_official_ppi_checkpoint_is_not_evaluated_with_another_adjacency(ppi, tmp_path, capsys):

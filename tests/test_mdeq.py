@@ -469,8 +469,9 @@ def test_missing_keys_and_wrong_shapes_are_refused_by_name(key):
     assert len(name) == 1                           # every official key fills one tensor of ours
     with pytest.raises(ValueError, match=f"missing {name[0]}"):
         load_official(model, {k: v for k, v in sd.items() if k != key})
-    with pytest.raises(ValueError, match=f"{name[0]} is"):
-        load_official(model, {**sd, key: torch.zeros(3, 5, dtype=torch.float64)})
+    for shape in ((3, 5), (3, *sd[key].shape[1:])):
+        with pytest.raises(ValueError, match=f"{name[0]} is"):
+            load_official(model, {**sd, key: torch.zeros(shape, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("key", ["surprise", "fullstage.branches.7.blocks.0.gn1.weight", "full_stage.extra.weight_g",
@@ -641,8 +642,9 @@ def test_sides_that_do_not_halve_evenly_are_refused(side, n, strides):
     model = build(**NARROW[n], stem_strides=strides)
     with pytest.raises(ValueError, match="divisible by"):
         model(images(side=side)[0])
-    with pytest.raises(ValueError, match="divisible by"):
-        model(torch.zeros(1, 3, 32, side, dtype=torch.float64))
+    for shape in ((32, side), (side, 32)):
+        with pytest.raises(ValueError, match="divisible by"):
+            model(torch.zeros(1, 3, *shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("grad, more", [("upg", 3), ("npg", 1), ("implicit", 1)])
@@ -758,11 +760,13 @@ def test_a_compiled_model_equals_the_eager_one(grad, monkeypatch):
     """
     monkeypatch.setitem(mdeq_cifar.MODELS, "tiny", {**mdeq_cifar.MODELS["tiny"], "channels": (8, 16),
                                                      "head_channels": (4, 8), "final_channels": 16})
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile, compiled = partial(torch.compile, backend="aot_eager"), []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or compile(f))
     functorch_config.donated_buffer = True          # torch's default, which build_model has to change
     args = mdeq_cifar.parse_args(["--compile", "--grad", grad, "--max-iter", "3", "--backward-max-iter", "3"])
     torch.manual_seed(0)
     model = mdeq_cifar.build_model(args, 10, types.SimpleNamespace(device=torch.device("cpu")))
+    assert compiled == ["f", "head"] and not functorch_config.donated_buffer
     eager = build(grad=grad, max_iter=3, backward_max_iter=3)
     eager.load_state_dict(model.double().state_dict())
     x, y = images(4)

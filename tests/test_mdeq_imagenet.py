@@ -166,6 +166,7 @@ def test_without_flags_the_recipe_is_the_papers(tmp_path, small):
     assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (5, 1e-6, [0.05])
     expected = [1e-6 + (0.05 - 1e-6) * (1 + torch.tensor(t * torch.pi / 5).cos().item()) / 2 for t in range(1, 6)]
     assert [r["lr"] for r in metrics(tmp_path, "train")] == pytest.approx(expected, rel=1e-5)
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_convolutions_begin_with_pytorchs_defaults():
@@ -453,11 +454,11 @@ def test_workers_never_keep_a_process_from_ending(last, code, printed, ends):
     ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan", "--lam"),
     ("--lam 1.5", "--lam"), ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
     ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),
-    ("--seed 4294967296", "--seed"),
-    ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"), ("--weight-decay nan", "--weight-decay"),
-    ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"),
+    ("--seed 4294967296", "--seed"), ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"),
+    ("--weight-decay nan", "--weight-decay"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
+    ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
-    ("--eval --resume auto --out x", "--resume"), ("--benchmark --eval --resume x", "--benchmark"),
+    ("--eval --resume auto --out x", "--eval needs"), ("--benchmark --eval --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"), ("--benchmark --resume x", "--benchmark"),
     ("--radius-every 3 --radius-images 0", "--radius-every"), ("--accumulate 3", "--batch-size 8"),
     ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --out unused", "nowhere.pt"),
@@ -628,6 +629,26 @@ def test_radii_do_not_change_a_run(tmp_path, small):
     assert_same_end(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
 
 
+def test_radii_are_means_at_the_equilibria_of_images_over_all_of_val(monkeypatch, small):
+    """Images 0, 2, 4 of 7 in batches of 2 and 1: radii of J (lam = 1) and of J_lam, and the share of J's above 1."""
+    args = parse_args([*SMALL_RUN, "--data", str(small), *"--batch-size 2 --radius-images 3 --lam 0.5".split()])
+    _, images, classes = load_images(args, CPU)
+    torch.manual_seed(0)
+    model, states = mdeq_imagenet.build_model(args, len(classes), CPU), []
+
+    def radius(f, h, *, lam, n_iter):
+        states.append(h[0])
+        return lam + torch.arange(len(h[0])) - 0.5
+
+    monkeypatch.setattr(mdeq_imagenet, "spectral_radius", radius)
+    record = mdeq_imagenet.radii(model, images, args, CPU)
+    assert record == pytest.approx({"rho_J": 2.5 / 3, "rho_J_lam": 1 / 3, "rho_J_above_1": 1 / 3})
+    x = prepare(torch.stack([images[i, 0][0] for i in (0, 2, 4)]), args, CPU.device)
+    with torch.no_grad():
+        _, result = model.eval()(x, with_result=True)
+    assert (torch.cat(states[::2]) - result.h[0]).abs().max() < 1e-4 and torch.equal(states[0], states[1])
+
+
 def test_radii_of_images_that_cannot_be_read_are_refused(tmp_path, capsys):
     """All of --radius-images are broken ones, left out by --on-bad-image skip: not a mean over nothing."""
     root = make_folder(tmp_path / "data")
@@ -652,7 +673,9 @@ def test_a_few_images_are_learnt_by_heart(tmp_path):
         path.write_bytes((tmp_path / "data" / "train" / path.relative_to(tmp_path / "data" / "val")).read_bytes())
     run(*SMALL_RUN, "--data", tmp_path / "data", *"--augment no --batch-size 12 --epochs 60 --max-iter 6".split(),
         "--save-every", 1000, "--out", tmp_path / "run")
-    last = metrics(tmp_path / "run", "epoch")[-1]
+    epochs = metrics(tmp_path / "run", "epoch")
+    last, best = epochs[-1], itertools.accumulate((r["val_top1"] for r in epochs), max)
+    assert [r["best_top1"] for r in epochs] == list(best) and epochs[last["best_epoch"] - 1]["val_top1"] == 100
     assert last["val_top1"] == 100 and last["val_images"] == 12 and last["step"] == 60
     losses = [r["loss"] for r in metrics(tmp_path / "run", "train")]
     assert losses[-1] < 0.1 * losses[0]
@@ -816,8 +839,11 @@ def test_training_can_begin_with_an_official_checkpoint(classes, tmp_path, capsy
     assert (end["model"]["stem.1.running_mean"] - 0.9 * sd["downsample.1.running_mean"]).abs().max() > 1e-3
 
 
-def test_training_can_begin_with_a_checkpoint_of_another_run(tmp_path, capsys, small):
-    """Weights alone: other flags are no difference to complain of, the optimiser and the step begin anew."""
+def test_training_can_begin_with_a_checkpoint_of_another_run(tmp_path, capsys, monkeypatch, small):
+    """Weights alone: other flags are no difference to complain of, the optimiser and the step begin anew.
+
+    A run that is resumed with the same flags does not begin with them again.
+    """
     run(*SMALL_RUN, "--data", small, "--out", tmp_path / "a")
     flags = [*SMALL_RUN, "--data", small, "--seed", 4, "--lr", 1e-30, "--weight-decay", 0, "--batch-size", TRAIN]
     run(*flags, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b")
@@ -825,6 +851,7 @@ def test_training_can_begin_with_a_checkpoint_of_another_run(tmp_path, capsys, s
     assert b["step"] == 1 and all(torch.equal(a["model"][name], b["model"][name]) for name, _ in
                                   MDEQ(channels=(8, 16), head_channels=(4, 8)).named_parameters())
     capsys.readouterr()
+    monkeypatch.setattr(mdeq_imagenet, "initialise", lambda *_: pytest.fail("the trained weights are lost"))
     run(*flags, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b", "--resume", "auto")
     assert "continues after step 1" in capsys.readouterr().out
 
@@ -1047,7 +1074,7 @@ def test_torchrun_restarts_a_job_that_lost_a_process(tmp_path, small, undisturbe
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: ranks(agent).get(rank) not in (None, victim), agent)
     end, expected = finish(out, agent), finish(*undisturbed[2])
-    assert len(end["rng"]) == 2
+    assert len(end["rng"]) == 2 and not torch.equal(*(state["torch"] for state in end["rng"]))
     assert_same_end(end, expected)
     starts = steps_of(out, "start")
     assert len(starts) <= 3 and starts[0] == 0 and starts[-1] > 0

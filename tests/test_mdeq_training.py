@@ -1,4 +1,5 @@
 """mdeq_cifar.py as a program: data, wrong input, training, kill and resume, two processes, official checkpoints."""
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from processes import Forked, pair
 from torch.nn.parallel import DistributedDataParallel
 
 import mdeq_cifar
-from common import Process, init_process
+from common import Process, init_process, seed_everything
 from mdeq_cifar import MDEQ, main, parse_args, prepare, toy_images
 
 ROOT = Path(mdeq_cifar.__file__).parent
@@ -147,6 +148,23 @@ def test_image_folders_are_read_with_their_labels(tmp_path):
         assert torch.equal(images.x, torch.stack(expected))
 
 
+def test_cifar10_comes_from_torchvision_and_a_failed_download_is_named(tmp_path, monkeypatch, capsys):
+    """(N, 32, 32, 3) arrays and lists of labels become (N, 3, 32, 32); both splits, each at its place."""
+    pixels = {split: torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8) for split in (True, False)}
+
+    def offline(*_, **__):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(mdeq_cifar.torchvision.datasets, "CIFAR10", lambda root, train, download: types.SimpleNamespace(
+        data=pixels[train].numpy(), targets=[(i + train) % 10 for i in range(20)]))
+    for split, images in zip((True, False), load(tmp_path)):
+        assert images.classes == 10 and images.y.tolist() == [(i + split) % 10 for i in range(20)]
+        assert torch.equal(images.x, torch.stack([x.permute(2, 0, 1) for x in pixels[split]]))
+    monkeypatch.setattr(mdeq_cifar.torchvision.datasets, "CIFAR10", offline)
+    message = refused(capsys, "--data", tmp_path / "none", "--epochs", 1, "--out", tmp_path / "out")
+    assert f"--data {tmp_path / 'none'}" in message and "no route to host" in message
+
+
 def test_grey_and_transparent_files_become_three_channels(tmp_path):
     make_folder(tmp_path)
     Image.new("L", (32, 32), 77).save(tmp_path / "train" / "cat" / "0.png")
@@ -176,6 +194,8 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     assert len(opened) == 18 and train.x[4, :, 5, 5].tolist() == [9, 8, 7]
     changed.unlink()
     assert len(load(tmp_path)[0].y) == 5
+    (tmp_path / "train" / "cat" / "2.bmp").rename(tmp_path / "train" / "dog" / "-.bmp")     # in the same place, a dog
+    assert load(tmp_path)[0].y.tolist() == [0, 0, 1, 1, 1]
 
 
 # --- wrong flags and wrong data --------------------------------------------------------------------------------------
@@ -249,7 +269,7 @@ def test_broken_data_is_named_before_training(break_it, tmp_path, capsys):
     """No traceback after an hour: one line that names the folder or the file."""
     make_folder(tmp_path / "data", kind="jpeg")
     named = break_it(tmp_path / "data")
-    message = refused(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    message = refused(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1, "--max-iter", 1)
     assert "--data" in message and named in message
     assert not (tmp_path / "out").exists()
 
@@ -304,8 +324,10 @@ def test_a_short_run_learns_what_a_linear_classifier_cannot(tmp_path, narrow):
         "--log-every", 20, "--out", tmp_path)
     losses = [record["loss"] for record in metrics(tmp_path, "train")]
     assert losses[-1] < 0.6 * losses[0]
-    last = metrics(tmp_path, "epoch")[-1]
+    first, last = metrics(tmp_path, "epoch")
     assert last["test_accuracy"] > 45
+    assert [(r["best_accuracy"], r["best_epoch"]) for r in (first, last)] == [
+        (first["test_accuracy"], 1), max((r["test_accuracy"], r["epoch"]) for r in (first, last))]
     assert last["test_evals"] == 5 and last["step"] == 80
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["last"] == last["test_accuracy"]
 
@@ -319,6 +341,105 @@ def test_every_gradient_trains(grad, tmp_path, narrow):
     assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
     assert all(0 < r["loss"] < 10 for r in metrics(tmp_path, "train"))
     assert -1 <= metrics(tmp_path, "cosine")[0]["cosine_upg"] <= 1 and metrics(tmp_path, "radius")[0]["rho_J"] > 0
+
+
+def test_the_recipe_is_the_papers(tmp_path, narrow):
+    """SGD 0.1 and momentum 0.9 with 1e-4, or Adam 0.001 with 2.5e-6, of all parameters; cosine to 1e-6.
+
+    Convolutions in TF32 are torch's default, which --no-tf32 changes.
+    """
+    for name, lr, decay in (("sgd", 0.1, 1e-4), ("adam", 0.001, 2.5e-6)):
+        out = tmp_path / name
+        run(*TINY_RUN, *"--train-size 20 --test-size 10 --optimizer".split(), name, "--out", out,
+            *["--no-tf32"] * (name == "adam"))
+        assert torch.backends.cudnn.allow_tf32 == (name == "sgd")
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        (group,), schedule = state["optimizer"]["param_groups"], state["scheduler"]
+        assert group["weight_decay"] == decay and group.get("momentum") == (0.9 if name == "sgd" else None)
+        assert len(group["params"]) == len(list(MDEQ().parameters()))
+        assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (4, 1e-6, [lr])
+        expected = [1e-6 + (lr - 1e-6) * (1 + math.cos(t * math.pi / 4)) / 2 for t in range(1, 5)]
+        assert [r["lr"] for r in metrics(out, "train")] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_after(tmp_path, monkeypatch, narrow):
+    forward, unrolls = MDEQ.forward, []
+
+    def watched(self, x, unroll=0, **kwargs):
+        if self.training:
+            unrolls.append(unroll)
+        return forward(self, x, unroll=unroll, **kwargs)
+
+    monkeypatch.setattr(MDEQ, "forward", watched)
+    run(*TINY_RUN, *"--train-size 50 --epochs 1 --pretrain-steps 3 --pretrain-layers 2 --out".split(), tmp_path)
+    assert unrolls == [2] * 3 + [0] * 2
+
+
+def test_training_images_alone_are_augmented(tmp_path, monkeypatch, narrow):
+    seen, prepare_one = [], mdeq_cifar.prepare
+    monkeypatch.setattr(mdeq_cifar, "prepare", lambda x, augment, memory_format: (
+        seen.append(augment), prepare_one(x, augment, memory_format))[1])
+    for augment in ("yes", "no"):
+        run(*TINY_RUN, *"--train-size 20 --test-size 10 --epochs 1 --augment".split(), augment, "--out",
+            tmp_path / augment)
+    assert seen == [True, True] + [False] * 6           # the last of each run is for the benchmark
+
+
+def test_cosines_and_radii_do_not_change_a_run(tmp_path, narrow):
+    """Fig. 2 and D.2 leave dropout masks, BatchNorm statistics and the gradient of the training alone."""
+    flags = [*TINY_RUN, *"--train-size 50 --test-size 10 --epochs 1 --dropout 0.2".split()]
+    run(*flags, "--out", tmp_path / "a")
+    run(*flags, *"--cosine-every 2 --radius-every 3 --out".split(), tmp_path / "b")
+    assert [r["step"] for r in metrics(tmp_path / "b", "cosine")] == [2, 4]
+    assert [r["step"] for r in metrics(tmp_path / "b", "radius")] == [3]
+    a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in "ab")
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"])
+
+
+def test_cosines_are_of_the_gradients_of_the_parameters_of_F(narrow):
+    """Each phantom gradient beside the exact one, as an ordinary backward pass leaves them in the parameters."""
+    args = parse_args([*TINY_RUN, "--k", "3"])
+    torch.manual_seed(0)
+    model, images = mdeq_cifar.build_model(args, 10, Process(0, 1, torch.device("cpu"))), toy_images(8, seed=3)
+    x, grads = prepare(images.x, False, mdeq_cifar.memory_format(args)), {}
+    got = mdeq_cifar.gradient_cosines(model, x, images.y, args)
+    others = ("stem", "injection", "bottlenecks", "down", "final", "classifier")
+    for grad in ("implicit", "upg", "npg"):
+        model.grad = grad
+        model.zero_grad()
+        F.cross_entropy(model(x), images.y).backward()
+        grads[grad] = torch.cat([p.grad.double().flatten() for n, p in model.named_parameters()
+                                 if not n.startswith(others)])
+    for grad in ("upg", "npg"):
+        cosine = F.cosine_similarity(grads[grad], grads["implicit"], dim=0).item()
+        assert got[f"cosine_{grad}"] == pytest.approx(cosine, rel=1e-6)
+    assert abs(got["cosine_upg"] - got["cosine_npg"]) > 1e-3
+
+
+def test_radii_are_means_at_the_equilibria_of_images_of_all_classes(monkeypatch, narrow):
+    """64 images, evenly from 130 that are sorted by class: of J (lam = 1) and of J_lam."""
+    args, states = parse_args([*TINY_RUN, "--lam", "0.7"]), []
+    torch.manual_seed(0)
+    model, images = mdeq_cifar.build_model(args, 10, Process(0, 1, torch.device("cpu"))), toy_images(130, seed=2)
+
+    def radius(f, h, *, lam, n_iter):
+        states.append(h[0])
+        return lam + torch.arange(len(h[0])).float()
+
+    monkeypatch.setattr(mdeq_cifar, "spectral_radius", radius)
+    assert mdeq_cifar.radii(model, images, args) == pytest.approx({"rho_J": 1 + 31.5, "rho_J_lam": 0.7 + 31.5})
+    with torch.no_grad():
+        _, result = model.eval()(prepare(images.x[:128:2], False, mdeq_cifar.memory_format(args)), with_result=True)
+    assert (states[0] - result.h[0]).abs().max() < 1e-4 and torch.equal(states[0], states[1])
+
+
+def test_residual_statistics_are_nearest_ranks_of_all_solves():
+    """Ten values in any order; the share solved is to tol, or to 1e-3 where tol is 0."""
+    parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2, 0.3, 0.7, 0.6, 0.8])]
+    found = mdeq_cifar.health("x", parts, 0.2)
+    assert found == pytest.approx(dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3))
+    assert mdeq_cifar.health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
 
 
 def test_evaluation_counts_every_image_once(narrow):
@@ -383,6 +504,24 @@ def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, narrow):
     assert str(tmp_path / "run" / "checkpoint.pt") in message
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all_finite(state) and state["step"] == 3
+
+
+def test_the_benchmark_measures_every_gradient_and_leaves_the_model_as_it_is(capsys, monkeypatch):
+    """Steps in turns after a warm-up, then NPG's memory for k = 1 and 20; ratios are those of the printed times."""
+    args, steps, forward = parse_args("--data toy --grad npg --k 2".split()), [], MDEQ.forward
+    model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, max_iter=3, backward_max_iter=3)
+    monkeypatch.setattr(MDEQ, "forward", lambda self, x: (steps.append((self.grad, self.k)), forward(self, x))[1])
+    before, images = [p.detach().clone() for p in model.parameters()], toy_images(20, seed=1)
+    mdeq_cifar.benchmark(model, prepare(images.x, False, torch.channels_last), images.y, args, repeats=1)
+    assert steps == [("implicit", 2), ("upg", 2), ("npg", 2)] * 2 + [("npg", 1), ("npg", 20)]
+    assert (model.grad, model.k) == ("npg", 2) and all(map(torch.equal, before, model.parameters()))
+    lines = [line.replace("x", "").split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: [float(value) for value in line[1:]] for line in lines if line and line[0] in dict(steps)}
+    assert list(rows) == ["implicit", "upg", "npg"]
+    for _, backward, step, _, per_second, backward_ratio, step_ratio in rows.values():
+        assert backward_ratio == pytest.approx(rows["implicit"][1] / backward, rel=0.1)
+        assert step_ratio == pytest.approx(rows["implicit"][2] / step, rel=0.1)
+        assert per_second == pytest.approx(20e3 / step, rel=0.1)
 
 
 # --- kill and resume -------------------------------------------------------------------------------------------------
@@ -473,6 +612,28 @@ def test_two_processes_take_the_step_of_one(tmp_path):
                 assert (a - b).abs().max() <= 1e-9 * max(a.abs().max(), 1e-6)
 
 
+def without_batch_statistics(*flags):
+    """A run whose BatchNorm is that of evaluation: it does not depend on how processes divide a batch."""
+    build = mdeq_cifar.build_model
+    mdeq_cifar.build_model = lambda *args: build(*args).eval()
+    run(*flags)
+
+
+def test_two_processes_weigh_every_image_alike(tmp_path):
+    """Batches of 6 and 3 images, the latter divided as 2 + 1: the script's steps are those of one process."""
+    make_folder(tmp_path / "data", classes="abc")
+    sizes = "--batch-size 6 --max-iter 3 --k 2 --epochs 1 --lr 0.05".split()
+    flags = [*sizes, "--data", tmp_path / "data"]
+    one = Forked(tmp_path / "log1", without_batch_statistics, *flags, "--out", tmp_path / "1")
+    for process in (one, *pair(tmp_path / "log2", without_batch_statistics, *flags, "--out", tmp_path / "2")):
+        process.finish()
+    one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in "12")
+    seed_everything(0)
+    model = mdeq_cifar.build_model(parse_args([]), 3, Process(0, 1, torch.device("cpu")))
+    largest = max((one[name] - p.detach()).abs().max() for name, p in model.named_parameters())
+    assert largest > 1e-3 and max((one[name] - two[name]).abs().max() for name in one) < 1e-3 * largest
+
+
 def test_the_script_runs_on_two_processes_and_writes_once(tmp_path):
     """Also a smaller last batch: 14 and 6 images, half of them in each process.  Evaluation counts every image once."""
     sizes = "--train-size 20 --test-size 30 --batch-size 14 --epochs 1".split()
@@ -482,7 +643,8 @@ def test_the_script_runs_on_two_processes_and_writes_once(tmp_path):
     (epoch,) = metrics(tmp_path, "epoch")
     assert (epoch["test_accuracy"] * 30 / 100) % 1 == pytest.approx(0, abs=1e-6)
     assert out.count("done: ") == 1
-    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["rng"]) == 2
+    first, second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["rng"]
+    assert not torch.equal(first["torch"], second["torch"])                 # each draws dropout masks of its own
 
 
 # --- Fig. 3 ----------------------------------------------------------------------------------------------------------
@@ -511,7 +673,8 @@ def fake_matplotlib(monkeypatch):
 def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path, monkeypatch, narrow, fake_matplotlib):
     """Every run equals the one that its flags give alone; a run that diverges is a gap in its line, not the end."""
     monkeypatch.setattr(mdeq_cifar, "FIG3", {"grad": ("upg", "npg"), "lam": (0.5,), "k": (1, 3)})
-    flags, real = [*TINY_RUN, "--train-size", 20, "--epochs", 1], mdeq_cifar.build_model
+    flags, real, evaluate = [*TINY_RUN, "--train-size", 10], mdeq_cifar.build_model, mdeq_cifar.evaluate
+    higher = itertools.cycle([100, 0])                  # so much in the first of two epochs: the last is not the best
 
     def build(args, *rest):
         model = real(args, *rest)
@@ -520,6 +683,8 @@ def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path
         return model
 
     monkeypatch.setattr(mdeq_cifar, "build_model", build)
+    monkeypatch.setattr(mdeq_cifar, "evaluate", lambda *args: {
+        **(record := evaluate(*args)), "test_accuracy": record["test_accuracy"] + next(higher)})
     run(*flags, "--fig3", tmp_path, "--out", tmp_path / "a")
     rows = metrics(tmp_path / "a", "fig3")
     assert [(row["grad"], row["k"]) for row in rows] == [("upg", 1), ("upg", 3), ("npg", 1), ("npg", 3)]
@@ -540,6 +705,7 @@ def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path
 
 def test_figure_3_without_matplotlib_is_refused_before_the_training(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(mdeq_cifar, "figure3", lambda *_: pytest.fail("it trains"))
     assert "pip install matplotlib" in refused(capsys, *TINY_RUN, "--fig3", tmp_path, "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
     monkeypatch.setenv("RANK", "0")

@@ -134,6 +134,19 @@ def test_a_timer_says_when_to_save(monkeypatch, sigterm):
     assert SaveTimer(minutes=0).poll() == (True, False)             # every step
 
 
+def test_a_wish_of_one_process_is_the_answer_on_all(monkeypatch, sigterm):
+    """The other process was sent SIGTERM, this one was not; both stop after the same step."""
+    timer, other = SaveTimer(minutes=60), torch.tensor([0, 1], dtype=torch.int32)
+    timer.group = "of both"
+
+    def all_reduce(wishes, op, group):
+        assert op == torch.distributed.ReduceOp.MAX and group == "of both"
+        torch.maximum(wishes, other, out=wishes)
+
+    monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
+    assert timer.poll() == (True, True)
+
+
 def test_SIGTERM_is_a_wish_to_save_and_stop(sigterm):
     timer = SaveTimer(minutes=60)
     sigterm()
