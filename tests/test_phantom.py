@@ -408,6 +408,24 @@ def test_bf16_autocast_reaches_convolutions_and_several_resolutions(grad):
         assert abs(a.norm() / b.norm() - 1) < 0.03
 
 
+@pytest.mark.parametrize("grad", GRADS)
+def test_f_may_return_a_lower_precision(grad):
+    """As where a layer ends in an operation that autocast runs in bf16: state and backward solve stay float32.
+
+    8 bits of mantissa, 0.4 % per call of f: cosine above 0.999.
+    """
+    _, w, u, h0, _ = problem(N=3)
+    w, u = (p.detach().float().requires_grad_() for p in (w, u))
+
+    def gradient(dtype):
+        h, _ = equilibrium(lambda h: torch.tanh(h @ w + u).to(dtype), h0.float(), grad=grad, max_iter=20, tol=0,
+                           backward_max_iter=20, backward_tol=0)
+        assert h.dtype == torch.float32
+        return torch.autograd.grad(h.square().sum(), (w, u))
+
+    assert cosine_similarity(gradient(torch.bfloat16), gradient(torch.float32)) > 0.999
+
+
 def saved_bytes(make):
     kept = {}
 
@@ -480,8 +498,41 @@ def test_the_backward_solve_starts_at_g_and_reports_itself():
     (dict(backward_solver="x"), "backward_solver must be"), (dict(grad="bptt", solver=broyden), "solver=fixed_point"),
     (dict(max_iter=0), "max_iter"), (dict(tol=-1), "tol"), (dict(stop_mode="l2"), "stop_mode")])
 def test_impossible_arguments_are_named(kwargs, message):
+    """Before f is called: a solve may take long."""
     with pytest.raises(ValueError, match=message):
-        equilibrium(torch.cos, torch.zeros(1, 2), **kwargs)
+        equilibrium(lambda h: pytest.fail("f was called"), torch.zeros(1, 2), **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [dict(lam=0), dict(lam=1.5), dict(n_iter=1), dict(n_iter=10.0)])
+def test_the_spectral_radius_names_its_impossible_arguments(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        spectral_radius(torch.cos, torch.zeros(1, 2), **kwargs)
+
+
+@pytest.mark.parametrize("n_vectors", [0, 1.0])
+def test_jacobian_regularization_names_an_impossible_number_of_vectors(n_vectors):
+    with pytest.raises(ValueError, match="n_vectors"):
+        jacobian_regularization(torch.cos, torch.zeros(1, 2), n_vectors=n_vectors)
+
+
+@pytest.mark.parametrize("grad, phantom", [("upg", upg), ("npg", npg)])
+def test_the_defaults_are_five_steps_of_one_half(grad, phantom):
+    f, w, _, h0, h = problem()
+    g = torch.ones_like(h)
+    expected = pull(phantom(f, h, 5, 0.5), w, g)
+    torch.testing.assert_close(pull(phantom(f, h), w, g), expected, rtol=0, atol=0)
+    torch.testing.assert_close(pull(equilibrium(f, h0, grad=grad, **EXACT)[0], w, g), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_backward_solve_has_a_tolerance_of_its_own():
+    f, _, _, h0, _ = problem()
+    results = []
+    for tol, backward_tol in ((1e-2, 1e-9), (1e-9, 1e-2)):
+        h, forward = equilibrium(f, h0, grad="implicit", tol=tol, backward_tol=backward_tol,
+                                 on_backward=results.append)
+        h.sum().backward()
+        assert forward.converged.all() and results[-1].converged.all()
+        assert (forward.residual.item() < 1e-8, results[-1].residual.item() < 1e-8) == (tol < 1e-8, backward_tol < 1e-8)
 
 
 def test_a_solvers_own_arguments_are_bound_by_partial():
@@ -556,6 +607,18 @@ def test_jacobian_regularization_estimates_the_frobenius_norm_and_is_differentia
     torch.testing.assert_close(torch.autograd.grad(value, a)[0], a / 2, rtol=0.2, atol=0.1)
 
 
+def test_jacobian_regularization_adds_up_in_float32():
+    """In float16 a square above 65504 would be inf."""
+    assert jacobian_regularization(lambda h: 300 * h, torch.zeros(2, 3, dtype=torch.float16)).isfinite()
+
+
+def test_cosine_similarity_of_huge_and_of_zero_gradients():
+    """In float32 the square of 1e30 would be inf; a gradient of zeros has no angle, and gets 0."""
+    huge = [torch.full((2,), 1e30)]
+    assert cosine_similarity(huge, huge).item() == pytest.approx(1)
+    assert cosine_similarity(huge, [torch.zeros(2)]) == cosine_similarity([None], huge) == 0
+
+
 def test_cosine_similarity_is_over_all_parameters():
     a, b = [torch.tensor([1.0, 0.0]), torch.tensor([[2.0]]), None], [torch.tensor([1.0, 1.0]), None, torch.ones(2)]
     torch.testing.assert_close(cosine_similarity(a, b).item(), 1 / (math.sqrt(5) * math.sqrt(4)))
@@ -600,6 +663,24 @@ def test_bptt_reports_what_the_recorded_states_do():
             expected.append((2 * h + 1) / (3 * h + 1))
             h = 3 * h + 1
         torch.testing.assert_close(result.trace, torch.cat(expected))
+
+
+def test_bptts_residual_is_the_last_one_and_inf_where_it_is_not_finite():
+    """From beside the fixed point -1/2 of 3 h + 1 the first residual is below the tolerance, the last far above."""
+    h0 = torch.full((1, 1), -0.5 + 1e-3)
+    options = dict(grad="bptt", solver=fixed_point, max_iter=20, tol=1e-2, stop_mode="abs")
+    _, result = equilibrium(lambda h: 3 * h + 1, h0, **options)
+    assert result.trace[0] < 1e-2 < result.trace[-1] == result.residual and not result.converged.any()
+    _, result = equilibrium(lambda h: h * math.nan, h0, **options)
+    assert result.residual == math.inf and not result.converged.any()
+
+
+def test_bptt_under_no_grad_is_a_solve_that_stops():
+    f, _, _, h0, _ = problem()
+    options = dict(grad="bptt", solver=fixed_point, max_iter=100, tol=1e-3)
+    assert equilibrium(f, h0, **options)[1].n_evals == 101
+    with torch.no_grad():
+        assert equilibrium(f, h0, **options)[1].n_evals < 50
 
 
 def test_the_states_of_bptt_are_float32_also_where_f_is_of_lower_precision():

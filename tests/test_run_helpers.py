@@ -13,7 +13,7 @@ from processes import pair
 
 import common
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, describe_run, die, first_then_others, init_process,
-                    load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
+                    is_ours, load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
                     seed_everything, set_rng_state)
 
 
@@ -28,6 +28,17 @@ def test_a_checkpoint_comes_back_and_the_one_before_stays(tmp_path):
     assert load_checkpoint(path)["step"] == 3
     assert load_checkpoint(tmp_path / "checkpoint.pt.previous")["step"] == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.previous"]
+
+
+def test_the_one_before_stays_where_a_file_system_has_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "checkpoint.pt", state(step))
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "checkpoint.pt.previous")["step"] == 2
 
 
 @pytest.mark.parametrize("call, after", [("fsync", 0), ("link", 0), ("replace", 0), ("replace", 1)])
@@ -93,10 +104,14 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(tmp_path, cap
         assert load_checkpoint(path)["step"] == 1
         message = capsys.readouterr().err
         assert str(path) in message and "checkpoint.pt.previous" in message
-    (tmp_path / "checkpoint.pt.previous").write_bytes(b"nothing")
-    with pytest.raises(SystemExit) as end:
-        load_checkpoint(path)
-    assert end.value.code == 2 and str(path) in capsys.readouterr().err
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "could_run_code.pt")
+    for previous in (b"nothing", bytes(100), (tmp_path / "could_run_code.pt").read_bytes()):
+        (tmp_path / "checkpoint.pt.previous").write_bytes(previous)
+        path.write_bytes(previous)
+        with pytest.raises(SystemExit) as end:
+            load_checkpoint(path)
+        (message,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and str(path) in message
 
 
 def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, capsys):
@@ -107,6 +122,9 @@ def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, 
     with pytest.raises(SystemExit):
         load_checkpoint(tmp_path / "none.pt", flag="--init")
     assert "--init: there is no file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        load_checkpoint(tmp_path)
+    assert "--resume: there is no file" in capsys.readouterr().err          # a folder is none
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(SystemExit) as end:
         load_checkpoint(tmp_path / "model.pt")
@@ -115,6 +133,11 @@ def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, 
     torch.save({"step": 7}, tmp_path / "model.pt.previous")          # a good one beside it is used, whatever is wrong
     assert load_checkpoint(tmp_path / "model.pt")["step"] == 7
     assert "model.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_ours_holds_the_runs_flags():
+    assert is_ours(state(1))
+    assert not any(is_ours(other) for other in ({"state_dict": {}}, {"args": "a namespace of another code"}, [1], None))
 
 
 @pytest.fixture
@@ -208,6 +231,12 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_one_line(tmp_path, capsy
         MetricsLog(tmp_path / "gone" / "metrics.jsonl").write(step=1)
     message = capsys.readouterr().err
     assert end.value.code == 1 and message.startswith(f"error: --out: cannot write {tmp_path / 'gone'}")
+    MetricsLog(tmp_path / "metrics.jsonl").write(step=1)
+    (tmp_path / "metrics.jsonl.new").mkdir()
+    with pytest.raises(SystemExit) as end:
+        MetricsLog(tmp_path / "metrics.jsonl", last_step=1)
+    (message,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and message.startswith(f"error: --out: cannot write {tmp_path / 'metrics.jsonl.new'}")
 
 
 def test_an_event_may_be_behind_the_steps(tmp_path):
@@ -311,9 +340,12 @@ def test_die_is_one_line_and_exit_code_2(capsys):
     assert end.value.code == 2 and capsys.readouterr().err == "error: --lam: must be in (0, 1]\n"
 
 
-def test_a_run_describes_itself_with_or_without_git(monkeypatch):
-    keys = {"command", "commit", "torch", "device", "processes"}
-    assert set(describe_run(torch.device("cpu"), 2)) == keys
+def test_a_run_describes_itself_with_or_without_git(tmp_path, monkeypatch):
+    """The commit is that of these files, whatever folder the run is started from."""
+    here = describe_run(torch.device("cpu"), 2)
+    assert set(here) == {"command", "commit", "torch", "device", "processes"}
+    monkeypatch.chdir(tmp_path)
+    assert describe_run(torch.device("cpu"), 2)["commit"] == here["commit"]
     monkeypatch.setenv("PATH", "")
     about = describe_run(torch.device("cpu"), 2)
     assert about["commit"] == "unknown" and about["processes"] == 2 and json.dumps(about)

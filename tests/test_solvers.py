@@ -30,10 +30,10 @@ def linear_map(spectrum, N=3, seed=0):
 
 
 def conv_cell(N=2, seed=0):
-    """A state of two resolutions, as in the MDEQ."""
+    """A state of two resolutions, as in the MDEQ; not square, so that height and width cannot be confused."""
     g = torch.Generator().manual_seed(seed)
     w = [0.15 * torch.randn(4, 4, 3, 3, generator=g, dtype=torch.float64) for _ in range(2)]
-    u = [torch.randn(N, 4, s, s, generator=g, dtype=torch.float64) for s in (8, 4)]
+    u = [torch.randn(N, 4, *size, generator=g, dtype=torch.float64) for size in ((8, 6), (4, 3))]
 
     def f(h):
         low = F.avg_pool2d(h[0], 2) + F.conv2d(h[1], w[1], padding=1)
@@ -62,6 +62,14 @@ def test_residual_is_that_of_the_returned_state(solver, mode):
     torch.testing.assert_close(result.residual, expected, rtol=1e-9, atol=1e-15)
     assert result.n_evals == 8 and result.trace.shape == (8, 5)
     torch.testing.assert_close(result.residual, result.trace.min(0).values)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+def test_the_residual_of_several_tensors_is_that_of_their_concatenation(solver, mode):
+    f, h0 = conv_cell()
+    parts = solver(f, h0, max_iter=5, tol=0, stop_mode=mode).trace
+    torch.testing.assert_close(parts, solver(*flattened(f, h0), max_iter=5, tol=0, stop_mode=mode).trace)
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, functools.partial(broyden, memory=3), functools.partial(anderson, m=2)])
@@ -197,12 +205,14 @@ def test_a_sample_without_a_fixed_point_changes_no_neighbour(solver, wild):
     assert mixed.h.isfinite().all() and not mixed.converged[1]
 
 
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_map_that_is_never_finite_leaves_the_start_and_says_so(solver):
+def test_a_map_that_is_never_finite_leaves_the_start_and_says_so(solver, mode):
+    """A NaN residual is reported as inf."""
     f, h0 = tanh_layer()
     h0[2] = 0.3
     broken = torch.tensor([0.0, 0.0, math.nan, 0.0, 0.0], dtype=h0.dtype)[:, None]
-    result = solver(lambda h: f(h) + broken, h0, max_iter=6, tol=1e-3)
+    result = solver(lambda h: f(h) + broken, h0, max_iter=6, tol=1e-3, stop_mode=mode)
     assert (result.h[2] == 0.3).all() and result.residual[2] == math.inf and not result.converged[2]
 
 
@@ -214,11 +224,12 @@ def test_a_sample_a_million_times_off_its_start_is_given_up():
     assert (trace[3:] == trace[2]).all()
 
 
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_sample_that_is_broken_from_the_start_is_reported(solver):
+def test_a_sample_that_is_broken_from_the_start_is_reported(solver, mode):
     f, h0 = tanh_layer()
     h0[2] = math.nan
-    result = solver(lambda h: f(h), h0, max_iter=6, tol=1e-3)
+    result = solver(f, h0, max_iter=6, tol=1e-3, stop_mode=mode)
     assert result.residual[2] == math.inf and not result.converged[2]
     assert result.h[[0, 1, 3, 4]].isfinite().all()
 
@@ -269,16 +280,16 @@ def test_autocast_reaches_f_and_not_the_solvers_own_products(solver):
     seen = []
 
     def f(h):
-        seen.append(torch.is_autocast_enabled("cpu"))
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
             return torch.tanh(h @ w + u)
 
     expected = solver(f, torch.zeros(3, 16), max_iter=8, tol=0)
     assert not any(seen)
     seen.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.float16):        # not the default, so that a lost dtype shows
         result = solver(f, torch.zeros(3, 16), max_iter=8, tol=0)
-    assert all(seen) and (result.trace == expected.trace).all() and (result.h == expected.h).all()
+    assert set(seen) == {torch.float16} and (result.trace == expected.trace).all() and (result.h == expected.h).all()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -354,7 +365,7 @@ def test_impossible_arguments_are_named(solver, kwargs, name):
 
 @pytest.mark.parametrize("solver, kwargs", [
     (fixed_point, {"lam": 0.0}), (fixed_point, {"lam": 1.5}), (anderson, {"m": 0}), (anderson, {"beta": 0.0}),
-    (anderson, {"ridge": -1.0}), (broyden, {"memory": 0})])
+    (anderson, {"beta": 1.5}), (anderson, {"ridge": -1.0}), (broyden, {"memory": 0})])
 def test_each_solver_names_its_own_impossible_arguments(solver, kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         solver(torch.cos, torch.zeros(1, 2), **kwargs)
@@ -467,10 +478,17 @@ def test_the_best_state_survives_restarts(memory):
 
 
 def test_broyden_guards_the_division_by_almost_zero():
-    """f(h) = h + 1 has no fixed point, and the update divides by 1 - 1; f(h) = 2 h - 1 needs a step backwards."""
+    """f(h) = h + 1 has no fixed point, and the update divides by 1 - 1; f(h) = 2 h - 1 needs a step backwards.
+
+    Almost zero is below 1e-5: then the step is the plain one; above it the secant step is taken, here 1e4 long.
+    """
     result = broyden(lambda h: h + 1, torch.zeros(2, 3), max_iter=10, tol=0, stop_mode="abs")
     assert result.h.isfinite().all() and result.trace.isfinite().all()
     assert (broyden(lambda h: 2 * h - 1, torch.zeros(2, 3), max_iter=3, tol=0, stop_mode="abs").residual < 1e-6).all()
+    h0 = torch.zeros(1, 1, dtype=torch.float64)
+    for gap, expected in ((1e-6, 2), (1e-4, 1e4)):
+        h = broyden(lambda h: (1 - gap) * h + 1, h0, max_iter=2, tol=0, stop_mode="abs").h
+        assert h.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_after_the_guard_a_sample_goes_on_as_if_it_had_started_there():
@@ -495,6 +513,33 @@ def test_after_the_guard_a_sample_goes_on_as_if_it_had_started_there():
     late = broyden(translating(2), h0, **options).trace
     torch.testing.assert_close(late[1:, 1], broyden(translating(1), h0 + 1, **options).trace[:-1, 1], rtol=1e-9, atol=0)
     torch.testing.assert_close(late[:, 0], broyden(f, h0, **options).trace[:, 0], rtol=1e-9, atol=0)
+
+
+def test_a_guarded_step_is_the_plain_one_whatever_came_before():
+    """f translates by 1 at its third and fourth call, so the fourth step would divide by 0: it is h <- f(h)."""
+    f, _ = tanh_layer(N=1)
+    states = []
+
+    def translating(h):
+        states.append(h.clone())
+        return h + 1 if len(states) in (3, 4) else f(h)
+
+    broyden(translating, torch.zeros(1, 12, dtype=torch.float64), max_iter=5, tol=0, stop_mode="abs")
+    torch.testing.assert_close(states[4], states[3] + 1)
+
+
+def test_after_a_restart_a_sample_that_was_guarded_uses_its_whole_memory_again():
+    """Memory 4, the guard at the second step: from the restart at evaluation 4 on all is as in a solve begun there."""
+    f, _ = tanh_layer(N=1)
+    states = []
+
+    def translating(h):
+        states.append(h.clone())
+        return h + 1 if len(states) <= 2 else f(h)
+
+    options = dict(tol=0, stop_mode="abs", memory=4)
+    late = broyden(translating, torch.zeros(1, 12, dtype=torch.float64), max_iter=8, **options).trace
+    torch.testing.assert_close(late[4:], broyden(f, states[4], max_iter=4, **options).trace, rtol=1e-9, atol=0)
 
 
 def plain_anderson(f, h0, steps, m, beta):
@@ -574,9 +619,9 @@ def test_a_tensor_for_a_tuple_is_refused(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_norm_that_overflows_is_not_a_root(solver):
-    """||f(h)|| beyond float32's largest square: finite / inf would be a residual of 0."""
-    result = solver(lambda h: torch.exp(50 * h), torch.ones(1, 1), max_iter=5, tol=1e-4)
-    assert not (result.converged & (torch.exp(50 * result.h)[:, 0] > 1e18)).any()
+    """||f(h)|| beyond the root of float32's largest number, ||f(h) - h|| not: finite / inf would be a residual of 0."""
+    result = solver(lambda h: 0.999 * h, torch.full((1, 4), 1e20), max_iter=2, tol=1e-4)
+    assert (result.trace == math.inf).all() and not result.converged.any()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
