@@ -23,7 +23,7 @@ Fig. 2: row 1 with --cosine-every 500.  Fig. 3: --fig3 FOLDER, rows 6 and 7 over
 App. D.2: --radius-every 500.
 
 Measured: the rows above are not run yet.  README.md has Fig. 3 and UPG, NPG and implicit at small scale on a CPU, and the
-benchmark: backward pass of UPG 3.05 times, whole step 1.49 times faster than implicit (Tiny, batch 128, 2 CPU cores).
+benchmark: backward pass of UPG 3.21 times, whole step 1.35 times faster than implicit (Tiny, batch 128, 2 CPU cores).
 
 Differs from the paper and its release: residuals, and the choice of the best iterate, per image (there: one norm over
 the batch); Broyden's first step has the right sign (theirs is inverted); NPG follows Eq. (17), not Algorithms 2 and 3;
