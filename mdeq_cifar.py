@@ -920,6 +920,7 @@ def figure3(args, process, train_set, test_set):
         started = time.perf_counter()
         accuracy = train(one, process, build_model(one, train_set.classes, process), train_set, test_set)
         if accuracy is None:
+            print(f"--fig3: continue with the same command, --out {out} and --resume auto", flush=True)
             return None
         rows.append({"grad": grad, "lam": lam, "k": k, "accuracy": accuracy, "seconds": time.perf_counter() - started})
     log = MetricsLog(out / "metrics.jsonl", last_step=-1)
