@@ -22,7 +22,7 @@ Table 3 (Large, 220 epochs, batch 128, augmentation):
 Fig. 2: row 1 with --cosine-every 500.  Fig. 3: --fig3 FOLDER, rows 6 and 7 over k and lam, and the picture.
 App. D.2: --radius-every 500.
 
-Measured: the rows above are not run yet.  README.md has Fig. 3 and UPG, NPG and implicit at small scale on a CPU, and the
+Measured: the rows above are not run yet.  README.md has Fig. 3 and UPG, NPG, implicit at small scale on a CPU, and the
 benchmark: backward pass of UPG 3.21 times, whole step 1.35 times faster than implicit (Tiny, batch 128, 2 CPU cores).
 
 Differs from the paper and its release: residuals, and the choice of the best iterate, per image (there: one norm over

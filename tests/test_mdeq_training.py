@@ -712,7 +712,7 @@ def test_figure_3_without_matplotlib_is_refused_before_the_training(capsys, monk
     assert "without torchrun" in refused(capsys, *TINY_RUN, "--fig3", tmp_path)
 
 
-def test_figure_3_after_a_sigterm_says_how_to_continue_all_of_it(tmp_path, monkeypatch, narrow, fake_matplotlib, capsys):
+def test_figure_3_after_a_sigterm_says_how_to_continue(tmp_path, monkeypatch, narrow, fake_matplotlib, capsys):
     """The run that was ended names its own folder only."""
     monkeypatch.setattr(mdeq_cifar, "train", lambda *args: None)
     run(*TINY_RUN, "--fig3", tmp_path / "figures", "--out", tmp_path / "a")
