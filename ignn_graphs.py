@@ -302,13 +302,13 @@ def load(args, process, make):
     names = ([f"{args.dataset}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
              if args.dataset != "PPI" else [f"{split}_{part}" for split in ("train", "valid", "test") for part in
                                             ("graph.json", "feats.npy", "labels.npy", "graph_id.npy")])
-    missing = [name for name in names if not (raw / name).is_file()]
-    there = raw.is_dir() and any(raw.iterdir())         # PyG makes the folder before it downloads
-    if there and missing:
-        die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; "
-            "unpack it anew, or remove the folder to have it downloaded")
 
-    def read():
+    def read():         # what is missing, too: another process may be downloading
+        missing = [name for name in names if not (raw / name).is_file()]
+        there = raw.is_dir() and any(raw.iterdir())         # PyG makes the folder before it downloads
+        if there and missing:
+            die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; "
+                "unpack it anew, or remove the folder to have it downloaded")
         try:
             return make()
         except Exception as error:          # PyG lets through whatever the network, the archive or the numbers raise
