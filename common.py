@@ -17,9 +17,9 @@ per sample: where f treats samples independently, a batch gives the same answers
 The paper writes Jacobians transposed: its "Jacobian-vector product" with J is PyTorch's vector-Jacobian product (VJP).
 
 Needs torch 2.6 or newer only: copy it into your project.  To copy a part: the mathematics, down to "Run helpers", uses
-nothing below it (imports: functools, math, typing, torch); `upg` needs `_check_phantom`; `npg` what stands from there to
-`_Undifferentiable`, without `implicit`; `implicit` the same and a solver; a solver the section before the solvers, and
-`_solver`.
+nothing below it (imports: functools, math, typing, torch); `upg` needs `_check_phantom`; `npg` what stands from
+there to `_Undifferentiable`, without `implicit`; `implicit` the same and a solver; a solver the section before the
+solvers, and `_solver`.
 """
 import contextlib
 import functools
