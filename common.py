@@ -228,8 +228,8 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel"),
     ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the residual of f, not the length of the damped step.
     max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  Memory 3
-    states.  Never raises for a map that does not converge: look at `converged`.  A sample is given up when its residual
-    is not finite or a million times its first.  Raises ValueError for an impossible argument.
+    states.  Never raises for a map that does not converge: look at `converged`.  A sample is given up when ||f(h) - h||
+    is not finite or a million times its first value.  Raises ValueError for an impossible argument.
 
     f must neither change its argument nor keep it: it is a view of the solver's own vectors (not contiguous where h0
     has several parts), float32, or float64 if a part of h0 is.

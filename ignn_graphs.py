@@ -156,6 +156,9 @@ def parse_args(argv=None):
 
     refuse(args.table4 and (args.eval or args.resume not in (None, "auto")),
            "--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
+    for name in ("grad", "lam"):
+        refuse(args.table4 and getattr(args, name) != p.get_default(name),
+               f"--table4 sets --{name} itself: leave it out")
     refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
     refuse(args.benchmark and (args.eval or args.resume or args.table4),
            "--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
@@ -174,7 +177,8 @@ def parse_args(argv=None):
     for names, of, here in (("folds val unstratified_folds evaluate_2a_too dropout", "COX2 and PROTEINS", graphs),
                             ("clip", "PPI and chains", not graphs), ("chain_length hops", "chains", chains),
                             ("ppi_model", "PPI and PPI-synthetic", not graphs and not chains),
-                            ("graph_scale", "PPI-synthetic", args.dataset == "PPI-synthetic" or args.benchmark)):
+                            ("graph_scale", "PPI-synthetic",
+                             args.dataset == "PPI-synthetic" or ppi and args.benchmark)):
         for name in names.split():
             refuse(not here and getattr(args, name) != p.get_default(name),
                    f"--{name.replace('_', '-')} is of {of}: it has no effect on {args.dataset}")
@@ -1354,7 +1358,7 @@ def main(args):
             args.out, args.resume = f"{out}/few-hops", args.resume and "auto"
             few = train_nodes(args, process, timer, splits, hops=args.hops)
             if few and process.rank == 0:
-                print(f"accuracy on chains of up to {args.chain_length} nodes: implicit "
+                print(f"accuracy on chains of up to {args.chain_length} nodes: equilibrium "
                       f"{row['table']['epoch by val']:.1f} %, {2 * args.hops} hops "
                       f"{few['table']['epoch by val']:.1f} %, "
                       "guessing 50.0 %", flush=True)

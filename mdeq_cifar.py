@@ -151,6 +151,8 @@ def parse_args(argv=None):
     refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
     refuse(args.fig3 and (args.eval or args.benchmark or args.resume not in (None, "auto")),
            "--fig3 takes neither --eval, --benchmark nor a FILE to --resume: use --out DIR --resume auto")
+    for name in ("grad", "k", "lam"):
+        refuse(args.fig3 and getattr(args, name) != p.get_default(name), f"--fig3 sets --{name} itself: leave it out")
     refuse((args.benchmark or args.fig3) and "RANK" in os.environ,
            f"--{'benchmark' if args.benchmark else 'fig3'} is for one process: run it without torchrun")
     refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
@@ -743,7 +745,7 @@ def restore(args, model, optimizer=None, scheduler=None):
     return state
 
 
-def train(args, process, model, train_set, test_set):
+def train(args, process, timer, model, train_set, test_set):
     """The last epoch's test accuracy; None after a SIGTERM, nan where a run of --fig3 has diverged."""
     device, rank, world = process.device, process.rank, process.world_size
     main = rank == 0
@@ -796,7 +798,6 @@ def train(args, process, model, train_set, test_set):
                                          "seconds": time.perf_counter() - started})
 
     meter, residuals, backward_residuals, stop = Meter(device), [], [], False
-    timer = SaveTimer(args.save_every)
     started = time.perf_counter() - state["seconds"]
     for epoch in range(step // steps_per_epoch, args.epochs):
         order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))          # the same on all processes
@@ -848,7 +849,7 @@ def train(args, process, model, train_set, test_set):
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     if args.fig3:
-                        tqdm.write(f"{broken} by step {step}")
+                        tqdm.write(f"diverged: {broken} by step {step}; --fig3 goes on with the next run")
                         return math.nan
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
                 if main:
@@ -894,7 +895,7 @@ def train(args, process, model, train_set, test_set):
         if stop:
             break
     if stop and step < args.epochs * steps_per_epoch:
-        if main:
+        if main and not args.fig3:
             print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
                   flush=True)
         return None
@@ -907,7 +908,7 @@ def train(args, process, model, train_set, test_set):
 
 # --- Fig. 3 ----------------------------------------------------------------------------------------------------------
 
-def figure3(args, process, train_set, test_set):
+def figure3(args, process, timer, train_set, test_set):
     """Trains UPG and NPG over k and lam, each run in a folder of its own under --out: [{"grad", "lam", "k", ...}].
 
     All begin with the same weights and see the same images in the same order.  None after a SIGTERM.
@@ -917,20 +918,20 @@ def figure3(args, process, train_set, test_set):
         one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam, "k": k,
                                     "out": str(out / f"{grad}-{lam}-{k}")})
         seed_everything(args.seed)
-        started = time.perf_counter()
-        accuracy = train(one, process, build_model(one, train_set.classes, process), train_set, test_set)
-        if accuracy is None:
+        accuracy = train(one, process, timer, build_model(one, train_set.classes, process), train_set, test_set)
+        if accuracy is None or timer.poll()[1]:         # a SIGTERM may also have come after the run's last step
             print(f"--fig3: continue with the same command, --out {out} and --resume auto", flush=True)
             return None
-        rows.append({"grad": grad, "lam": lam, "k": k, "accuracy": accuracy, "seconds": time.perf_counter() - started})
+        rows.append({"grad": grad, "lam": lam, "k": k, "accuracy": accuracy})
     log = MetricsLog(out / "metrics.jsonl", last_step=-1)
     log.write(event="start", args=vars(args), **describe_run(process.device, 1))
     for row in rows:
-        log.write(event="fig3", **row)
+        log.write(event="fig3", **{**row, "accuracy": None if math.isnan(row["accuracy"]) else row["accuracy"]})
     print("\n| test accuracy, last epoch | " + " | ".join(f"k = {k}" for k in FIG3["k"]) + " |\n"
           + "|---" * (1 + len(FIG3["k"])) + "|")
     for grad, lam in itertools.product(FIG3["grad"], FIG3["lam"]):
-        line = [f"{row['accuracy']:.2f}" for row in rows if (row["grad"], row["lam"]) == (grad, lam)]
+        line = ["diverged" if math.isnan(row["accuracy"]) else f"{row['accuracy']:.2f}" for row in rows
+                if (row["grad"], row["lam"]) == (grad, lam)]
         print(f"| {grad.upper()}, lam = {lam} | " + " | ".join(line) + " |", flush=True)
     return rows
 
@@ -939,7 +940,6 @@ def plot(rows, folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    folder.mkdir(parents=True, exist_ok=True)
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for ax, grad in zip(axes, FIG3["grad"]):
         for lam in FIG3["lam"]:
@@ -959,8 +959,11 @@ def main(args):
     if args.fig3:
         try:
             import matplotlib  # noqa: F401, here and not after hours of work
+            Path(args.fig3).mkdir(parents=True, exist_ok=True)
         except ImportError:
             die("--fig3 needs matplotlib: pip install matplotlib")
+        except OSError as error:
+            die(f"--fig3 {args.fig3}: cannot make this folder ({error.strerror})")
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
     if not args.out and args.resume:
         args.out = str(Path(args.resume).parent)
@@ -979,8 +982,8 @@ def main(args):
         benchmark(build_model(args, 10, process), prepare(x, False, memory_format(args)), y, args)
         return
     train_set, test_set = load_images(args, process)
-    model = build_model(args, train_set.classes, process)
     if args.eval:
+        model = build_model(args, train_set.classes, process)
         restore(args, model)
         record = evaluate(model, test_set, args, process)
         if process.rank == 0:
@@ -988,11 +991,12 @@ def main(args):
                   f"{len(test_set.y)} images; median relative residual {record['test_residual_p50']:.1e} after "
                   f"{record['test_evals']:g} calls of F")
     elif args.fig3:
-        rows = figure3(args, process, train_set, test_set)
+        rows = figure3(args, process, SaveTimer(args.save_every), train_set, test_set)
         if rows:
             plot(rows, Path(args.fig3))
     else:
-        done = train(args, process, model, train_set, test_set) is not None
+        model = build_model(args, train_set.classes, process)
+        done = train(args, process, SaveTimer(args.save_every), model, train_set, test_set) is not None
         if done and args.data == "toy" and process.world_size == 1:
             x, y = train_set.x[:args.batch_size], train_set.y[:args.batch_size]
             benchmark(model, prepare(x, False, memory_format(args)), y, args)

@@ -807,6 +807,8 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     ("--dataset PPI --folds 5", "--folds is of COX2"), ("--dataset COX2 --clip 1", "--clip is of PPI and chains"),
     ("--dataset COX2 --hops 3", "--hops is of chains"), ("--dataset COX2 --ppi-model zoo", "--ppi-model is of PPI"),
     ("--dataset PPI --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
+    ("--dataset COX2 --benchmark --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
+    ("--dataset COX2 --table4 --grad npg", "--table4 sets --grad"),
     ("--table4", "--table4 is of COX2"), ("--eval", "--eval needs --resume FILE"),
     ("--dataset COX2 --eval --resume auto", "--eval needs --resume FILE"), ("--resume auto", "needs|--out DIR"),
     ("--benchmark --table4 --dataset COX2", "--benchmark"), ("--hops 0", "--hops must be at least 1"),

@@ -685,10 +685,11 @@ def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path
     monkeypatch.setattr(mdeq_cifar, "build_model", build)
     monkeypatch.setattr(mdeq_cifar, "evaluate", lambda *args: {
         **(record := evaluate(*args)), "test_accuracy": record["test_accuracy"] + next(higher)})
-    run(*flags, "--fig3", tmp_path, "--out", tmp_path / "a")
+    run(*flags, "--k", 5, "--fig3", tmp_path, "--out", tmp_path / "a")
     rows = metrics(tmp_path / "a", "fig3")
     assert [(row["grad"], row["k"]) for row in rows] == [("upg", 1), ("upg", 3), ("npg", 1), ("npg", 3)]
-    assert [math.isnan(row["accuracy"]) for row in rows] == [False, False, False, True]
+    assert [row["accuracy"] is None for row in rows] == [False, False, False, True]
+    rows[3]["accuracy"] = math.nan                              # a gap in the picture
     for grad, accuracy in (("upg", rows[0]["accuracy"]), ("npg", rows[2]["accuracy"])):
         run(*flags, "--grad", grad, "--k", 1, "--out", tmp_path / grad)
         alone, among = ([record["loss"] for record in metrics(out, "train")]
@@ -697,24 +698,40 @@ def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path
     assert [(x, [str(a) for a in y]) for _, x, y in Axes.drawn] == [
         ([1, 3], [str(row["accuracy"]) for row in rows[i:i + 2]]) for i in (0, 2)]
     trained = [(tmp_path / "a" / name / "metrics.jsonl").read_text() for name in ("upg-0.5-1", "npg-0.5-1")]
-    run(*flags, "--fig3", tmp_path, "--out", tmp_path / "a", "--resume", "auto")        # what is finished stays
+    run(*flags, "--k", 5, "--fig3", tmp_path, "--out", tmp_path / "a", "--resume", "auto")     # the finished stays
     assert [row["accuracy"] for row in metrics(tmp_path / "a", "fig3")][:3] == [row["accuracy"] for row in rows][:3]
     again = [(tmp_path / "a" / name / "metrics.jsonl").read_text() for name in ("upg-0.5-1", "npg-0.5-1")]
     assert [text.count('"train"') for text in again] == [text.count('"train"') for text in trained]
 
 
-def test_figure_3_without_matplotlib_is_refused_before_the_training(capsys, monkeypatch, tmp_path):
+def test_what_figure_3_cannot_do_is_refused_before_the_training(capsys, monkeypatch, tmp_path, fake_matplotlib):
+    flags = [*TINY_RUN, "--k", 5, "--fig3", tmp_path / "figures", "--out", tmp_path / "a"]
+    for more, message in ((["--k", 3], "--fig3 sets --k itself"), (["--grad", "npg"], "--fig3 sets --grad itself")):
+        assert message in refused(capsys, *flags, *more)
+    (tmp_path / "file").touch()
+    assert "cannot make this folder" in refused(capsys, *flags, "--fig3", tmp_path / "file")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(mdeq_cifar, "figure3", lambda *_: pytest.fail("it trains"))
-    assert "pip install matplotlib" in refused(capsys, *TINY_RUN, "--fig3", tmp_path, "--out", tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+    assert "pip install matplotlib" in refused(capsys, *flags)
     monkeypatch.setenv("RANK", "0")
-    assert "without torchrun" in refused(capsys, *TINY_RUN, "--fig3", tmp_path)
+    assert "without torchrun" in refused(capsys, *flags)
+    assert not (tmp_path / "a").exists()
 
 
-def test_figure_3_after_a_sigterm_says_how_to_continue(tmp_path, monkeypatch, narrow, fake_matplotlib, capsys):
-    """The run that was ended names its own folder only."""
-    monkeypatch.setattr(mdeq_cifar, "train", lambda *args: None)
-    run(*TINY_RUN, "--fig3", tmp_path / "figures", "--out", tmp_path / "a")
-    assert f"--out {tmp_path / 'a'} and --resume auto" in capsys.readouterr().out
-    assert not Axes.drawn and not (tmp_path / "figures").exists() and not (tmp_path / "a" / "metrics.jsonl").exists()
+@pytest.mark.parametrize("when", ["step", "evaluation"])
+def test_a_sigterm_ends_the_whole_of_figure_3(when, tmp_path, monkeypatch, narrow, fake_matplotlib, capsys):
+    """Also one that comes after a run's last step: the next run does not begin, and one line says how to continue."""
+    name, flags = {"step": "prepare", "evaluation": "evaluate"}[when], [*TINY_RUN, "--k", 5, "--epochs", 1]
+    real, calls = getattr(mdeq_cifar, name), []
+
+    def sent(*args):
+        calls.append(name)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(mdeq_cifar, name, sent)
+    run(*flags, "--fig3", tmp_path / "figures", "--out", tmp_path / "a")
+    text = capsys.readouterr().out
+    assert text.count("--resume auto") == 1 and f"--out {tmp_path / 'a'} and --resume auto" in text
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["upg-0.3-1"] and not Axes.drawn
+    assert len(metrics(tmp_path / "a" / "upg-0.3-1", "epoch")) == (when == "evaluation")
