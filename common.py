@@ -660,6 +660,25 @@ def die(message: str, code: int = 2):
     raise SystemExit(code)
 
 
+def flag_checks(parser):
+    """(refuse, check) for an argparse.ArgumentParser: each ends the run with its usage, one line and exit code 2.
+
+    refuse(wrong, message): if `wrong`.  check(args, names, ok, must): if ok(x) is false for the value x, or one of the
+    list, of a flag in `names`, its destinations separated by blanks; `must` says what it must be.
+    """
+    def refuse(wrong, message):
+        if wrong:
+            parser.error(message)
+
+    def check(args, names, ok, must):
+        for name in names.split():
+            value = getattr(args, name)
+            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
+                   f"--{name.replace('_', '-')} {must}, got {value}")
+
+    return refuse, check
+
+
 class Process(NamedTuple):
     """This process's place in the run."""
     rank: int

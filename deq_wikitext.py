@@ -77,9 +77,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, describe_run,
-                    die, equilibrium, first_then_others, fixed_point, init_process, is_ours, jacobian_regularization,
-                    load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
-                    seed_everything, set_rng_state, spectral_radius, upg)
+                    die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
+                    jacobian_regularization, load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states,
+                    save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
@@ -183,11 +183,7 @@ def parse_args(argv=None, saved=None):
     add("--benchmark", "only measure step time, memory and solver overhead of Table 3's rows, on random tokens",
         action="store_true")
     args = p.parse_args(argv)
-
-    def refuse(wrong, message):
-        if wrong:
-            p.error(message)
-
+    refuse, check = flag_checks(p)
     only = [flag for flag, given in (("--eval", args.eval), ("--generate", args.generate is not None),
                                      ("--benchmark", args.benchmark)) if given]
     mode = " and ".join(only)
@@ -216,26 +212,20 @@ def parse_args(argv=None, saved=None):
     if args.eval_max_iter is None:
         args.eval_max_iter = args.max_iter or args.k
 
-    def check(names, ok, must):
-        for name in names.split():
-            value = getattr(args, name)
-            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
-                   f"--{name.replace('_', '-')} {must}, got {value}")
-
-    check("max_iter jitter tol pretrain_steps jr jr_increment warmup_steps mem_len eval_mem_len local_size save_every "
-          "radius_every temperature", lambda x: x >= 0, "must not be negative")
-    check("d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
+    check(args, "max_iter jitter tol pretrain_steps jr jr_increment warmup_steps mem_len eval_mem_len local_size "
+          "save_every radius_every temperature", lambda x: x >= 0, "must not be negative")
+    check(args, "d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
           "accumulate eval_every eval_streams eval_max_iter log_every generate_tokens", lambda x: x >= 1,
           "must be at least 1")
-    check("lr clip", lambda x: 0 < x < math.inf, "must be positive and finite")
-    check("dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
-    check("jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
-    check("temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
-    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
+    check(args, "lr clip", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check(args, "dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check(args, "jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check(args, "temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
+    check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
     if args.lam != "auto":
         with contextlib.suppress(ValueError):
             args.lam = float(args.lam)
-        check("lam", lambda x: not isinstance(x, str) and 0 < x <= 1, "must be a number in (0, 1] or 'auto'")
+        check(args, "lam", lambda x: not isinstance(x, str) and 0 < x <= 1, "must be a number in (0, 1] or 'auto'")
     refuse(args.d_model % args.n_head or args.d_model % 2,
            f"--d-model {args.d_model} must be even, and a multiple of --n-head {args.n_head}")
     refuse(any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)),

@@ -72,7 +72,7 @@ from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
 from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
-                    first_then_others, fixed_point, init_process, is_ours, load_checkpoint, peak_memory,
+                    first_then_others, fixed_point, flag_checks, init_process, is_ours, load_checkpoint, peak_memory,
                     reset_peak_memory, save_checkpoint, seed_everything, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
@@ -144,16 +144,7 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
     args = p.parse_args(argv)
-
-    def refuse(wrong, message):
-        if wrong:
-            p.error(message)
-
-    def check(names, ok, must):
-        for name in names.split():
-            value = getattr(args, name)
-            refuse(not ok(value), f"--{name.replace('_', '-')} {must}, got {value}")
-
+    refuse, check = flag_checks(p)
     refuse(args.table4 and (args.eval or args.resume not in (None, "auto")),
            "--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
     for name in ("grad", "lam"):
@@ -196,15 +187,15 @@ def parse_args(argv=None):
         args.backward_tol = 1e-5 if args.stop_mode == "max" else 10 * args.tol
     if args.log_every is None:
         args.log_every = max(1, args.epochs // 10)
-    check("k max_iter backward_max_iter epochs batch_size hidden hops log_every", lambda x: x >= 1,
+    check(args, "k max_iter backward_max_iter epochs batch_size hidden hops log_every", lambda x: x >= 1,
           "must be at least 1")
-    check("tol backward_tol save_every clip", lambda x: x >= 0, "must not be negative")
-    check("lr graph_scale", lambda x: 0 < x < math.inf, "must be positive and finite")
-    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
-    check("kappa", lambda x: 0 < x < 1, "must be in (0, 1), or the equilibrium may not exist")
-    check("lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
-    check("dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
-    check("folds chain_length", lambda x: x >= 2, "must be at least 2")
+    check(args, "tol backward_tol save_every clip", lambda x: x >= 0, "must not be negative")
+    check(args, "lr graph_scale", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
+    check(args, "kappa", lambda x: 0 < x < 1, "must be in (0, 1), or the equilibrium may not exist")
+    check(args, "lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check(args, "dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check(args, "folds chain_length", lambda x: x >= 2, "must be at least 2")
     refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
     refuse(args.eval and chains,
            "--eval needs --dataset COX2, PROTEINS or PPI: an official checkpoint does not say which it is of")

@@ -56,9 +56,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, cosine_similarity, describe_run,
-                    die, equilibrium, first_then_others, fixed_point, init_process, is_ours, load_checkpoint,
-                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
-                    set_rng_state, spectral_radius, upg)
+                    die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
+                    load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
+                    seed_everything, set_rng_state, spectral_radius, upg)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
@@ -135,17 +135,7 @@ def parse_args(argv=None):
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
-
-    def refuse(wrong, message):
-        if wrong:
-            p.error(message)
-
-    def check(names, ok, must):
-        for name in names.split():
-            value = getattr(args, name)
-            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
-                   f"--{name.replace('_', '-')} {must}, got {value}")
-
+    refuse, check = flag_checks(p)
     refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
     refuse(args.benchmark and args.eval, "--benchmark and --eval are two different things to do: choose one")
     refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
@@ -174,15 +164,15 @@ def parse_args(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check("k max_iter backward_max_iter pretrain_layers epochs batch_size log_every", lambda x: x >= 1,
+    check(args, "k max_iter backward_max_iter pretrain_layers epochs batch_size log_every", lambda x: x >= 1,
           "must be at least 1")
-    check("train_size test_size", lambda x: x is None or x >= 1, "must be at least 1")
-    check("tol pretrain_steps weight_decay save_every cosine_every radius_every", lambda x: x >= 0,
+    check(args, "train_size test_size", lambda x: x is None or x >= 1, "must be at least 1")
+    check(args, "tol pretrain_steps weight_decay save_every cosine_every radius_every", lambda x: x >= 0,
           "must not be negative")
-    check("lr", lambda x: 0 < x < math.inf, "must be positive and finite")
-    check("lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
-    check("dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
-    check("seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
+    check(args, "lr", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check(args, "lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
+    check(args, "dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
+    check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
     refuse(args.grad == "bptt" and args.solver != "fixed-point",
            "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),

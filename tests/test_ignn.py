@@ -13,16 +13,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from processes import pair
 from torch_geometric.data import Data
 from torch_geometric.utils import to_undirected
 
 import ignn_graphs
-from common import Process, fixed_point
+from common import Process, fixed_point, init_process
 from ignn_graphs import (GraphIGNN, NodeIGNN, Solve, evaluate_graphs, load_official, main, make_batch,
                          official_count, parse_args, project_rows, stratified_folds)
 
@@ -1156,3 +1159,27 @@ def test_two_processes_take_the_steps_of_one_for_nodes(tmp_path):
         assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-3)
     a, b = (checkpoint(tmp_path / n)["model"] for n in "12")
     assert all(relative(b[k], a[k]) < 2e-2 for k in a)
+
+
+def load_slowly(folder):
+    """One process writes the files one after the other, as a download does; the other starts in the middle of it."""
+    process, raw = init_process(), folder / "COX2" / "raw"
+
+    def make():
+        if process.rank == 0:
+            raw.mkdir(parents=True)
+            for part in ("A", "graph_indicator", "graph_labels", "node_labels"):
+                (raw / f"COX2_{part}.txt").touch()
+                time.sleep(0.3)
+        return sorted(path.name for path in raw.iterdir())
+
+    if process.rank == 1:
+        time.sleep(0.5)
+    assert len(ignn_graphs.load(SimpleNamespace(data=str(folder), dataset="COX2"), process, make)) == 4
+    time.sleep(0.2)             # as in test_run_helpers.py
+    dist.destroy_process_group()
+
+
+def test_a_download_by_another_process_is_no_damaged_folder(tmp_path):
+    for process in pair(tmp_path / "log", load_slowly, tmp_path):
+        process.finish()
