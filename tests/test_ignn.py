@@ -783,8 +783,8 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     """Trained to the end: the equilibrium reaches every node, 4 hops a few; both are printed."""
     run("--dataset", "chains", "--chain-length", 10, "--epochs", 100, "--tol", 1e-4, "--out", tmp_path)
     line = capsys.readouterr().out.splitlines()[-1]
-    implicit, few = (float(line.split(word)[1].split("%")[0]) for word in ("implicit ", "4 hops "))
-    assert implicit > 95 and 50 < few < 80 and "guessing 50.0 %" in line
+    equilibrium, few = (float(line.split(word)[1].split("%")[0]) for word in ("equilibrium ", "4 hops "))
+    assert equilibrium > 95 and 50 < few < 80 and "guessing 50.0 %" in line
     graph = ignn_graphs.chains(10, 0)[0][0]
     assert (graph.x[1:] == 0).all() and graph.x[0].sum() == 1 and len(graph.y.unique()) == 1
     torch.manual_seed(0)
