@@ -83,14 +83,15 @@ class _Layout:
     def parts(self, h):
         """The parts of a state, checked against the shapes of h0."""
         parts = (h,) if torch.is_tensor(h) else tuple(h)
-        _require([p.shape for p in parts] == self.shapes, "f must return a state of the shape of h0: "
-                 f"{[tuple(s) for s in self.shapes]} expected, {[tuple(p.shape) for p in parts]} returned")
+        if [p.shape for p in parts] != self.shapes:         # not _require: it would write its message at every call
+            raise ValueError(f"f must return a state of the shape of h0: {[tuple(s) for s in self.shapes]} expected, "
+                             f"{[tuple(p.shape) for p in parts]} returned")
         return parts
 
     def split(self, x):
         """Views of the columns of x (N, D), in the shapes of the parts."""
         views = []
-        for column, shape, last in zip(x.split(self.sizes, dim=1), self.shapes, self.channels_last):
+        for column, shape, last in zip(x.split_with_sizes(self.sizes, dim=1), self.shapes, self.channels_last):
             if last:
                 n, c, *hw = shape
                 views.append(column.view(n, *hw, c).permute(0, 3, 1, 2))
@@ -99,7 +100,10 @@ class _Layout:
         return views
 
     def unpack(self, x):
-        return self.split(x)[0] if self.kind is None else self.kind(self.split(x))
+        return self.state(self.split(x))
+
+    def state(self, parts):
+        return parts[0] if self.kind is None else self.kind(parts)
 
     def pack(self, h):
         parts = self.parts(h)
@@ -119,7 +123,7 @@ class SolverResult(NamedTuple):
 
 
 class _Progress:
-    """Evaluates f, and keeps per sample: residual trace, best residual and where it was, who still moves.
+    """Evaluates f, and keeps per sample: the trace of its residual, the lowest so far, whether it still moves.
 
     A sample stops moving when it has converged, or when it is lost: a non-finite residual, or one a million times its
     first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is
@@ -142,10 +146,11 @@ class _Progress:
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
         self.trace = self.x0.new_empty(max_iter + 1, N)
-        self.best = self.x0.new_full((N,), math.inf)
-        self.best_at = torch.zeros(N, dtype=torch.long, device=device)     # index of the evaluation
+        self.lowest = self.x0.new_full((N,), math.inf)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
-        self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
+        self.on_cpu = device.type == "cpu"                  # where looking at a mask costs nothing
+        self.evals, self.check_every = 0, 1 if self.on_cpu else 8
+        self.largest = math.sqrt(torch.finfo(self.x0.dtype).max)
 
     def per_row(self, mask):
         """A mask of the samples (N,) as one that broadcasts over a state (rows, D)."""
@@ -158,39 +163,52 @@ class _Progress:
         return torch.segment_reduce(row_norms.square(), "sum", offsets=self.offsets, initial=0, unsafe=True).sqrt()
 
     def evaluate(self, x, g, f_out=None):
-        """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.
-
-        Returns which samples are now at their best, and ||g||, both (N,).
-        """
-        f_x = self.f(self.layout.unpack(x))
-        _require(torch.is_tensor(f_x) == (self.layout.kind is None),
-                 "f must return a state of the shape of h0: a tensor if h0 is one, else a tuple or list of them")
+        """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.  Returns ||g|| (N,)."""
+        x_parts = self.layout.split(x)
+        f_x = self.f(self.layout.state(x_parts))
+        if torch.is_tensor(f_x) != (self.layout.kind is None):
+            raise ValueError("f must return a state of the shape of h0: a tensor if h0 is one, else a tuple or list")
         f_parts = self.layout.parts(f_x)
-        for f_part, x_part, g_part in zip(f_parts, self.layout.split(x), self.layout.split(g)):
+        for f_part, x_part, g_part in zip(f_parts, x_parts, self.layout.split(g)):
             torch.sub(f_part, x_part, out=g_part)
         if f_out is not None:
             for f_part, out in zip(f_parts, self.layout.split(f_out)):
                 out.copy_(f_part)
-        norm = residual = self.per_sample(torch.linalg.vector_norm(g, dim=1))
+        norm = self.per_sample(torch.linalg.vector_norm(g, dim=1))
+        residual = self.trace[self.evals]                   # a view: filled below
         if self.stop_mode == "max":
-            residual = torch.linalg.vector_norm(g, math.inf, dim=1)
-            if self.offsets is not None:
-                residual = torch.segment_reduce(residual, "max", offsets=self.offsets, initial=0, unsafe=True)
+            row_max = torch.linalg.vector_norm(g, math.inf, dim=1)
+            residual.copy_(row_max if self.offsets is None else torch.segment_reduce(
+                row_max, "max", offsets=self.offsets, initial=0, unsafe=True))
         elif self.stop_mode == "rel":
             sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) if p.dim() > 1
                      else p.to(g.dtype).abs() for p in f_parts]
             size = self.per_sample(sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
             # 1e-30 is below any loss's gradient; norm / inf would be 0 and look solved.
-            residual = torch.where(size < math.inf, norm / size.clamp_min(1e-30), math.inf)
+            torch.div(norm, size.clamp(1e-30, self.largest), out=residual)
+        else:
+            residual.copy_(norm)
         if self.evals == 0:
             self.limit = 1e6 * norm
-        self.trace[self.evals] = residual
-        better = residual < self.best                   # False for NaN: a broken evaluation is never the best
-        self.best = torch.where(better, residual, self.best)
-        self.best_at.masked_fill_(better, self.evals)
-        self.moving &= (self.best > self.tol) & (norm < self.limit)         # where the limit is 0, so is the residual
+        self.moving &= (residual > self.tol) & (norm < self.limit)      # where the limit is 0, so is the residual
         self.evals += 1
-        return better, norm
+        return norm
+
+    def improved(self):
+        """Which samples (N,) the last evaluation found at their lowest residual."""
+        residual = self.trace[self.evals - 1]
+        better = residual < self.lowest                     # False for NaN: a broken evaluation is never the best
+        self.lowest = torch.where(better, residual, self.lowest)
+        return better
+
+    def best(self):
+        """The lowest residual of every sample and the evaluation that found it, both (N,); inf and 0 if none did."""
+        return self.trace[:self.evals].nan_to_num(nan=math.inf, posinf=math.inf).min(dim=0)
+
+    def hold(self, g):
+        """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
+        if not (self.on_cpu and bool(self.moving.all())):
+            g.masked_fill_(self.per_row(~self.moving), 0)
 
     def finished(self):
         if self.evals > self.max_iter:
@@ -198,8 +216,9 @@ class _Progress:
         return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
 
     def result(self, x_best):
-        return SolverResult(self.layout.unpack(x_best), self.best, self.evals, self.trace[:self.evals],
-                            self.best <= self.tol)
+        residual = self.best()[0]
+        return SolverResult(self.layout.unpack(x_best), residual, self.evals, self.trace[:self.evals],
+                            residual <= self.tol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,18 +259,16 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best, g = run.x0.clone(), run.x0, torch.empty_like(run.x0)
-    on_cpu = x.device.type == "cpu"                         # where looking at a mask costs nothing
     while True:
-        better, _ = run.evaluate(x, g)
-        out = x
-        if on_cpu and bool((better | (run.best <= run.tol)).all()):
+        run.evaluate(x, g)
+        better, out = run.improved(), x
+        if run.on_cpu and bool((better | (run.lowest <= run.tol)).all()):
             x_best, out = x, x_best                 # no copy: x is everyone's best state, as who is solved rests at it
         else:
             torch.where(run.per_row(better), x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
-        if not (on_cpu and bool(run.moving.all())):
-            g.masked_fill_(run.per_row(~run.moving), 0)
+        run.hold(g)
         x = torch.add(x, g, alpha=lam, out=out)
 
 
@@ -279,8 +296,8 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     ones = x.new_ones(N, m)
     while True:
         i = run.evals % m
-        better, norm = run.evaluate(x, gs[:, i], f_out=fs[:, i])
-        torch.where(better[:, None], x, x_best, out=x_best)
+        run.evaluate(x, gs[:, i], f_out=fs[:, i])
+        torch.where(run.improved()[:, None], x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
         n = min(run.evals, m)
@@ -307,70 +324,66 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
     The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the steps
-    s_0 .. s_n are kept, with their inner products G_ij = s_i . s_j, and read twice (after Kelley, "Iterative Methods
-    for Linear and Nonlinear Equations", 1995, Sec. 7.3).  With g at the new state and b_j = s_j . g:
+    s_0 = g, s_1, ... are kept, with their inner products G_ij = s_i . s_j, and read twice (after Kelley, "Iterative
+    Methods for Linear and Nonlinear Equations", 1995, Sec. 7.3).  After step s_n, with g at the new state,
 
-        G_jj a_j - sum_{i<j} G_{j,i+1} a_i = b_j,  j < n         n x n, lower triangular
-        z = g + sum_{i<n} a_i s_{i+1},    w_j = s_j . z = b_j + sum_i a_i G_{j,i+1}
-        s_{n+1} = z / (1 - w_n / G_nn)
+        alpha_0 = 0,  alpha_{j+1} = (s_j . g + sum_{i<=j} G_ji alpha_i) / G_jj,  j = 0 .. n
+        s_{n+1} = (g + sum_{i<=n} alpha_i s_i) / (1 - alpha_{n+1})
+
+    alpha is linear in the products s_j . g: alpha = T (s_j . g)_j, and T grows by a row per step.
 
     memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting
     the oldest pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample
-    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 4 states.
+    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 3 states.
     """
     _require(memory is None or isinstance(memory, int) and memory >= 1,
              f"memory must be an integer >= 1, got {memory!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode)
     x, origin, x_best = run.x0.clone(), run.x0, None
-    g, z = torch.empty_like(x), torch.empty_like(x)
     N, D = x.shape
     m = min(memory or max_iter, max_iter)
-    steps = x.new_empty(N, m, D)                    # a step is a contiguous row; the only large buffer, allocated once
-    gram = x.new_zeros(N, m, m)
-    lower = x.new_zeros(N, m, m)                    # the triangular system, row j over G_jj; its diagonal is 1
-    valid = torch.ones(N, m, dtype=torch.bool, device=x.device)     # False for the rows before a sample's own restart
+    rows = x.new_empty(m + 1, N, D)                 # g, s_0, s_1, ...: the only large buffer, allocated once
+    g = rows[0]
+    lengths = x.new_zeros(N, m + 1)                 # of the rows
+    gram = x.new_zeros(N, m, m + 1)                 # s_i times the rows
+    T = x.new_zeros(N, m + 1, m)
+    plain = torch.eye(1, m + 1, dtype=x.dtype, device=x.device)     # the coefficients of s = g
     first = n = 0                                   # evaluation at `origin`; number of steps taken since
 
     def best_state():
         """The best state of this stretch is origin + s_0 + ... : costs one product, and nothing during the solve."""
-        upto = (torch.arange(n, device=x.device) < (run.best_at - first)[:, None]).to(x.dtype)      # (N, n)
-        state = torch.bmm(upto[:, None], steps[:, :n])[:, 0].add_(origin)
-        return state if x_best is None else torch.where((run.best_at >= first)[:, None], state, x_best)
+        best_at = run.best()[1]
+        upto = (torch.arange(n, device=x.device) < (best_at - first)[:, None]).to(x.dtype)          # (N, n)
+        state = torch.bmm(upto[:, None], rows[1:n + 1].transpose(0, 1))[:, 0].add_(origin)
+        return state if x_best is None else torch.where((best_at >= first)[:, None], state, x_best)
 
     while True:
-        _, norm = run.evaluate(x, g)
+        norm = run.evaluate(x, g)
         if run.finished():
             return run.result(best_state())
         if n == m:
             x_best, origin, first, n = best_state(), x.clone(), run.evals - 1, 0
-            valid.fill_(True)
-        g.masked_fill_(~run.moving[:, None], 0)     # masks, never products: 0 x NaN is NaN
-        s = steps[:, n]
-        if n == 0:
-            s.copy_(g)
-        else:
-            old = steps[:, :n]                                          # this n is the docstring's n + 1
-            b = torch.bmm(g[:, None], old.transpose(1, 2))[:, 0]        # (N, n); this orientation is the fast one
-            size = gram.diagonal(dim1=1, dim2=2)[:, :n]                 # (N, n) squared lengths
-            size = torch.where(size > 0, size, 1.0)                     # a sample at rest has steps of length 0
-            rhs = torch.where(valid[:, :n], b / size, 0.0)
-            a = torch.linalg.solve_triangular(lower[:, :n - 1, :n - 1], rhs[:, :n - 1, None], upper=False,
-                                              unitriangular=True)
-            w = b + (gram[:, :n, 1:n] @ a)[:, :, 0]
-            a = a[:, :, 0]                                              # (N, n - 1)
-            divisor = 1 - w[:, -1] / size[:, -1]
-            longest = (norm + (a.abs() * size[:, 1:].sqrt()).sum(1)) / divisor.abs()    # bound on the new step's length
-            ok = (divisor.abs() > 1e-5) & (longest < 1e15)              # False for NaN; 1e15 squares within float32
-            c = torch.where(ok, 1 / divisor, 1.0)[:, None]
-            a = torch.where(ok[:, None], a * c, 0.0)
-            w = torch.where(ok[:, None], w, b)
-            valid[:, :n] &= ok[:, None]
-            torch.bmm(a[:, None], old[:, 1:], out=z[:, None])       # not baddbmm: on a CPU it copies the history first
-            torch.addcmul(z, g, c, out=s)
-            gram[:, :n, n] = gram[:, n, :n] = c * w
-        gram[:, n, n] = torch.linalg.vector_norm(s, dim=1) ** 2
-        lower[:, n, :n] = -gram[:, n, 1:n + 1] / gram[:, n, n:n + 1].clamp_min(torch.finfo(x.dtype).tiny)
+        run.hold(g)
+        b = torch.bmm(g[:, None], rows[1:n + 1].permute(1, 2, 0))[:, 0]     # (N, n); this orientation is the fast one
+        alpha = torch.bmm(T[:, :n + 1, :n], b[:, :, None])[:, :, 0]         # (N, n + 1)
+        c = (1 - alpha[:, n:]).reciprocal()
+        coefficients = torch.cat([c, c * alpha[:, :n]], dim=1)              # of the rows, in s_n
+        lengths[:, 0], gram[:, :n, 0] = norm, b
+        bound = torch.linalg.vector_norm(coefficients * lengths[:, :n + 1], 1, dim=1, keepdim=True)     # on ||s_n||
+        ok = (c.abs() < 1e5) & (bound < 1e15)                           # False for NaN; 1e15 squares within float32
+        coefficients = torch.where(ok, coefficients, plain[:, :n + 1])
+        T[:, :n + 1].masked_fill_(~ok[:, :, None], 0)
+        s = rows[n + 1]
+        torch.bmm(coefficients[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
         x += s
+        length = torch.linalg.vector_norm(s, dim=1, keepdim=True)
+        square = length * length
+        products = torch.bmm(gram[:, :n, :n + 1], coefficients[:, :, None])[:, :, 0]    # s_i . s_n, i < n
+        gram[:, n, 1:n + 2] = gram[:, :n + 1, n + 1] = row = torch.cat([products, square], dim=1)
+        lengths[:, n + 1:n + 2] = length
+        inverse = square.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()      # a sample at rest has steps of length 0
+        T[:, n + 1, :n] = torch.bmm(row[:, None], T[:, :n + 1, :n])[:, 0] * inverse
+        T[:, n + 1, n:n + 1] = inverse
         n += 1
 
 

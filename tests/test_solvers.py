@@ -619,9 +619,11 @@ def test_a_tensor_for_a_tuple_is_refused(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_norm_that_overflows_is_not_a_root(solver):
-    """||f(h)|| beyond the root of float32's largest number, ||f(h) - h|| not: finite / inf would be a residual of 0."""
-    result = solver(lambda h: 0.999 * h, torch.full((1, 4), 1e20), max_iter=2, tol=1e-4)
-    assert (result.trace == math.inf).all() and not result.converged.any()
+    """||f(h)|| beyond the root of float32's largest number, ||f(h) - h|| not: finite / inf would be a residual of 0.
+
+    It counts as that root, so that the residual (here 1e-3) is never given too low."""
+    result = solver(lambda h: 0.999 * h, torch.full((1, 4), 1e20), max_iter=2, tol=1e-3)
+    assert (result.trace > 1e-3).all() and not result.converged.any()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
