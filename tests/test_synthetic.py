@@ -40,7 +40,7 @@ def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded():
     line = {(r["lip"], r["grad"]): [] for r in rows("fig4")}
     for r in rows("fig4"):
         line[r["lip"], r["grad"]].append(r)
-    assert all(len(r) == 30 for r in line.values())
+    assert all(len(line[0.9999, grad]) == 30 for grad in ("broyden", "phantom"))
     fall = {at: max(a["cosine"] - b["cosine"] for a, b in zip(r, r[1:])) for at, r in line.items()}
     largest = {at: max(row["l1"] for row in r) for at, r in line.items()}
     assert fall[0.9999, "broyden"] > 0.05 and largest[0.9, "broyden"] > 1.1
