@@ -452,7 +452,8 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
     Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as back-propagation
     through time (Sec. 3, "Trade-offs between Unrolling and Neumann").  From h* = 0 with lam = 1 it is the unrolled
-    pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError for an impossible k or lam.
+    pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError for an impossible k or lam, and
+    where f(h) has another shape than h.
     """
     _check_phantom(k, lam)
     single = torch.is_tensor(h_star)
@@ -474,7 +475,8 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     One graph of f whatever k is; k + 2 calls of f and VJPs.  Tends to the exact gradient as k grows if rho(B) < 1
     (Theorem 2 has it for a contraction); at an exact fixed point it equals UPG.  Algorithms 2 and 3 of the paper
     multiply by lam once more than Eq. (17), as their f already holds one; Theorem 2 holds for the series of Eq. (17),
-    which we follow.  Raises ValueError for an impossible k or lam, RuntimeError for a second derivative.
+    which we follow.  Raises ValueError for an impossible k or lam and where f(h) has another shape than h, RuntimeError
+    for a second derivative.
     """
     _check_phantom(k, lam)
 
@@ -493,7 +495,8 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter
 
     Exact at an exact fixed point with a converged backward solve; `on_backward` receives that solve's SolverResult, the
     only sign of one that failed: its best g_hat is used.  One graph of f; at most max_iter + 4 calls of f and VJPs.
-    Raises ValueError for an impossible argument, RuntimeError for a second derivative.
+    Raises ValueError for an impossible argument and where f(h) has another shape than h, RuntimeError for a second
+    derivative.
     """
     _require(callable(solver), f"solver must be a function, got {solver!r}")
     _check_budget(max_iter, tol, stop_mode)
@@ -577,7 +580,7 @@ def _bptt(f, h0, max_iter, tol, stop_mode):
 
     def full(h):                # the states' precision, also where f returns a lower one
         parts = [p.to(g.dtype) for p in run.layout.parts(h)]
-        return parts[0] if run.layout.kind is None else run.layout.kind(parts)
+        return run.layout.state(parts)
 
     states = [full(h0)]
     for i in range(max_iter + 1):
@@ -606,7 +609,7 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     layout = _Layout(h)
     inputs = [p.detach().requires_grad_() for p in layout.parts(h)]
     with torch.enable_grad():
-        outputs = layout.parts(f(inputs[0] if layout.kind is None else layout.kind(inputs)))
+        outputs = layout.parts(f(layout.state(inputs)))
     v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
     growth = []
     for _ in range(n_iter):
@@ -635,16 +638,16 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
 
     A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal, of torch's own
     random numbers.  Costs one call of f and n_vectors VJPs, and as much again in the backward pass.  Bai et al.,
-    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1.
+    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1 and where
+    f(h) has another shape than h.
     """
     if not (isinstance(n_vectors, int) and n_vectors >= 1):
         raise ValueError(f"n_vectors must be an integer >= 1, got {n_vectors!r}")
-    single = torch.is_tensor(h)
-    inputs = [p.detach().requires_grad_() for p in ((h,) if single else h)]
+    layout = _Layout(h)
+    inputs = [p.detach().requires_grad_() for p in layout.parts(h)]
     total = torch.zeros((), device=inputs[0].device)
     with torch.enable_grad():
-        outputs = f(inputs[0] if single else type(h)(inputs))
-        outputs = (outputs,) if single else tuple(outputs)
+        outputs = layout.parts(f(layout.state(inputs)))
         for _ in range(n_vectors):
             j = _vjp(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True)
             total = total + sum(ji.to(torch.promote_types(ji.dtype, torch.float32)).square().sum() for ji in j)
@@ -812,7 +815,8 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
     """
     path = Path(path)
     if not os.path.isfile(path):            # unlike Path.is_file, False also where a folder may not be entered
-        die(f"{flag}: there is no file {path}")
+        die(f"{flag}: {path} is a folder; give a file in it, as {path / 'checkpoint.pt'}" if os.path.isdir(path) else
+            f"{flag}: there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
@@ -834,6 +838,19 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
 def is_ours(state) -> bool:
     """Whether a checkpoint was written by one of these scripts, with the run's flags, and not by another release."""
     return isinstance(state, dict) and isinstance(state.get("args"), dict)
+
+
+def check_same_run(path, saved: dict, args, free, flag: str = "--resume",
+                   remedy: str = "use the same flags, or start afresh with another --out"):
+    """Ends the run where the flags `saved` in a checkpoint of ours differ from `args`, those in `free` set aside."""
+    unknown = [name for name in saved if not hasattr(args, name)]
+    if unknown:
+        die(f"{flag} {path} is of another script, or of another version of this one: there is no "
+            f"--{unknown[0].replace('_', '-')} here")
+    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
+              for name, value in saved.items() if name not in free and value != getattr(args, name)]
+    if differ:
+        die(f"{flag} {path} is of a run with {', '.join(differ)}; {remedy}")
 
 
 class SaveTimer:
@@ -969,6 +986,8 @@ def describe_run(device: torch.device, world_size: int) -> dict:
                                 capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU, {threads} thread{'s' * (threads > 1)}")
     return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__, "device": name,
             "processes": world_size}

@@ -76,8 +76,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, describe_run,
-                    die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
+from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_same_run,
+                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
                     jacobian_regularization, load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states,
                     save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
 
@@ -1066,33 +1066,27 @@ def load_weights(flag, path, state, model):
             f"{' '.join(str(error).split())[:400]}")
 
 
-def check_flags(flag, path, state, args, types, checked, remedy="leave them out"):
-    """Ends the run where a checkpoint of ours is of other flags, or of another vocabulary, than this run."""
-    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
-              for name, value in state["args"].items() if name in checked and value != getattr(args, name)]
-    if differ:
-        die(f"{flag} {path} is of a run with {', '.join(differ)}; {remedy}")
+def check_model_flags(flag, path, state, args, types, remedy):
+    """Ends the run where a checkpoint of ours is of another model, or of another vocabulary, than this run."""
+    check_same_run(path, state["args"], args, set(vars(args)) - MODEL_FLAGS, flag, remedy)
+    check_vocabulary(flag, path, state, args, types)
+
+
+def check_vocabulary(flag, path, state, args, types):
     if state["types"] != types:
         die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
 
 
-def read_checkpoint(flag, path):
-    state = load_checkpoint(path, flag)
-    if is_ours(state) and "n_head" not in state["args"]:
-        die(f"{flag} {path} is of another script")
-    return state
-
-
 def restore(args, model, types, train_text, optimizer, scheduler):
     """--resume in training: all of the state.  Returns what was read."""
-    state = read_checkpoint("--resume", args.resume)
+    state = load_checkpoint(args.resume)
     if not is_ours(state):
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "or begun with (--init)")
     free = ("data out resume init save_every log_every radius_every compile checkpoint_blocks accumulate eval "
             "eval_streams eval_mem_len eval_solver eval_max_iter benchmark generate generate_tokens temperature")
-    check_flags("--resume", args.resume, state, args, types, set(vars(args)) - set(free.split()),
-                "use the same flags, or start afresh with another --out")
+    check_same_run(args.resume, state["args"], args, free.split())
+    check_vocabulary("--resume", args.resume, state, args, types)
     if "optimizer" not in state:
         die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
     if state.get("train_text") != train_text:
@@ -1162,9 +1156,9 @@ def train(args, process, model, text):
             parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
             memories = [Memory(*pair) for pair in zip(*parts)]
     elif args.init:
-        first = read_checkpoint("--init", args.init)
+        first = load_checkpoint(args.init, flag="--init")
         if is_ours(first):
-            check_flags("--init", args.init, first, args, types, MODEL_FLAGS, "use the same flags")
+            check_model_flags("--init", args.init, first, args, types, "use the same flags")
         load_weights("--init", args.init, first, model)
     step, evaluated, best, best_step = (state[k] for k in ("step", "evaluated", "best", "best_step"))
     seed_everything(args.seed + rank)
@@ -1365,8 +1359,10 @@ def main(argv=None):
     args, state = parse_args(argv), None
     process = init_process()
     if args.eval or args.generate is not None:
-        state = read_checkpoint("--resume", args.resume)
-        args = parse_args(argv, saved=state["args"] if is_ours(state) else {})
+        state = load_checkpoint(args.resume)
+        saved = state["args"] if is_ours(state) else {}
+        check_same_run(args.resume, saved, args, free=vars(args))       # of this script at all?
+        args = parse_args(argv, saved)
     elif args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")
@@ -1391,7 +1387,7 @@ def main(argv=None):
         train(args, process, model, text)
     else:
         if is_ours(state):
-            check_flags("--resume", args.resume, state, args, checksum(text.vocabulary), MODEL_FLAGS)
+            check_model_flags("--resume", args.resume, state, args, checksum(text.vocabulary), "leave them out")
             for name in ("solver", "max_iter", "tol", "segment", "mem_len", "local_size", "amp"):
                 if process.rank == 0 and state["args"][name] != getattr(args, name):
                     print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "

@@ -71,9 +71,9 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
-from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
-                    first_then_others, fixed_point, flag_checks, init_process, is_ours, load_checkpoint, peak_memory,
-                    reset_peak_memory, save_checkpoint, seed_everything, upg)
+from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
+                    equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours, load_checkpoint,
+                    peak_memory, reset_peak_memory, save_checkpoint, seed_everything, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -912,11 +912,7 @@ def begin(args, process, parameters, about_data, fingerprint):
         state = load_checkpoint(resume)
         if not is_ours(state):
             die(f"--resume {resume} was not written by this script: an official checkpoint can be evaluated (--eval)")
-        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
-                  for name, value in state["args"].items() if name not in FREE and value != getattr(args, name, None)]
-        if differ:
-            die(f"--resume {resume} is of a run with {', '.join(differ)}; use the same flags, or start afresh with "
-                "another --out")
+        check_same_run(resume, state["args"], args, FREE)
         if state["processes"] != process.world_size:
             die(f"--resume {resume} is of a run with {state['processes']} process(es), here are {process.world_size}")
         if state["fingerprint"] != fingerprint:
@@ -1250,6 +1246,8 @@ def evaluate_checkpoint(args, process):
     """--eval: prints the scores of a checkpoint, ours or an official one."""
     state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
     ours = is_ours(state)
+    if ours:
+        check_same_run(args.resume, state["args"], args, free=vars(args))       # of this script at all?
     if ours and ("ranks" if graphs else "model") not in state:
         die(f"--resume {args.resume} is not of --dataset {args.dataset}")
     data = load_tu(args, process) if graphs else load_nodes(args, process)

@@ -55,8 +55,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, cosine_similarity, describe_run,
-                    die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, cosine_similarity,
+                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
                     load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
                     seed_everything, set_rng_state, spectral_radius, upg)
 
@@ -710,21 +710,16 @@ def restore(args, model, optimizer=None, scheduler=None):
     if not ours and not args.eval:
         die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
             "not continued")
-    if ours and args.eval:
-        for name in ("solver", "max_iter", "tol"):
-            if state["args"][name] != getattr(args, name):
-                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
-                      f"{getattr(args, name)}", flush=True)
     if ours:
         free = {"data", "out", "resume", "eval", "benchmark", "fig3", "save_every", "log_every", "cosine_every",
                 "radius_every"}
         if args.eval:
             free |= set(vars(args)) - {"model"}             # in training, the others can change the curve
-        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
-                  for name, value in state["args"].items() if name not in free and value != getattr(args, name, None)]
-        if differ:
-            die(f"--resume {args.resume} is of a run with {', '.join(differ)}; use the same flags, or start afresh "
-                "with another --out")
+        check_same_run(args.resume, state["args"], args, free)
+        for name in ("solver", "max_iter", "tol") if args.eval else ():
+            if state["args"][name] != getattr(args, name):
+                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
+                      f"{getattr(args, name)}", flush=True)
     try:
         model.load_state_dict(state["model"]) if ours else load_official(model, state)
     except (ValueError, RuntimeError, AttributeError) as error:
@@ -839,6 +834,7 @@ def train(args, process, timer, model, train_set, test_set):
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     if args.fig3:
+                        log.write(event="diverged", step=step, reason=broken)
                         tqdm.write(f"diverged: {broken} by step {step}; --fig3 goes on with the next run")
                         return math.nan
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
@@ -907,6 +903,11 @@ def figure3(args, process, timer, train_set, test_set):
     for grad, lam, k in itertools.product(*FIG3.values()):
         one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam, "k": k,
                                     "out": str(out / f"{grad}-{lam}-{k}")})
+        log = Path(one.out, "metrics.jsonl")
+        if args.resume and log.exists() and '"event": "diverged"' in log.read_text():
+            print(f"{one.out} has diverged before", flush=True)
+            rows.append({"grad": grad, "lam": lam, "k": k, "accuracy": math.nan})
+            continue
         seed_everything(args.seed)
         accuracy = train(one, process, timer, build_model(one, train_set.classes, process), train_set, test_set)
         if accuracy is None or timer.poll()[1]:         # a SIGTERM may also have come after the run's last step

@@ -67,9 +67,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision import transforms
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, describe_run, die, equilibrium,
-                    fixed_point, flag_checks, init_process, is_ours, load_checkpoint, peak_memory, reset_peak_memory,
-                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
+                    equilibrium, fixed_point, flag_checks, init_process, is_ours, load_checkpoint, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -802,16 +802,12 @@ def restore(args, model, classes, train_images=None, optimizer=None, scheduler=N
         free = {"data", "out", "resume", "init", "eval", "benchmark", "workers", "on_bad_image", "save_every",
                 "log_every", "radius_every", "radius_images", "compile", "memory_format"}
         if args.eval:
-            for name in ("solver", "max_iter", "tol", "crop", "resize"):
-                if state["args"].get(name) != getattr(args, name):
-                    print(f"note: trained with --{name.replace('_', '-')} {state['args'].get(name)}, evaluated with "
-                          f"{getattr(args, name)}", flush=True)
             free |= set(vars(args)) - {"channels", "head_channels", "final_channels"}
-        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name, None)})"
-                  for name, value in state["args"].items() if name not in free and value != getattr(args, name, None)]
-        if differ:
-            die(f"--resume {args.resume} is of a run with {', '.join(differ)}; use the same flags, or start afresh "
-                "with another --out")
+        check_same_run(args.resume, state["args"], args, free)
+        for name in ("solver", "max_iter", "tol", "crop", "resize") if args.eval else ():
+            if state["args"].get(name) != getattr(args, name):
+                print(f"note: trained with --{name.replace('_', '-')} {state['args'].get(name)}, evaluated with "
+                      f"{getattr(args, name)}", flush=True)
         if state.get("classes") != classes:
             die(f"--resume {args.resume} is of a run with other classes than --data {args.data} has")
         if not args.eval and state["images"] != train_images:

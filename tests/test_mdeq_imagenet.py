@@ -574,7 +574,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     torch.save(cifar, tmp_path / "cifar.pt")
     for mode in (["--out", tmp_path / "new"], ["--eval"]):
         message = refused(capsys, *SMALL_RUN, "--data", small, "--resume", tmp_path / "cifar.pt", *mode)
-        assert "cifar.pt is of a run with" in message and "--model " in message
+        assert "cifar.pt is of another script" in message and "there is no --train-size here" in message
     assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
 
 

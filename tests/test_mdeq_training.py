@@ -698,8 +698,12 @@ def test_figure_3_compares_runs_that_differ_in_gradient_lam_and_k_alone(tmp_path
     assert [(x, [str(a) for a in y]) for _, x, y in Axes.drawn] == [
         ([1, 3], [str(row["accuracy"]) for row in rows[i:i + 2]]) for i in (0, 2)]
     trained = [(tmp_path / "a" / name / "metrics.jsonl").read_text() for name in ("upg-0.5-1", "npg-0.5-1")]
+    diverged = (tmp_path / "a" / "npg-0.5-3" / "metrics.jsonl").read_text()
+    assert "loss became nan" in metrics(tmp_path / "a" / "npg-0.5-3", "diverged")[0]["reason"]
     run(*flags, "--k", 5, "--fig3", tmp_path, "--out", tmp_path / "a", "--resume", "auto")     # the finished stays
-    assert [row["accuracy"] for row in metrics(tmp_path / "a", "fig3")][:3] == [row["accuracy"] for row in rows][:3]
+    rows[3]["accuracy"] = None
+    assert [row["accuracy"] for row in metrics(tmp_path / "a", "fig3")] == [row["accuracy"] for row in rows]
+    assert (tmp_path / "a" / "npg-0.5-3" / "metrics.jsonl").read_text() == diverged         # and is not tried again
     again = [(tmp_path / "a" / name / "metrics.jsonl").read_text() for name in ("upg-0.5-1", "npg-0.5-1")]
     assert [text.count('"train"') for text in again] == [text.count('"train"') for text in trained]
 

@@ -515,6 +515,12 @@ def test_jacobian_regularization_names_an_impossible_number_of_vectors(n_vectors
         jacobian_regularization(torch.cos, torch.zeros(1, 2), n_vectors=n_vectors)
 
 
+def test_jacobian_regularization_refuses_another_shape():
+    for f in (lambda h: h[:, :1], lambda h: h.sum()):
+        with pytest.raises(ValueError, match="of the shape of h0"):
+            jacobian_regularization(f, torch.zeros(1, 2))
+
+
 @pytest.mark.parametrize("grad, phantom", [("upg", upg), ("npg", npg)])
 def test_the_defaults_are_five_steps_of_one_half(grad, phantom):
     f, w, _, h0, h = problem()

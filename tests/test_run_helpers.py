@@ -124,7 +124,7 @@ def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, 
     assert "--init: there is no file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         load_checkpoint(tmp_path)
-    assert "--resume: there is no file" in capsys.readouterr().err          # a folder is none
+    assert f"is a folder; give a file in it, as {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(SystemExit) as end:
         load_checkpoint(tmp_path / "model.pt")
