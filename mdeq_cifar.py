@@ -131,7 +131,7 @@ def parse_args(argv=None):
                    "and draw FOLDER/fig3.png; needs matplotlib")
     p.add_argument("--eval", action="store_true",
                    help="only evaluate the checkpoint of --resume, ours or an official one; ours brings the flags of "
-                   "model and solver that are not given")
+                   "data, model and solver that are not given")
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
@@ -152,7 +152,7 @@ def parse_args(argv=None):
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
-            names = ("model", "solver", "max_iter", "tol")
+            names = ("data", "model", "solver", "max_iter", "tol")
             p.set_defaults(**{name: value for name, value in saved["args"].items() if name in names})
             args = p.parse_args(argv)
 

@@ -140,7 +140,7 @@ def parse_args(argv=None):
                    help="validation images for these radii, also in --eval; 0: none (default 64)")
     p.add_argument("--eval", action="store_true",
                    help="only evaluate the checkpoint of --resume, ours or an official one; ours brings the flags of "
-                   "model and solver that are not given")
+                   "data, model and solver that are not given")
     p.add_argument("--benchmark", action="store_true",
                    help="only measure step time, memory and solver overhead of implicit, UPG and NPG, on noise images")
     args = p.parse_args(argv)
@@ -158,7 +158,8 @@ def parse_args(argv=None):
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
-            names = ("channels", "head_channels", "final_channels", "crop", "resize", "solver", "max_iter", "tol")
+            names = ("data", "channels", "head_channels", "final_channels", "crop", "resize", "solver", "max_iter",
+                     "tol")
             p.set_defaults(**{name: value for name, value in saved["args"].items() if name in names})
             args = p.parse_args(argv)
 

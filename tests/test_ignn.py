@@ -761,7 +761,7 @@ def test_ppi_trains_and_its_checkpoint_is_evaluated(ppi, model, tmp_path, capsys
              "--ppi-model", model, "--log-every", 1]
     run(*flags, "--out", tmp_path)
     assert [r["epoch"] for r in metrics(tmp_path)] == [1] and "test micro-F1" in capsys.readouterr().out
-    run("--data", ppi, "--eval", "--resume", tmp_path / "checkpoint.pt")         # all else is the checkpoint's
+    run("--eval", "--resume", tmp_path / "checkpoint.pt")         # all else is the checkpoint's
     lines = capsys.readouterr().out.splitlines()
     assert f"test: micro-F1 {results(tmp_path)['last epoch']:.2f} %" in lines[-1]
 

@@ -562,6 +562,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for more, crop in (([], 32), (["--crop", "16"], 16)):
         taken = mdeq_imagenet.parse_args([*evaluation, *more])
         assert (taken.channels, taken.final_channels, taken.crop, taken.max_iter) == ([8, 16], 16, crop, 3)
+        assert taken.data == str(small)
     more = make_folder(tmp_path / "more", train=49)
     message = refused(capsys, *SMALL_RUN, "--data", more, "--out", out, "--resume", "auto")
     assert "42 training images" in message and "has 49" in message

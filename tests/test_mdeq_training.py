@@ -289,6 +289,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, narrow):
     assert "--model tiny (here large)" in message
     evaluation = ["--eval", "--resume", str(out / "checkpoint.pt")]         # brings what is not given
     assert [mdeq_cifar.parse_args([*evaluation, *more]).max_iter for more in ([], ["--max-iter", "9"])] == [3, 9]
+    assert [mdeq_cifar.parse_args([*evaluation, *more]).data for more in ([], ["--data", "d"])] == ["toy", "d"]
     assert (out / "metrics.jsonl").read_text() == before
 
 
