@@ -1,7 +1,8 @@
 """Our solvers and gradients beside torchdeq 0.1.0's: speed, calls of f and memory on three modules, and behaviour.
 
     pip install --no-deps --target /tmp/torchdeq torchdeq==0.1.0        # in a folder of its own: no dependency of ours
-    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py
+    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py                 # 18 iterations, and
+    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --forward 26    # MDEQ's on ImageNet
     PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --behaviour
 
 Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one process; figures
@@ -25,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import anderson, broyden, equilibrium, fixed_point, peak_memory, reset_peak_memory
 
-FORWARD, BACKWARD, K, LAM = 18, 20, 5, 0.8
+BACKWARD, K, LAM = 20, 5, 0.8
 
 
 class TanhLinear(nn.Module):
@@ -84,7 +85,7 @@ class TwoBranches(nn.Module):
 CELLS = {"tanh-linear": TanhLinear, "transformer": Transformer, "two-branch conv": TwoBranches}
 
 
-def sides(cell):
+def sides(cell, forward):
     """{what: (ours, torchdeq's)}: functions that run it and return how often f was called forward."""
     from torchdeq import get_deq
 
@@ -99,13 +100,13 @@ def sides(cell):
         def run():
             calls[0] = 0
             h, _ = equilibrium(f if single else lambda h: f(*h), h0, grad=grad, k=K, lam=LAM, solver=broyden,
-                               max_iter=FORWARD, tol=0.0, backward_solver=broyden, backward_max_iter=BACKWARD,
+                               max_iter=forward, tol=0.0, backward_solver=broyden, backward_max_iter=BACKWARD,
                                backward_tol=0.0)
             return finish((h,) if single else h)
         return run
 
     def theirs(train, **options):
-        deq = get_deq(f_solver="broyden", b_solver="broyden", f_max_iter=FORWARD, b_max_iter=BACKWARD, f_tol=0.0,
+        deq = get_deq(f_solver="broyden", b_solver="broyden", f_max_iter=forward, b_max_iter=BACKWARD, f_tol=0.0,
                       b_tol=0.0, f_stop_mode="rel", b_stop_mode="rel", **options).train(train)
 
         def run():
@@ -139,10 +140,10 @@ def f_alone(cell, calls):
     return run
 
 
-def growth(name, side):
+def growth(name, side, forward):
     """MB by which the peak of the resident set exceeds what was there before a solve."""
     torch.manual_seed(0)
-    run = sides(CELLS[name]())["solve"][side]
+    run = sides(CELLS[name](), forward)["solve"][side]
     with torch.no_grad():
         device = torch.device("cpu")
         reset_peak_memory(device)
@@ -303,13 +304,14 @@ def answer(question, side):
 
 def main():
     p = argparse.ArgumentParser(description="Compares our solvers and gradients with torchdeq's.")
+    p.add_argument("--forward", type=int, default=18, help="iterations of Broyden of the forward solve (default 18)")
     p.add_argument("--repeats", type=int, default=7, help="of every measurement of time (default 7)")
     p.add_argument("--behaviour", action="store_true", help="what each does where users of such code get hurt")
     p.add_argument("--growth", nargs=2, metavar=("CELL", "SIDE"), help=argparse.SUPPRESS)
     p.add_argument("--ask", nargs=2, metavar=("QUESTION", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.growth:
-        return print(growth(args.growth[0], int(args.growth[1])))
+        return print(growth(args.growth[0], int(args.growth[1]), args.forward))
     if args.ask:
         return print(globals()[args.ask[0]](int(args.ask[1])))
     if args.behaviour:
@@ -318,13 +320,13 @@ def main():
             answers = " | ".join(answer(question, side) for side in range(3))
             print(f"| {question.__doc__} | {answers} |", flush=True)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {FORWARD} forward and {BACKWARD} backward "
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.forward} forward and {BACKWARD} backward "
           f"iterations of Broyden, k = {K}; milliseconds, calls of f forward, MB\n")
     print("| cell | what | ours | torchdeq | torchdeq / ours |\n|---|---|---|---|---|")
     for name, make in CELLS.items():
         torch.manual_seed(0)
         cell = make()
-        for what, pair in sides(cell).items():
+        for what, pair in sides(cell, args.forward).items():
             calls = [run() for run in pair]                             # warm-up
             runs = [*pair, f_alone(cell, calls[0])] if what == "solve" else pair
             times = [[] for _ in runs]
@@ -341,7 +343,8 @@ def main():
                             for side, n in enumerate(calls)]
                 print(f"| {name} | solve / (calls of f x time of f) | {overhead[0]:.2f} | {overhead[1]:.2f} | |",
                       flush=True)
-        mb = [float(subprocess.run([sys.executable, __file__, "--growth", name, str(side)], check=True, text=True,
+        mb = [float(subprocess.run([sys.executable, __file__, "--growth", name, str(side),
+                                    "--forward", str(args.forward)], check=True, text=True,
                                    stdout=subprocess.PIPE).stdout) for side in (0, 1)]
         print(f"| {name} | memory of a solve | {mb[0]:.0f} MB | {mb[1]:.0f} MB | {mb[1] / mb[0]:.2f} |", flush=True)
 
