@@ -181,8 +181,8 @@ class _Progress:
             residual.copy_(row_max if self.offsets is None else torch.segment_reduce(
                 row_max, "max", offsets=self.offsets, initial=0, unsafe=True))
         elif self.stop_mode == "rel":
-            sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=g.dtype) if p.dim() > 1
-                     else p.to(g.dtype).abs() for p in f_parts]
+            sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=torch.promote_types(
+                p.dtype, g.dtype)).to(g.dtype) if p.dim() > 1 else p.to(g.dtype).abs() for p in f_parts]
             size = self.per_sample(sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
             # 1e-30 is below any loss's gradient; norm / inf would be 0 and look solved.
             torch.div(norm, size.clamp(1e-30, self.largest), out=residual)
@@ -324,17 +324,18 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
     The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the steps
-    s_0 = g, s_1, ... are kept, with their inner products G_ij = s_i . s_j, and read twice (after Kelley, "Iterative
-    Methods for Linear and Nonlinear Equations", 1995, Sec. 7.3).  After step s_n, with g at the new state,
+    s_0 = g, s_1, ... are kept, and read twice (after Kelley, "Iterative Methods for Linear and Nonlinear Equations",
+    1995, Sec. 7.3).  After step s_n, with g at the new state,
 
-        alpha_0 = 0,  alpha_{j+1} = (s_j . g + sum_{i<=j} G_ji alpha_i) / G_jj,  j = 0 .. n
+        alpha_0 = 0,  alpha_{j+1} = (s_j . g + sum_{i<=j} (s_j . s_i) alpha_i) / (s_j . s_j),  j = 0 .. n
         s_{n+1} = (g + sum_{i<=n} alpha_i s_i) / (1 - alpha_{n+1})
 
     alpha is linear in the products s_j . g: alpha = T (s_j . g)_j, and T grows by a row per step.
 
     memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting
     the oldest pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample
-    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 3 states.
+    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 4 states, and one
+    more from the first restart on.
     """
     _require(memory is None or isinstance(memory, int) and memory >= 1,
              f"memory must be an integer >= 1, got {memory!r}")
@@ -345,30 +346,46 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     rows = x.new_empty(m + 1, N, D)                 # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
     lengths = x.new_zeros(N, m + 1)                 # of the rows
-    gram = x.new_zeros(N, m, m + 1)                 # s_i times the rows
     T = x.new_zeros(N, m + 1, m)
     plain = torch.eye(1, m + 1, dtype=x.dtype, device=x.device)     # the coefficients of s = g
     first = n = 0                                   # evaluation at `origin`; number of steps taken since
 
     def best_state():
-        """The best state of this stretch is origin + s_0 + ... : costs one product, and nothing during the solve."""
-        best_at = run.best()[1]
-        upto = (torch.arange(n, device=x.device) < (best_at - first)[:, None]).to(x.dtype)          # (N, n)
-        state = torch.bmm(upto[:, None], rows[1:n + 1].transpose(0, 1))[:, 0].add_(origin)
-        return state if x_best is None else torch.where((best_at >= first)[:, None], state, x_best)
+        """The best state of this stretch, found again from its nearer end; costs nothing during the solve.
+
+        That is origin + s_0 + ... or x - s_{n-1} - ...: each repeats the rounding of the way there only roughly, which
+        counts after a long excursion.  Overwrites `origin`.
+        """
+        at = run.best()[1] - first
+        before = torch.arange(n, device=x.device) < at[:, None]                                     # (N, n)
+        way = torch.linalg.vector_norm(rows[1:n + 1], dim=2).T
+        from_x = way.masked_fill(before, 0).sum(1, keepdim=True) < way.masked_fill(~before, 0).sum(1, keepdim=True)
+        signs = before.to(x.dtype) - from_x.to(x.dtype)             # 1 before it, from origin; -1 after it, from x
+        state = torch.bmm(signs[:, None], rows[1:n + 1].transpose(0, 1))[:, 0]
+        state += torch.where(from_x, x, origin, out=origin)
+        return state if x_best is None else torch.where(at[:, None] >= 0, state, x_best, out=state)
 
     while True:
         norm = run.evaluate(x, g)
         if run.finished():
             return run.result(best_state())
         if n == m:
-            x_best, origin, first, n = best_state(), x.clone(), run.evals - 1, 0
+            x_best = best_state()
+            origin.copy_(x)
+            first, n = run.evals - 1, 0
         run.hold(g)
-        b = torch.bmm(g[:, None], rows[1:n + 1].permute(1, 2, 0))[:, 0]     # (N, n); this orientation is the fast one
-        alpha = torch.bmm(T[:, :n + 1, :n], b[:, :, None])[:, :, 0]         # (N, n + 1)
+        alpha = x.new_zeros(N, 1)
+        if n:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
+            products = torch.bmm(rows[:n + 1:n].transpose(0, 1), rows[1:n + 1].permute(1, 2, 0))    # (N, 2, n)
+            square = products[:, 1, n - 1:]
+            inverse = square.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()      # at rest a step has length 0
+            T[:, n, :n - 1] = torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0] * inverse
+            T[:, n, n - 1:n] = inverse
+            lengths[:, n:n + 1] = square.sqrt()
+            alpha = torch.bmm(T[:, :n + 1, :n], products[:, 0, :, None])[:, :, 0]       # (N, n + 1)
         c = (1 - alpha[:, n:]).reciprocal()
         coefficients = torch.cat([c, c * alpha[:, :n]], dim=1)              # of the rows, in s_n
-        lengths[:, 0], gram[:, :n, 0] = norm, b
+        lengths[:, 0] = norm
         bound = torch.linalg.vector_norm(coefficients * lengths[:, :n + 1], 1, dim=1, keepdim=True)     # on ||s_n||
         ok = (c.abs() < 1e5) & (bound < 1e15)                           # False for NaN; 1e15 squares within float32
         coefficients = torch.where(ok, coefficients, plain[:, :n + 1])
@@ -376,14 +393,6 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         s = rows[n + 1]
         torch.bmm(coefficients[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
         x += s
-        length = torch.linalg.vector_norm(s, dim=1, keepdim=True)
-        square = length * length
-        products = torch.bmm(gram[:, :n, :n + 1], coefficients[:, :, None])[:, :, 0]    # s_i . s_n, i < n
-        gram[:, n, 1:n + 2] = gram[:, :n + 1, n + 1] = row = torch.cat([products, square], dim=1)
-        lengths[:, n + 1:n + 2] = length
-        inverse = square.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()      # a sample at rest has steps of length 0
-        T[:, n + 1, :n] = torch.bmm(row[:, None], T[:, :n + 1, :n])[:, 0] * inverse
-        T[:, n + 1, n:n + 1] = inverse
         n += 1
 
 
@@ -638,8 +647,8 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
 
     A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal, of torch's own
     random numbers.  Costs one call of f and n_vectors VJPs, and as much again in the backward pass.  Bai et al.,
-    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1 and where
-    f(h) has another shape than h.
+    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1 and
+    where f(h) has another shape than h.
     """
     if not (isinstance(n_vectors, int) and n_vectors >= 1):
         raise ValueError(f"n_vectors must be an integer >= 1, got {n_vectors!r}")

@@ -151,8 +151,9 @@ def fig4(args, iterations=30):
     act, rows, verdicts = ACTIVATIONS[args.activation], [], []
     columns = (1, 2, 3, 5, 10, 15, 20, 30)
     print(f"\nFig. 4.  {args.activation}; h after 100 fixed-point iterations; Broyden on g_hat = J^T g_hat + g against "
-          "the\nphantom gradient (Neumann, lam = 1, k = iteration); means over 32 samples.  objective: ||g_hat - J^T g_hat "
-          "- g||;\nrelative error: that over ||g_hat||; cosine: to the exact gradient; l1: L1 norm over the exact one's")
+          "the\nphantom gradient (Neumann, lam = 1, k = iteration); means over 32 samples.  objective: "
+          "||g_hat - J^T g_hat - g||;\nrelative error: that over ||g_hat||; cosine: to the exact gradient; l1: L1 norm "
+          "over the exact one's")
     print("L_h     iteration            " + "".join(f"{t:>9d}" for t in columns) + "   exact L1")
     unit = symmetric_weight(D, 1.0, device=args.device)
     u, y = (torch.randn(N, D, device=args.device) for _ in range(2))

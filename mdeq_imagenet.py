@@ -69,7 +69,8 @@ from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
                     equilibrium, fixed_point, flag_checks, init_process, is_ours, load_checkpoint, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    spectral_radius, upg)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 

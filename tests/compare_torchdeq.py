@@ -320,8 +320,8 @@ def main():
             answers = " | ".join(answer(question, side) for side in range(3))
             print(f"| {question.__doc__} | {answers} |", flush=True)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.forward} forward and {BACKWARD} backward "
-          f"iterations of Broyden, k = {K}; milliseconds, calls of f forward, MB\n")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.forward} forward and {BACKWARD} "
+          f"backward iterations of Broyden, k = {K}; milliseconds, calls of f forward, MB\n")
     print("| cell | what | ours | torchdeq | torchdeq / ours |\n|---|---|---|---|---|")
     for name, make in CELLS.items():
         torch.manual_seed(0)

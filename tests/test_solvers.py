@@ -632,3 +632,170 @@ def test_a_sample_that_is_infinite_from_the_start_keeps_h0(solver):
     u = torch.tensor([[-1.0], [1.0]])
     result = solver(lambda h: 0.3 * h + 1 / (u + 1), torch.zeros(2, 1), max_iter=20, tol=1e-5)
     assert result.h[0] == 0 and result.residual[0] == math.inf and result.converged.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_residual_that_equals_the_tolerance_has_converged(solver):
+    result = solver(lambda h: 0 * h + 0.5, torch.zeros(2, 1), max_iter=5, tol=0.5, stop_mode="abs")
+    assert result.n_evals == 1 and result.converged.all() and (result.h == 0).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("stop", ["lost", "converged"])
+def test_a_sample_that_has_stopped_never_moves_again(solver, stop):
+    """f is disturbed at one call: sample 1 is NaN there, or looks solved.  From there on it stands where it was."""
+    f, h0 = tanh_layer()
+    states = []
+
+    def once(h):
+        states.append(h.clone())
+        out = f(h).clone()
+        if len(states) == 3:
+            out[1] = math.nan if stop == "lost" else h[1]
+        return out
+
+    solver(once, h0, max_iter=8, tol=1e-9, stop_mode="abs")
+    assert len(states) == 9 and all((h[1] == states[2][1]).all() for h in states[3:])
+    assert not (states[8][0] == states[7][0]).all()         # its neighbours go on
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_that_has_converged_repeats_its_residual(solver):
+    """It stands at a small g that is not 0, after steps that are not 0, while others go on."""
+    f, h0 = tanh_layer()
+    trace = solver(f, h0, max_iter=60, tol=1e-3).trace
+    at = (trace <= 1e-3).int().argmax(dim=0)
+    assert at.min() > 1 and at.max() > at.min() + 1
+    for i, sample in zip(at, trace.T):
+        assert (sample[i:] == sample[i]).all() and sample[i] > 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_state_of_one_number_per_sample_is_per_sample_too(solver):
+    """A state (N,) has no dimension left to take a norm over; "rel" needs the size of each sample's own number."""
+    u = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
+    flat = solver(lambda h: 0.5 * torch.cos(h) + u, torch.zeros_like(u), max_iter=6, tol=0)
+    column = solver(lambda h: 0.5 * torch.cos(h) + u[:, None], torch.zeros_like(u)[:, None], max_iter=6, tol=0)
+    assert flat.h.shape == (3,)
+    torch.testing.assert_close(flat.trace, column.trace, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_relative_residual_of_a_low_precision_map_has_float32s_digits(solver):
+    h0 = torch.rand(8, 12, generator=torch.Generator().manual_seed(0))
+    f_h = torch.cos(h0).bfloat16()
+    trace = solver(lambda h: torch.cos(h).bfloat16(), h0, max_iter=1, tol=0).trace
+    torch.testing.assert_close(trace[0], (f_h.float() - h0).norm(dim=1) / f_h.float().norm(dim=1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_float64_state_may_be_larger_than_float32s_range(solver):
+    h0 = torch.zeros(2, 4, dtype=torch.float64)
+    result = solver(lambda h: 0.5 * h + 1e25, h0, max_iter=25, tol=1e-6)
+    assert result.converged.all()
+    torch.testing.assert_close(result.h, torch.full_like(h0, 2e25), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gap, expected", [(1e-6, 2), (-1e-6, 2), (1e-4, 1e4), (-1e-4, -1e4)])
+def test_broyden_guards_both_sides_of_zero(gap, expected):
+    """The divisor is the gap: below 1e-5 the step is the plain one, whatever its sign."""
+    h0 = torch.zeros(1, 1, dtype=torch.float64)
+    states = []
+    broyden(lambda h: states.append(h.clone()) or (1 - gap) * h + 1, h0, max_iter=2, tol=0, stop_mode="abs")
+    assert states[2].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale, expected", [(1e10, 1e14), (1e12, 2e12)])
+def test_broyden_takes_the_plain_step_for_one_longer_than_1e15(scale, expected):
+    """The secant step is 1e4 times as long as g: 1e14 is taken; 1e16, whose square float32 could not hold, is not."""
+    states = []
+    broyden(lambda h: states.append(h.clone()) or (1 - 1e-4) * h + scale, torch.zeros(1, 1, dtype=torch.float64),
+            max_iter=2, tol=0, stop_mode="rel")             # "rel": the length of g counts, not the residual
+    assert states[2].item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio, taken", [(1.2, True), (1.01, False)])
+def test_the_length_of_a_step_counts_the_past_ones_in_it(ratio, taken):
+    """g = 1e10 (1, 1 - 1e-4, ratio (1 - 1e-4)): s_1 is 1e14 long, the secant step is -ratio / (ratio - 1) times s_1:
+    6e14 is taken; 1e16, of which g is only the 1e4th part, is not.
+    """
+    states, gs = [], [1e10, 1e10 * (1 - 1e-4), 1e10 * (1 - 1e-4) * ratio, 0.0]
+
+    def f(h):
+        states.append(h.item())
+        return h + gs[len(states) - 1]
+
+    broyden(f, torch.zeros(1, 1, dtype=torch.float64), max_iter=3, tol=0, stop_mode="abs")
+    s_1 = states[2] - states[1]
+    assert s_1 == pytest.approx(1e14, rel=1e-3)
+    assert states[3] - states[2] == pytest.approx(-ratio / (ratio - 1) * s_1 if taken else gs[2], rel=1e-3)
+
+
+def test_broyden_keeps_no_more_steps_than_the_budget_can_make():
+    """Else this would ask for 8e15 bytes."""
+    result = broyden(torch.cos, torch.zeros(1, 2), max_iter=3, tol=0, memory=10 ** 15)
+    assert result.n_evals == 4 and (result.residual < result.trace[0]).all()
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-4, 2e-5])
+def test_broyden_comes_back_from_a_long_step_in_float32(gap):
+    """The first two calls of f are almost a translation, so the second step is 1 / gap long; then f is a
+    contraction.  Inner products of the steps that come from a recurrence have lost their digits by then.
+    """
+    f, h0 = tanh_layer(N=16, D=30, dtype=torch.float32)
+    way = torch.randn(16, 30, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    def leaping(h):
+        calls.append(None)
+        return f(h) if len(calls) > 2 else h + way * (1 if len(calls) == 1 else 1 - gap)
+
+    assert broyden(leaping, h0, max_iter=30, tol=1e-4).converged.all()
+
+
+@pytest.mark.parametrize("scale, step", [(1e13, 6 / 7), (1e14, 2)])
+def test_a_step_whose_long_parts_cancel_is_as_uncertain_as_they_are(scale, step):
+    """These g make a fifth step of 6/7 scale out of parts that are 17 scale long together; beyond 1e15 it is g."""
+    states, gs = [], [scale * x for x in (1, -1, -0.5, 3, 2, 0)]
+
+    def f(h):
+        states.append(h.item())
+        return h + gs[len(states) - 1]
+
+    broyden(f, torch.zeros(1, 1, dtype=torch.float64), max_iter=5, tol=0, stop_mode="abs")
+    assert states[5] - states[4] == pytest.approx(step * scale, rel=1e-3)
+
+
+def excursion(h0):
+    """(f, states it met): the first two calls are almost a translation, so the second step is 1e3 long."""
+    states = []
+
+    def f(h):
+        states.append(h.clone())
+        return h + (1, 1 - 1e-3)[len(states) - 1] if len(states) < 3 else 0.5 * torch.cos(h) + 0.2
+
+    return f, states
+
+
+@pytest.mark.parametrize("memory", [None, 4])
+def test_broydens_state_is_the_one_that_f_met_also_after_an_excursion(memory):
+    """In float32 h0 + s_0 + ... over a long way and back has another rounding."""
+    h0 = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    f, states = excursion(h0)
+    result = broyden(f, h0, max_iter=40, tol=1e-6, stop_mode="abs", memory=memory)
+    assert max(h.abs().max() for h in states) > 500 and result.converged.all()
+    torch.testing.assert_close((f(result.h) - result.h).norm(dim=1), result.residual, rtol=0, atol=3e-7)
+
+
+def test_broydens_state_is_the_one_that_f_met_also_before_an_excursion():
+    h0 = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    f, states = excursion(h0)
+    result = broyden(f, h0, max_iter=2, tol=0, stop_mode="abs")
+    assert states[2].abs().max() > 500 and torch.equal(result.h, states[1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("stop_mode", ["rel", "abs", "max"])
+def test_f_may_return_a_higher_precision_than_its_states(solver, stop_mode):
+    result = solver(lambda h: 0.5 * torch.cos(h.double()) + 0.2, torch.zeros(2, 3), tol=1e-5, stop_mode=stop_mode)
+    assert result.converged.all() and result.h.dtype == torch.float32
