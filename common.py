@@ -182,7 +182,7 @@ class _Progress:
                 row_max, "max", offsets=self.offsets, initial=0, unsafe=True))
         elif self.stop_mode == "rel":
             sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=torch.promote_types(
-                p.dtype, g.dtype)).to(g.dtype) if p.dim() > 1 else p.to(g.dtype).abs() for p in f_parts]
+                p.dtype, g.dtype)) if p.dim() > 1 else p.to(g.dtype).abs() for p in f_parts]
             size = self.per_sample(sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
             # 1e-30 is below any loss's gradient; norm / inf would be 0 and look solved.
             torch.div(norm, size.clamp(1e-30, self.largest), out=residual)

@@ -794,8 +794,22 @@ def test_broydens_state_is_the_one_that_f_met_also_before_an_excursion():
     assert states[2].abs().max() > 500 and torch.equal(result.h, states[1])
 
 
+def test_broyden_finds_a_state_again_from_where_it_restarted():
+    """The lowest residual is the one at the start until the restart, then the one a step after it."""
+    states, gs = [], [0.3, 2, 0.35, 0.29, 5]
+
+    def f(h):
+        states.append(h.clone())
+        return h + gs[len(states) - 1]
+
+    result = broyden(f, torch.zeros(1, 1, dtype=torch.float64), max_iter=4, tol=0, stop_mode="abs", memory=2)
+    assert abs(states[4] - states[3]) > 2 * abs(states[3] - states[2])          # so it is sought from the restart on
+    torch.testing.assert_close(result.h, states[3])
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("stop_mode", ["rel", "abs", "max"])
 def test_f_may_return_a_higher_precision_than_its_states(solver, stop_mode):
-    result = solver(lambda h: 0.5 * torch.cos(h.double()) + 0.2, torch.zeros(2, 3), tol=1e-5, stop_mode=stop_mode)
-    assert result.converged.all() and result.h.dtype == torch.float32
+    h0 = (torch.zeros(2, 3), torch.zeros(2))
+    result = solver(lambda h: (0.5 * torch.cos(h[0].double()) + 0.2, 0.5 * h[1]), h0, tol=1e-5, stop_mode=stop_mode)
+    assert result.converged.all() and result.h[0].dtype == torch.float32
