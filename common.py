@@ -17,9 +17,9 @@ per sample: where f treats samples independently, a batch gives the same answers
 The paper writes Jacobians transposed: its "Jacobian-vector product" with J is PyTorch's vector-Jacobian product (VJP).
 
 Needs torch 2.6 or newer only: copy it into your project.  To copy a part: the mathematics, down to "Run helpers", uses
-nothing below it (imports: functools, math, typing, torch); `upg` needs `_check_phantom`; `npg` what stands from
-there to `_Undifferentiable`, without `implicit`; `implicit` the same and a solver; a solver the section before the
-solvers, and `_solver`.
+nothing else (imports: functools, math, torch, and the names imported from typing and torch); with those and the line
+`State = ...`, a solver needs the section before the solvers, and `_solver`; `upg` needs `_check_phantom`; `npg` that
+and `_vjp` to `_Undifferentiable`; `implicit` the latter, and a solver: `broyden`, or change its default.
 """
 import contextlib
 import functools
@@ -282,7 +282,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
 
     s is the mean of the squared residuals ||g_i||^2: an absolute ridge stalls once they have shrunk below it.
     A sample whose small system cannot be solved uses its newest pair alone.  Stops, reports and costs as `fixed_point`
-    does.  Memory 2 m + 3 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    does.  Memory 2 m + 4 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
     _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
@@ -413,7 +413,8 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     nor on whether the solve has converged: look at result.converged.  Only with "bptt" does a gradient reach h0.
 
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
-    solver, backward_solver: fixed_point, anderson, broyden, or functools.partial of one, binding its own arguments.
+    solver, backward_solver: fixed_point, anderson, broyden, or functools.partial of one, binding what is not passed
+    here (m, beta, ridge, memory, lam, offsets).
     on_backward: called with the SolverResult of the backward solve of "implicit".  That solve stops at a relative
     residual: an absolute one would depend on the scale of the loss.
     f is handed float32 states (float64 if h0 is float64), also where h0 is of lower precision: use autocast inside.
