@@ -18,8 +18,9 @@ The paper writes Jacobians transposed: its "Jacobian-vector product" with J is P
 
 Needs torch 2.6 or newer only: copy it into your project.  To copy a part: the mathematics, down to "Run helpers", uses
 nothing else (imports: functools, math, torch, and the names imported from typing and torch); with those and the line
-`State = ...`, a solver needs the section before the solvers, and `_solver`; `upg` needs `_check_phantom`; `npg` that
-and `_vjp` to `_Undifferentiable`; `implicit` the latter, and a solver: `broyden`, or change its default.
+`State = ...`, a solver needs the section before the solvers, and `_solver`; `upg` `_check_phantom`, `_version` and
+`_check_unchanged`; `npg` `_check_phantom`, and `_vjp` to `_Undifferentiable`; `implicit` the latter, and a solver:
+`broyden`, or change its default.
 """
 import contextlib
 import functools
@@ -57,6 +58,17 @@ def _check_budget(max_iter, tol, stop_mode):
     _require(isinstance(max_iter, int) and max_iter >= 1, f"max_iter must be an integer >= 1, got {max_iter!r}")
     _require(tol >= 0, f"tol must be >= 0, got {tol!r}")
     _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
+
+
+def _version(x):
+    """Counts what changed a tensor in place, or a view of it; not in inference mode and under torch.compile."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _check_unchanged(same):
+    """An in-place first operation of f looks like a root to a solver, and changes h* under a gradient."""
+    if not same:
+        raise ValueError("f must not change its argument in place: use inplace=False in its first operation")
 
 
 class _Layout:
@@ -165,7 +177,9 @@ class _Progress:
     def evaluate(self, x, g, f_out=None):
         """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.  Returns ||g|| (N,)."""
         x_parts = self.layout.split(x)
+        version = _version(x)
         f_x = self.f(self.layout.state(x_parts))
+        _check_unchanged(version == _version(x))
         if torch.is_tensor(f_x) != (self.layout.kind is None):
             raise ValueError("f must return a state of the shape of h0: a tensor if h0 is one, else a tuple or list")
         f_parts = self.layout.parts(f_x)
@@ -251,7 +265,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     is not finite or a million times its first value.  Raises ValueError for an impossible argument.
 
     f must neither change its argument nor keep it: it is a view of the solver's own vectors (not contiguous where h0
-    has several parts), float32, or float64 if a part of h0 is.
+    has several parts), float32, or float64 if a part of h0 is.  ValueError where f changes it in place.
 
     offsets (N + 1,): for samples of different length, as graphs: sample i is the rows offsets[i] to offsets[i + 1] of
     the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the number of rows.
@@ -463,13 +477,15 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as back-propagation
     through time (Sec. 3, "Trade-offs between Unrolling and Neumann").  From h* = 0 with lam = 1 it is the unrolled
     pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError for an impossible k or lam, and
-    where f(h) has another shape than h.
+    where f(h) has another shape than h or f changes h in place.
     """
     _check_phantom(k, lam)
     single = torch.is_tensor(h_star)
     h = [p.detach() for p in ((h_star,) if single else h_star)]
     for _ in range(k):
+        versions = [_version(p) for p in h]
         f_h = f(h[0] if single else type(h_star)(h))
+        _check_unchanged(versions == [_version(p) for p in h])
         f_h = (f_h,) if torch.is_tensor(f_h) else tuple(f_h)
         if [p.shape for p in f_h] != [p.shape for p in h]:
             raise ValueError("f must return a state of the shape of h_star")
@@ -621,12 +637,16 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     with torch.enable_grad():
         outputs = layout.parts(f(layout.state(inputs)))
     v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
+
+    def norm(v):            # in float64: the squares of an exploded J's v are beyond float32, and v / inf would be 0
+        return torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).to(v.dtype)
+
     growth = []
     for _ in range(n_iter):
-        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+        v = v / norm(v)[:, None].clamp_min(torch.finfo(v.dtype).tiny)
         j = layout.pack(_vjp(outputs, inputs, layout.split(v)))
         v = torch.lerp(v, j, lam)
-        growth.append(torch.linalg.vector_norm(v, dim=1))
+        growth.append(norm(v))
     growth = torch.stack(growth[n_iter // 2:]).log()                # log 0 = -inf: a nilpotent J gives 0
     i = torch.arange(1, len(growth) + 1, device=v.device, dtype=v.dtype)
     weight = torch.minimum(i, len(growth) + 1 - i)[:, None]

@@ -708,3 +708,15 @@ def test_the_spectral_radius_of_a_skewed_complex_pair_is_within_three_per_cent_a
     torch.manual_seed(0)
     rho = spectral_radius(lambda h: h @ a.T, torch.zeros(500, 2, dtype=torch.float64), n_iter=50)
     torch.testing.assert_close(rho, torch.full_like(rho, 0.9), rtol=0.03, atol=0)
+
+
+def test_upg_refuses_an_f_that_changes_its_argument():
+    h_star = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="must not change its argument"):
+        upg(lambda h: torch.relu_(h.sub_(2)), h_star, k=3)
+
+
+def test_the_spectral_radius_of_an_exploded_jacobian_is_not_zero():
+    for scale in (1e3, 1e20, 1e30):
+        rho = spectral_radius(lambda h: scale * h, torch.zeros(2, 4), n_iter=10)
+        torch.testing.assert_close(rho, torch.full((2,), scale), rtol=1e-3, atol=0)

@@ -813,3 +813,13 @@ def test_f_may_return_a_higher_precision_than_its_states(solver, stop_mode):
     h0 = (torch.zeros(2, 3), torch.zeros(2))
     result = solver(lambda h: (0.5 * torch.cos(h[0].double()) + 0.2, 0.5 * h[1]), h0, tol=1e-5, stop_mode=stop_mode)
     assert result.converged.all() and result.h[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("f", [lambda h: h.mul_(0.5).add_(1), lambda h: 0.5 * torch.relu_(h) - 1])
+def test_an_f_that_changes_its_argument_is_refused(solver, f):
+    """f(h) - h would be 0: a root after one call."""
+    with pytest.raises(ValueError, match="must not change its argument"):
+        solver(f, torch.zeros(2, 3))
+    with torch.inference_mode():                                # where torch does not count changes
+        solver(lambda h: 0.5 * h, torch.zeros(2, 3))
