@@ -437,8 +437,9 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
 
     If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
     backward_tol = 0.  If it contains torch.utils.checkpoint, give that use_reentrant=False: the other kind loses a part
-    of "upg" in silence and cannot do "npg" and "implicit".  Raises ValueError for an impossible argument, RuntimeError
-    for a second derivative through "npg" or "implicit".  Do not change the returned state in place.
+    of "upg" in silence and cannot do "npg" and "implicit".  A checkpoint around `equilibrium` needs the same for "upg":
+    the other kind's forward pass has no graph and returns h*, not h_k.  Do not change the returned state in place.
+    Raises ValueError for an impossible argument, RuntimeError for a second derivative through "npg" or "implicit".
     """
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")

@@ -199,7 +199,7 @@ def parse_args(argv=None):
     check(args, "folds chain_length", lambda x: x >= 2, "must be at least 2")
     refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
     refuse(args.eval and chains,
-           "--eval needs --dataset COX2, PROTEINS or PPI: an official checkpoint does not say which it is of")
+           "--eval needs --dataset COX2, PROTEINS or PPI; a run of --dataset chains prints its figures at its end")
     refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
     refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
         args.out and args.resume == "auto"),

@@ -987,10 +987,12 @@ def main(args):
             plot(rows, Path(args.fig3))
     else:
         model = build_model(args, train_set.classes, process)
-        done = train(args, process, SaveTimer(args.save_every), model, train_set, test_set) is not None
+        timer = SaveTimer(args.save_every)
+        done = train(args, process, timer, model, train_set, test_set) is not None
         if done and args.data == "toy" and process.world_size == 1:
             x, y = train_set.x[:args.batch_size], train_set.y[:args.batch_size]
-            benchmark(model, prepare(x, False, memory_format(args)), y, args)
+            with timer.saved():             # a SIGTERM may end it at once
+                benchmark(model, prepare(x, False, memory_format(args)), y, args)
     if process.world_size > 1:
         torch.distributed.destroy_process_group()
 

@@ -12,6 +12,7 @@ the peak of the resident set during one solve over that before it, in a process 
 Behaviour: each question is asked of both sides in a process of its own, since one of them may not return.
 """
 import argparse
+import importlib.util
 import math
 import statistics
 import subprocess
@@ -314,6 +315,8 @@ def main():
         return print(growth(args.growth[0], int(args.growth[1]), args.forward))
     if args.ask:
         return print(globals()[args.ask[0]](int(args.ask[1])))
+    if importlib.util.find_spec("torchdeq") is None:
+        p.error("torchdeq is not there: pip install --no-deps --target FOLDER torchdeq==0.1.0, then PYTHONPATH=FOLDER")
     if args.behaviour:
         print("| | ours | torchdeq 0.1.0, ift | torchdeq 0.1.0, hook_ift |\n|---|---|---|---|")
         for question in QUESTIONS:
