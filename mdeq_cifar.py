@@ -903,8 +903,8 @@ def figure3(args, process, timer, train_set, test_set):
     for grad, lam, k in itertools.product(*FIG3.values()):
         one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam, "k": k,
                                     "out": str(out / f"{grad}-{lam}-{k}")})
-        log = Path(one.out, "metrics.jsonl")
-        if args.resume and log.exists() and '"event": "diverged"' in log.read_text():
+        before = Path(one.out, "metrics.jsonl")
+        if args.resume and before.exists() and '"event": "diverged"' in before.read_text():
             print(f"{one.out} has diverged before", flush=True)
             rows.append({"grad": grad, "lam": lam, "k": k, "accuracy": math.nan})
             continue

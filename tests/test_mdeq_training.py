@@ -507,6 +507,19 @@ def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, narrow):
     assert all_finite(state) and state["step"] == 3
 
 
+def test_a_sigterm_ends_the_benchmark_after_a_toy_run(tmp_path, monkeypatch, narrow):
+    """All is saved by then: the handler that waits for the next step would swallow it."""
+    def killed(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        pytest.fail("the benchmark goes on")
+
+    monkeypatch.setattr(mdeq_cifar, "benchmark", killed)
+    with pytest.raises(SystemExit) as end:
+        run(*TINY_RUN, "--epochs", 1, "--out", tmp_path)
+    assert end.value.code == 0
+
+
 def test_the_benchmark_measures_every_gradient_and_leaves_the_model_as_it_is(capsys, monkeypatch):
     """Steps in turns after a warm-up, then NPG's memory for k = 1 and 20; ratios are those of the printed times."""
     args, steps, forward = parse_args("--data toy --grad npg --k 2".split()), [], MDEQ.forward
