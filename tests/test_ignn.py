@@ -927,6 +927,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_lost(tu, tmp_path
     error = refused(capsys, *SMALL, "--data", tu, "--hidden", 16, "--eval", "--resume",
                     tmp_path / "a" / "checkpoint.pt")
     assert "does not fit the model" in error
+    torch.save({"args": {"model": "tiny"}, "model": {}}, tmp_path / "cifar.pt")
+    for mode in (["--eval"], ["--out", tmp_path / "b"]):
+        error = refused(capsys, *SMALL, "--data", tu, "--resume", tmp_path / "cifar.pt", *mode)
+        assert "cifar.pt is of another script" in error and "there is no --model here" in error
     assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before
 
 
