@@ -161,7 +161,7 @@ def parse_args(argv=None):
         state = load_checkpoint(args.resume)
         if is_ours(state):
             p.set_defaults(**{name: value for name, value in state["args"].items()
-                              if name == "data" or name not in FREE})
+                              if hasattr(args, name) and (name == "data" or name not in FREE)})
             args = p.parse_args(argv)
 
     graphs, chains, ppi = args.dataset in ("COX2", "PROTEINS"), args.dataset == "chains", args.dataset == "PPI"

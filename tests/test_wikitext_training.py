@@ -364,8 +364,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for file, named in (("cifar.pt", "another script"), ("model.pt", "torch.save(x.state_dict(), 'converted.pt')")):
         for mode in (["--out", tmp_path / "new"], ["--eval"]):
             assert named in refused(capsys, *RUN, "--data", small, "--resume", tmp_path / file, *mode)
-    foreign = {"args": {"data": str(tmp_path / "images"), "model": "tiny"}, "model": {}}       # nothing is taken from it
-    torch.save(foreign, tmp_path / "cifar.pt")
+    torch.save({"args": {"data": str(tmp_path / "images"), "model": "tiny"}, "model": {}}, tmp_path / "cifar.pt")
     assert "another script" in refused(capsys, "--eval", "--resume", tmp_path / "cifar.pt")
     assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
 
