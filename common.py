@@ -260,6 +260,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
 
     Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel"),
     ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the residual of f, not the length of the damped step.
+    "rel" cannot fall where h* = 0: use "abs" there.
     max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  Memory 3
     states.  Never raises for a map that does not converge: look at `converged`.  A sample is given up when ||f(h) - h||
     is not finite or a million times its first value.  Raises ValueError for an impossible argument.
@@ -451,6 +452,8 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
         return _bptt(f, h0, max_iter, tol, stop_mode)
     if grad in ("upg", "npg"):
         _check_phantom(k, lam)
+    elif grad == "implicit":
+        _check_budget(backward_max_iter, backward_tol, "rel")
     result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode)
     torch.clear_autocast_cache()    # weights that autocast has cast and cached without a graph would get no gradient
     if not torch.is_grad_enabled():
@@ -616,7 +619,8 @@ def _bptt(f, h0, max_iter, tol, stop_mode):
         with torch.no_grad():
             run.evaluate(run.layout.pack(states[-2]), g)
     last = run.trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
-    return states[-2], SolverResult(states[-2], last, run.evals, run.trace, last <= tol)
+    detached = run.layout.state([p.detach() for p in run.layout.parts(states[-2])])
+    return states[-2], SolverResult(detached, last, run.evals, run.trace, last <= tol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,6 +765,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def gather_objects(value) -> list:
+    """[the value of each process], by rank, for anything that can be pickled; all processes must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_then_others(make: Callable, process: Process):
     """make() on the first process of each machine, then on the others, which find on the disk what it has left there.
 
@@ -796,11 +809,7 @@ def rng_state() -> dict:
 
 def rng_states() -> list[dict]:
     """`rng_state` of every process, by rank, for a checkpoint; all processes must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [rng_state()]
-    states = [None] * dist.get_world_size()
-    dist.all_gather_object(states, rng_state())
-    return states
+    return gather_objects(rng_state())
 
 
 def set_rng_state(state: dict):
@@ -811,30 +820,58 @@ def set_rng_state(state: dict):
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def set_rng_states(states: list[dict], process: Process):
+    """Puts back what `rng_states` has returned; with another number of processes the seeds stay, with a note."""
+    if len(states) == process.world_size:
+        set_rng_state(states[process.rank])
+    elif process.rank == 0:
+        print(f"note: the checkpoint is of {len(states)} process(es): dropout and augmentation are seeded anew",
+              flush=True)
+
+
+def open_run(out: str | os.PathLike, resume: str | None) -> tuple[Path, str | None]:
+    """(the checkpoint of the run in --out, the file to continue from or None), from --out and --resume.
+
+    Ends the run where `out` holds one that is not to be continued, so that none is overwritten.  All processes must
+    call it.
+    """
+    checkpoint = Path(out) / "checkpoint.pt"
+    here = gather_objects(os.path.exists(checkpoint))
+    if any(here) != all(here):
+        die(f"--out {out}: {checkpoint.name} is there for {sum(here)} of {len(here)} processes; all machines must see "
+            "one and the same folder")
+    if resume == "auto":
+        resume = str(checkpoint) if here[0] else None
+    if here[0] and not (resume and Path(resume).resolve().parent == checkpoint.resolve().parent):
+        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    return checkpoint, resume
+
+
 def save_checkpoint(path: str | os.PathLike, state: dict):
     """Writes `state`; `path` is a complete checkpoint at every moment, and the one before stays as `path`.previous.
 
     Where it cannot be written (a full disk, no permission), both stay as they are and the run ends with exit code 1.
     """
     path = Path(path)
-    new, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
+    new, old, previous = (path.with_name(path.name + end) for end in (".new", ".old", ".previous"))
     try:
         with open(new, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())         # a rename may reach the disk before the data does
+        old.unlink(missing_ok=True)
         if path.exists():
-            link = path.with_name(path.name + ".link")
-            link.unlink(missing_ok=True)
             try:
-                os.link(path, link)         # a second name, so that `path` itself never goes missing
+                os.link(path, old)          # a second name, so that `path` itself never goes missing
             except OSError:                 # a file system without hard links
-                shutil.copyfile(path, link)
-            os.replace(link, previous)
+                shutil.copyfile(path, old)
         os.replace(new, path)
+        if old.exists():
+            os.replace(old, previous)
     except (OSError, RuntimeError) as error:            # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)                 # half a file, on a disk that may be full
+        for rest in (new, old):                         # half a file, on a disk that may be full
+            with contextlib.suppress(OSError):
+                rest.unlink(missing_ok=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         die(f"--out: cannot write {new} ({reason}); what was saved before is untouched", code=1)
 
@@ -850,9 +887,12 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
             f"{flag}: there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        die(f"{flag}: cannot read {path} ({error.strerror})")
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         could_run_code = "Unsupported global" in str(error)
+        reason = ("it holds more than tensors and plain values" if could_run_code else
+                  str(error).splitlines()[0] if str(error) else type(error).__name__)
     previous = path.with_name(path.name + ".previous")
     with contextlib.suppress(Exception):
         state = torch.load(previous, map_location="cpu", weights_only=True)
@@ -930,13 +970,18 @@ class SaveTimer:
 
 
 class MetricsLog:
-    """Appends one JSON object per line to `path`; a resumed run drops what it will repeat, step > last_step.
+    """Appends one JSON object per line to `path`, in a folder that it makes; a resumed run drops what it will repeat,
+    step > last_step.
 
     last_step_of: the same for records of one event, where it differs, as in {"epoch": 500}.
     """
 
     def __init__(self, path: str | os.PathLike, last_step: int | None = None, last_step_of: dict | None = None):
         self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            die(f"--out {self.path.parent}: cannot make this folder ({error.strerror})")
         if last_step is not None and os.path.exists(self.path):
             kept = []
             for line in self.path.read_text().splitlines():
@@ -979,7 +1024,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Meter:
-    """Running means, throughput, peak memory.  `add` costs no synchronisation; `read` costs one, and starts afresh."""
+    """Running means, throughput, peak memory.  `add` costs no synchronisation; `read` costs one, and starts afresh.
+
+    The means and the throughput are of all processes, which must all call `read`, with values of the same names.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -997,17 +1045,46 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict:
-        """Means of the values, ms per step, samples per second and the run's peak GPU memory (GB) of this process."""
-        names = list(self.sums)
-        sums = torch.stack([self.sums[name].double() for name in names]).tolist() if names else []      # host sync
-        seconds = time.perf_counter() - self.start
-        record = {name: total / self.counts[name] for name, total in zip(names, sums)}
+        """Means of the values, ms per step, samples per second, and this process's peak GPU memory (GB)."""
+        counts = torch.tensor([*self.counts.values(), self.samples], dtype=torch.float64, device=self.device)
+        totals = all_reduce_sum(torch.stack([x.double() for x in (*self.sums.values(), *counts)])).tolist()  # host sync
+        seconds, n = time.perf_counter() - self.start, len(self.sums)
+        record = {name: total / count for name, total, count in zip(self.sums, totals, totals[n:])}
         record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
-        record["samples_per_s"] = self.samples / seconds
+        record["samples_per_s"] = totals[-1] / seconds
         if self.device.type == "cuda":
             record["peak_gb"] = peak_memory(self.device)
         self.reset()
         return record
+
+
+def what_broke(loss: float, parameters=()) -> str:
+    """What is not a finite number, the loss or a parameter, or "".  The loss shows a broken weight one step late."""
+    if not math.isfinite(loss):
+        return f"the loss became {loss}"
+    finite = [p.isfinite().all() for p in parameters]
+    return "a weight became infinite or not a number" if finite and not torch.stack(finite).all() else ""   # host sync
+
+
+def health(name: str, residuals: list[Tensor], tol: float) -> dict:
+    """{NAME_residual_p10, _p50, _p90: quantiles of the residuals of many solves, NAME_solved: the share solved}.
+
+    Solved: to tol, or to 1e-3 where tol is 0.  Of all processes, which must all call it; {} where there was no solve.
+    """
+    own = torch.cat(residuals).float().cpu() if residuals else torch.empty(0)
+    r = torch.cat(gather_objects(own)).sort().values        # torch.quantile has a limit of 16 million numbers
+    if len(r) == 0:
+        return {}
+    return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
+            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
+
+
+def spell_health(record: dict, *names: str) -> str:
+    """What `health` found of each name, on one line."""
+    return "relative residual (10, 50, 90 %) and share solved: " + "; ".join(
+        "{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
+            name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
+        for name in names if f"{name}_solved" in record)
 
 
 def describe_run(device: torch.device, world_size: int) -> dict:

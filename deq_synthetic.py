@@ -462,6 +462,7 @@ def main(args):
             import matplotlib  # noqa: F401, here and not after a minute of work
         except ImportError:
             die("--plot needs matplotlib: pip install matplotlib")
+    log = MetricsLog(Path(args.out) / "metrics.jsonl", last_step=-1) if args.out else None
     started, rows = time.perf_counter(), []
     for part in PARTS:
         if part in args.only:
@@ -469,8 +470,6 @@ def main(args):
             rows += globals()[part](args)
             sys.stdout.flush()
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(Path(args.out) / "metrics.jsonl", last_step=-1)
         log.write(event="start", step=0, args=vars(args), **describe_run(torch.device(args.device), 1))
         for row in rows:
             log.write(**row)

@@ -77,9 +77,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_same_run,
-                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
-                    jacobian_regularization, load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states,
-                    save_checkpoint, seed_everything, set_rng_state, spectral_radius, upg)
+                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
+                    health, init_process, is_ours, jacobian_regularization, load_checkpoint, open_run, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    set_rng_states, spectral_radius, spell_health, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
@@ -195,6 +196,8 @@ def parse_args(argv=None, saved=None):
     refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
         args.out and args.resume == "auto"),
         "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    for flag, path in (("resume", args.resume), ("init", args.init)):               # before the data is read
+        refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
     if only and not args.benchmark:
         refuse(args.resume in (None, "auto"), f"{mode} needs --resume FILE, the checkpoint to use")
         if saved is None:
@@ -838,22 +841,6 @@ def evaluating(model, args):
     model.train(training)
 
 
-def health(name, residuals, tol):
-    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0.
-
-    Of those of all processes, which must all call it.  Nothing where there was no solve.
-    """
-    parts = [torch.cat(residuals).float().cpu() if residuals else torch.empty(0)]
-    if dist.is_initialized():
-        own, parts = parts[0], [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-    r = torch.cat(parts).sort().values              # torch.quantile has a limit of 16 million numbers
-    if len(r) == 0:
-        return {}
-    return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
-            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
-
-
 @torch.no_grad()
 def evaluate(model, name, ids, args, process, mem_len, unroll=0):
     """Perplexity of a text in --eval-streams streams with a memory of their own; the first token of each is given.
@@ -885,17 +872,12 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
     return record
 
 
-def spell_health(name, record):
-    return "relative residual (10, 50, 90 %) {:.0e} {:.0e} {:.0e}, {:.0%} solved".format(
-        *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), record[f"{name}_solved"])
-
-
 def spell(name, record):
     """One line of what `evaluate` found."""
     line = (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
             f"{record[f'{name}_mem_len']}")
     if f"{name}_evals" in record:
-        line += f"; {spell_health(name, record)}, {record[f'{name}_evals']:.1f} calls of F per segment"
+        line += f"; {spell_health(record, name)}; {record[f'{name}_evals']:.1f} calls of F per segment"
     return line
 
 
@@ -1112,29 +1094,12 @@ def jr_weight(args, step):
     return args.jr + 0.1 * (step // args.jr_increment - min(step, args.pretrain_steps) // args.jr_increment)
 
 
-def all_streams(part, world):
-    """(B, M, .) of this process's streams -> those of all processes, in order."""
-    if world == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(world)]
-    dist.all_gather(parts, part.contiguous())
-    return torch.cat(parts)
-
-
 def train(args, process, model, text):
     device, rank, world = process.device, process.rank, process.world_size
     main, types = rank == 0, checksum(text.vocabulary)
     train_text = hashlib.sha256(text.train.numpy()).hexdigest()[:16]
-    out = Path(args.out)
-    checkpoint, best_path = out / "checkpoint.pt", out / "best.pt"
-    seen = int(all_reduce_sum(torch.tensor(float(os.path.exists(checkpoint)), device=device)))  # by so many processes
-    if args.resume == "auto":
-        if seen not in (0, world):
-            die(f"--out {out}: {checkpoint.name} is there for {seen} of {world} processes; all machines must see one "
-                "and the same folder")
-        args.resume = str(checkpoint) if seen else None
-    if seen and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
-        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    checkpoint, args.resume = open_run(args.out, args.resume)
+    best_path = checkpoint.with_name("best.pt")
     B, T, n = args.batch_size, args.segment, args.accumulate
     if len(text.train) < 2 * B:
         die(f"--batch-size {B}: the training text has only {len(text.train)} tokens")
@@ -1163,30 +1128,24 @@ def train(args, process, model, text):
     step, evaluated, best, best_step = (state[k] for k in ("step", "evaluated", "best", "best_step"))
     seed_everything(args.seed + rank)
     if args.resume:
-        if len(state["rng"]) == world:
-            set_rng_state(state["rng"][rank])
-        elif main:
-            print(f"note: the checkpoint is of {len(state['rng'])} process(es): dropout is seeded anew", flush=True)
+        set_rng_states(state["rng"], process)
     # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     timer = SaveTimer(args.save_every)
     if main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            die(f"--out {out}: cannot make this folder ({error.strerror})")
-        log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"eval": evaluated, "test": -1})
+        log = MetricsLog(checkpoint.with_name("metrics.jsonl"), last_step=step,
+                         last_step_of={"eval": evaluated, "test": -1})
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {out}\n{parameters:,} parameters; {len(text.train)} training tokens of "
+              f"writing to {args.out}\n{parameters:,} parameters; {len(text.train)} training tokens of "
               f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of {segments}"
               + (f"; continues after step {step}" if step else ""), flush=True)
 
     def save():
         rng, memory = rng_states(), None                    # all processes take part
         if memories[0] is not None:
-            memory = [all_streams(torch.cat(parts), world).cpu() for parts in zip(*memories)]
+            memory = [torch.cat(gather_objects(torch.cat(parts).cpu())) for parts in zip(*memories)]
         if main:
             save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                          "scheduler": scheduler.state_dict(), "rng": rng, "memory": memory,
@@ -1218,9 +1177,8 @@ def train(args, process, model, text):
                 log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
                           seconds=time.perf_counter() - started, **record)
                 tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})")
-                for name in ("train", "backward"):
-                    if f"{name}_solved" in record:
-                        tqdm.write(f"  {name}: {spell_health(name, record)}")
+                if "train_solved" in record:
+                    tqdm.write(f"  {spell_health(record, 'train', 'backward')}")
             save()
             meter.reset()
             continue
@@ -1285,13 +1243,8 @@ def train(args, process, model, text):
                            f"{record['rho_J_lam']:.3f} (lam = {model.lam:.2f})")
             meter.start += time.perf_counter() - paused     # diagnostics do not count as training time
         if step % args.log_every == 0 or saving:
-            meter.sums = {name: all_reduce_sum(total) / world for name, total in meter.sums.items()}
             record = meter.read()                                           # host sync
-            record["samples_per_s"] *= world
-            broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
-            if not broken and saving:                                       # the loss would show it one step late
-                finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
-                broken = "" if finite else "a weight became infinite or not a number"           # host sync
+            broken = what_broke(record["loss"], model.parameters() if saving else ())
             if broken:
                 kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                 die(f"{broken} by step {step}: try a lower --lr or --lam, or --jr; {kept}", code=1)
@@ -1310,7 +1263,7 @@ def train(args, process, model, text):
     bar.close()
     if stop:
         if main:
-            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
+            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {args.out} --resume auto",
                   flush=True)
         return
     # best.pt is not there where the run was continued in another folder.
@@ -1378,12 +1331,11 @@ def main(argv=None):
             die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
     model = build_model(args, len(text.vocabulary), process)
     if state is None:
-        if not args.out:                # the time differs from process to process
-            shared = [str(Path(args.resume).parent) if args.resume else
-                      f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
-            if dist.is_initialized():
-                dist.broadcast_object_list(shared)
-            args.out = shared[0]
+        if not args.out and args.resume:
+            args.out = str(Path(args.resume).parent)
+        elif not args.out:
+            args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        args.out = gather_objects(args.out)[0]      # the default's time differs from process to process
         train(args, process, model, text)
     else:
         if is_ours(state):

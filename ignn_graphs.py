@@ -72,8 +72,8 @@ from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
 from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
-                    equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours, load_checkpoint,
-                    peak_memory, reset_peak_memory, save_checkpoint, seed_everything, upg)
+                    equilibrium, first_then_others, fixed_point, flag_checks, gather_objects, init_process, is_ours,
+                    load_checkpoint, open_run, peak_memory, reset_peak_memory, save_checkpoint, seed_everything, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -204,6 +204,8 @@ def parse_args(argv=None):
     refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
         args.out and args.resume == "auto"),
         "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    refuse(args.resume not in (None, "auto") and not os.path.exists(args.resume),     # before the data is read
+           f"--resume: there is no file {args.resume}")
     return args
 
 
@@ -885,29 +887,13 @@ def official_count(model):
     return sum(p.numel() for p in model.parameters()) + dead
 
 
-def gathered(value, process):
-    """[value of each process]; all must call it."""
-    values = [value]
-    if process.world_size > 1:
-        values = [None] * process.world_size
-        dist.all_gather_object(values, value)
-    return values
-
-
 # What may differ in --resume; stop_mode is no flag, but follows from --ppi-model.
 FREE = {"data", "out", "resume", "eval", "benchmark", "table4", "save_every", "log_every", "stop_mode"}
 
 
 def begin(args, process, parameters, about_data, fingerprint):
     """Opens --out: (checkpoint's path, what --resume restores or None, log or None)."""
-    out = Path(args.out)
-    path = out / "checkpoint.pt"
-    here = gathered(os.path.exists(path), process)
-    if any(here) != all(here):
-        die(f"--out {out}: {path.name} is there for some processes only; all machines must see one and the same folder")
-    resume = (str(path) if here[0] else None) if args.resume == "auto" else args.resume
-    if here[0] and not (resume and Path(resume).resolve() == path.resolve()):
-        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    path, resume = open_run(args.out, args.resume)
     state = None
     if resume:
         state = load_checkpoint(resume)
@@ -920,15 +906,11 @@ def begin(args, process, parameters, about_data, fingerprint):
             die(f"--resume {resume} is of a run on other data than --data {args.data} holds")
     log = None
     if process.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            die(f"--out {out}: cannot make this folder ({error.strerror})")
-        log = MetricsLog(out / "metrics.jsonl", last_step=state["step"] if state else None)
+        log = MetricsLog(path.with_name("metrics.jsonl"), last_step=state["step"] if state else None)
         about = describe_run(process.device, process.world_size)
         log.write(event="start", step=state["step"] if state else 0, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {process.world_size}, torch {about['torch']}, commit "
-              f"{about['commit']}; writing to {out}\n{about_data}"
+              f"{about['commit']}; writing to {args.out}\n{about_data}"
               + (f"; continues after step {state['step']}" if state else ""), flush=True)
     return path, state, log
 
@@ -1011,7 +993,7 @@ def train_graphs(args, process, timer, graphs):
     def save(round, epoch, model, optimizer):
         parts = {"results": results, "weights": weights, "model": model and model.state_dict(),
                  "optimizer": optimizer and optimizer.state_dict()}
-        ranks = gathered(parts, process)
+        ranks = gather_objects(parts)
         if process.rank == 0:
             save_checkpoint(path, {"ranks": ranks, "round": round, "epoch": epoch, "step": round * args.epochs + epoch,
                                    "args": vars(args), "processes": world, "seconds": time.perf_counter() - started,
@@ -1056,7 +1038,7 @@ def train_graphs(args, process, timer, graphs):
                 for name, value in values.items():
                     results[fold][name].append(value)
                 record = {"fold": fold, **values, **health(solves)}
-            records = [r for r in gathered(record, process) if r]
+            records = [r for r in gather_objects(record) if r]
             for r in records:
                 if not math.isfinite(r["loss"]):
                     kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
@@ -1089,7 +1071,7 @@ def train_graphs(args, process, timer, graphs):
         if process.rank == 0:
             print(f"SIGTERM: saved to {path}; continue with the same command, its --out and --resume auto", flush=True)
         return None
-    results = {fold: r for part in gathered(results, process) for fold, r in part.items()}
+    results = {fold: r for part in gather_objects(results) for fold, r in part.items()}
     table, minutes = protocols(results), (time.perf_counter() - started) / 60
     if process.rank == 0:
         record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
@@ -1122,7 +1104,7 @@ def train_nodes(args, process, timer, splits, hops=0):
     evaluation = [make_batch(graphs[rank::world], device, kind=kind) for graphs in splits[1:]]
     # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
     for batch in [*batches, *evaluation] if kind == "raw" else []:
-        batch.rho = max(gathered(batch.rho, process))
+        batch.rho = max(gather_objects(batch.rho))
     seed_everything(args.seed)                                  # the same weights on all processes
     model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -1332,6 +1314,7 @@ def main(args):
     elif not args.out:
         args.out = f"runs/ignn-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
+    args.out = gather_objects(args.out)[0]          # the default's time differs from process to process
     timer = None if args.benchmark or args.eval else SaveTimer(args.save_every)
     if args.benchmark:
         benchmark(args, process)

@@ -56,9 +56,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, cosine_similarity,
-                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, init_process, is_ours,
-                    load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
-                    seed_everything, set_rng_state, spectral_radius, upg)
+                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
+                    health, init_process, is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory,
+                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
+                    spectral_radius, spell_health, upg, what_broke)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
@@ -149,6 +150,8 @@ def parse_args(argv=None):
     refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
         args.out and args.resume == "auto"),
         "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    refuse(args.resume not in (None, "auto") and not os.path.exists(args.resume),     # before the data is read
+           f"--resume: there is no file {args.resume}")
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
@@ -546,21 +549,14 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
 
 
-def health(name, residuals, tol):
-    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0."""
-    r = torch.cat(residuals).float()
-    q = torch.quantile(r, torch.tensor([0.1, 0.5, 0.9], device=r.device), interpolation="nearest").tolist()
-    return {f"{name}_residual_p10": q[0], f"{name}_residual_p50": q[1], f"{name}_residual_p90": q[2],
-            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
-
-
 @torch.no_grad()
 def evaluate(model, images, args, process):
-    """Accuracy (%) and loss over all images, each counted once, by the solver alone; this process's health."""
+    """Accuracy (%), loss and the solver's health over all images, each counted once, by the solver alone."""
     model.eval()
-    sums, residuals, evals = torch.zeros(3, dtype=torch.float64, device=process.device), [], 0
+    sums, residuals = torch.zeros(4, dtype=torch.float64, device=process.device), []
     own = torch.arange(process.rank, len(images.y), process.world_size, device=process.device)
-    for index in own.split(args.batch_size):
+    for index in tqdm(own.split(args.batch_size), desc="evaluating", leave=False,
+                      disable=process.rank > 0 or not sys.stderr.isatty()):
         x, y = prepare(images.x[index], False, memory_format(args)), images.y[index]
         with autocast(args, process.device):
             logits, result = model(x, with_result=True)
@@ -568,11 +564,11 @@ def evaluate(model, images, args, process):
         sums[0] += (logits.argmax(1) == y).sum()
         sums[1] += F.cross_entropy(logits, y, reduction="sum")
         sums[2] += len(y)
+        sums[3] += len(y) * result.n_evals
         residuals.append(result.residual)
-        evals += len(y) * result.n_evals
     model.train()
-    correct, loss, count = all_reduce_sum(sums).tolist()
-    return {"test_accuracy": 100 * correct / count, "test_loss": loss / count, "test_evals": evals / len(own),
+    correct, loss, count, evals = all_reduce_sum(sums).tolist()
+    return {"test_accuracy": 100 * correct / count, "test_loss": loss / count, "test_evals": evals / count,
             **health("test", residuals, args.tol)}
 
 
@@ -734,12 +730,7 @@ def train(args, process, timer, model, train_set, test_set):
     """The last epoch's test accuracy; None after a SIGTERM, nan where a run of --fig3 has diverged."""
     device, rank, world = process.device, process.rank, process.world_size
     main = rank == 0
-    out = Path(args.out)
-    checkpoint = out / "checkpoint.pt"
-    if args.resume == "auto":
-        args.resume = str(checkpoint) if os.path.exists(checkpoint) else None
-    if os.path.exists(checkpoint) and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
-        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    checkpoint, args.resume = open_run(args.out, args.resume)
     N = len(train_set.y)
     steps_per_epoch = math.ceil(N / args.batch_size)        # the last, incomplete batch is kept
     if N % args.batch_size and N % args.batch_size < world:
@@ -756,22 +747,17 @@ def train(args, process, timer, model, train_set, test_set):
     step, best, best_epoch, last = (state[k] for k in ("step", "best", "best_epoch", "last"))
     seed_everything(args.seed + rank)
     if args.resume:
-        if len(state["rng"]) == world:
-            set_rng_state(state["rng"][rank])
-        elif main:
-            print(f"note: the checkpoint is of {len(state['rng'])} process(es); dropout and augmentation are seeded "
-                  "anew", flush=True)
+        set_rng_states(state["rng"], process)
     net = model
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if main:
-        out.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(out / "metrics.jsonl", last_step=step)
+        log = MetricsLog(checkpoint.with_name("metrics.jsonl"), last_step=step)
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {out}\n{args.model}: {parameters:,} parameters; {N} training and {len(test_set.y)} test "
-              f"images; {args.epochs} epochs of {steps_per_epoch} steps"
+              f"writing to {args.out}\n{args.model}: {parameters:,} parameters; {N} training and {len(test_set.y)} "
+              f"test images; {args.epochs} epochs of {steps_per_epoch} steps"
               + (f"; continues after step {step}" if step else ""), flush=True)
 
     def save():
@@ -827,10 +813,7 @@ def train(args, process, timer, model, train_set, test_set):
             meter.start += time.perf_counter() - paused                 # diagnostics do not count as training time
             if step % args.log_every == 0 or saving or epoch_ends:
                 record = meter.read()                                   # host sync
-                broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
-                if not broken and (saving or epoch_ends):                   # the loss would show it one step late
-                    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
-                    broken = "" if finite else "a weight became infinite or not a number"       # host sync
+                broken = what_broke(record["loss"], model.parameters() if saving or epoch_ends else ())
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     if args.fig3:
@@ -844,7 +827,7 @@ def train(args, process, timer, model, train_set, test_set):
                     gb = f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                     tqdm.write(f"step {step:6d}  epoch {epoch + 1:3d}  loss {record['loss']:.4f}  accuracy "
                                f"{record['accuracy']:5.2f} %  lr {lr:.5f}  {record['ms_per_step']:.0f} ms/step  "
-                               f"{world * record['samples_per_s']:.0f} images/s{gb}")
+                               f"{record['samples_per_s']:.0f} images/s{gb}")
             if saving:
                 save()
                 meter.reset()
@@ -860,29 +843,23 @@ def train(args, process, timer, model, train_set, test_set):
         last = record["test_accuracy"]
         if last > best:
             best, best_epoch = last, epoch + 1
-        if residuals:
-            record.update(health("train", residuals, args.tol))
-        if backward_residuals:
-            record.update(health("backward", backward_residuals, args.tol))
-        residuals.clear()
-        backward_residuals.clear()
+        for name, found in (("train", residuals), ("backward", backward_residuals)):
+            record.update(health(name, found, args.tol))
+            found.clear()
         if main:
             log.write(event="epoch", step=step, epoch=epoch + 1, best_accuracy=best, best_epoch=best_epoch,
                       seconds=time.perf_counter() - started, **record)
             tqdm.write(f"epoch {epoch + 1}: test accuracy {last:.2f} %, best {best:.2f} % (epoch {best_epoch}), test "
                        f"loss {record['test_loss']:.4f}")
-            tqdm.write("  relative residual (10, 50, 90 %) and share solved: " + "; ".join(
-                "{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
-                    name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
-                for name in ("train", "test", "backward") if f"{name}_solved" in record)
-                + f"; {record['test_evals']:g} calls of F per solve")
+            tqdm.write(f"  {spell_health(record, 'train', 'test', 'backward')}; {record['test_evals']:g} calls of F "
+                       "per solve")
         save()
         meter.reset()
         if stop:
             break
     if stop and step < args.epochs * steps_per_epoch:
         if main and not args.fig3:
-            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto",
+            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {args.out} --resume auto",
                   flush=True)
         return None
     if main:
@@ -961,6 +938,7 @@ def main(args):
     elif not args.out:
         args.out = f"runs/{args.model}-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
+    args.out = gather_objects(args.out)[0]          # the default's time differs from process to process
     if args.batch_size % process.world_size:
         die(f"--batch-size {args.batch_size} is not divisible by the {process.world_size} processes")
     torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's own products stay in float32
@@ -976,11 +954,13 @@ def main(args):
     if args.eval:
         model = build_model(args, train_set.classes, process)
         restore(args, model)
+        if process.rank == 0:
+            print(f"{args.resume}: {args.solver}, at most {args.max_iter} steps, tolerance {args.tol:g}; "
+                  f"{len(test_set.y)} images", flush=True)
         record = evaluate(model, test_set, args, process)
         if process.rank == 0:
-            print(f"{args.resume}: test accuracy {record['test_accuracy']:.2f} %, test loss {record['test_loss']:.4f}, "
-                  f"{len(test_set.y)} images; median relative residual {record['test_residual_p50']:.1e} after "
-                  f"{record['test_evals']:g} calls of F")
+            print(f"test accuracy {record['test_accuracy']:.2f} %, test loss {record['test_loss']:.4f}\n"
+                  f"{spell_health(record, 'test')}; {record['test_evals']:g} calls of F per solve")
     elif args.fig3:
         rows = figure3(args, process, SaveTimer(args.save_every), train_set, test_set)
         if rows:

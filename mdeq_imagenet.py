@@ -68,9 +68,9 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
-                    equilibrium, fixed_point, flag_checks, init_process, is_ours, load_checkpoint, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
-                    spectral_radius, upg)
+                    equilibrium, fixed_point, flag_checks, gather_objects, health, init_process, is_ours,
+                    load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
+                    seed_everything, set_rng_state, set_rng_states, spectral_radius, spell_health, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -156,6 +156,8 @@ def parse_args(argv=None):
     refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
         args.out and args.resume == "auto"),
         "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    for flag, path in (("resume", args.resume), ("init", args.init)):               # before the data is read
+        refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
@@ -606,17 +608,9 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
 
 
-def health(name, residuals, tol):
-    """Quantiles of the relative residuals of many solves, and the share solved: to tol, or to 1e-3 where tol is 0."""
-    r = torch.cat(residuals).float()
-    q = torch.quantile(r, torch.tensor([0.1, 0.5, 0.9], device=r.device), interpolation="nearest").tolist()
-    return {f"{name}_residual_p10": q[0], f"{name}_residual_p50": q[1], f"{name}_residual_p90": q[2],
-            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
-
-
 @torch.no_grad()
 def evaluate(model, loader, args, process):
-    """Top-1, top-5 (%) and loss over all images, each counted once, by the solver alone; this process's health."""
+    """Top-1, top-5 (%), loss and the solver's health over all images, each counted once, by the solver alone."""
     model.eval()
     sums, residuals = torch.zeros(3, dtype=torch.float64, device=process.device), []
     count = evals = unreadable = 0
@@ -638,10 +632,10 @@ def evaluate(model, loader, args, process):
     model.train()
     if count == 0:
         die(f"--data {args.data}: not one of this process's validation images could be read")
-    counts = torch.tensor([count, unreadable], dtype=torch.float64, device=process.device)
-    top1, top5, loss, total, missing = all_reduce_sum(torch.cat([sums, counts])).tolist()
+    counts = torch.tensor([count, unreadable, evals], dtype=torch.float64, device=process.device)
+    top1, top5, loss, total, missing, evals = all_reduce_sum(torch.cat([sums, counts])).tolist()
     return {"val_top1": 100 * top1 / total, "val_top5": 100 * top5 / total, "val_loss": loss / total,
-            "val_images": int(total), "val_unreadable": int(missing), "val_evals": evals / count,
+            "val_images": int(total), "val_unreadable": int(missing), "val_evals": evals / total,
             **health("val", residuals, args.tol)}
 
 
@@ -825,16 +819,7 @@ def restore(args, model, classes, train_images=None, optimizer=None, scheduler=N
 def train(args, process, model, train_set, val_set, classes):
     device, rank, world = process.device, process.rank, process.world_size
     main = rank == 0
-    out = Path(args.out)
-    checkpoint = out / "checkpoint.pt"
-    seen = int(all_reduce_sum(torch.tensor(float(os.path.exists(checkpoint)), device=device)))  # by so many processes
-    if args.resume == "auto":
-        if seen not in (0, world):
-            die(f"--out {out}: {checkpoint.name} is there for {seen} of {world} processes; all machines must see one "
-                "and the same folder")
-        args.resume = str(checkpoint) if seen else None
-    if seen and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
-        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
+    checkpoint, args.resume = open_run(args.out, args.resume)
     steps_per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True,
@@ -848,10 +833,7 @@ def train(args, process, model, train_set, val_set, classes):
     step, evaluated, best, best_epoch, last = (state[k] for k in ("step", "evaluated", "best", "best_epoch", "last"))
     seed_everything(args.seed + rank)
     if args.resume:
-        if len(state["rng"]) == world:
-            set_rng_state(state["rng"][rank])
-        elif main:
-            print(f"note: the checkpoint is of {len(state['rng'])} process(es): dropout is seeded anew", flush=True)
+        set_rng_states(state["rng"], process)
     net = model
     if world > 1:       # BatchNorm statistics are those of the first process, sent to the others where they are needed
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")      # its successor is too new for 2.6
@@ -862,16 +844,12 @@ def train(args, process, model, train_set, val_set, classes):
     val_loader = image_loader(val_set, own_batches(len(val_set), args, process), args, device)
     timer = SaveTimer(args.save_every)
     if main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            die(f"--out {out}: cannot make this folder ({error.strerror})")
-        log = MetricsLog(out / "metrics.jsonl", last_step=step, last_step_of={"epoch": evaluated})
+        log = MetricsLog(checkpoint.with_name("metrics.jsonl"), last_step=step, last_step_of={"epoch": evaluated})
         parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
         log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
         print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {out}\n{parameters:,} parameters; {len(train_set)} training and {len(val_set)} validation "
-              f"images of {len(classes)} classes; {args.epochs} epochs of {steps_per_epoch} steps"
+              f"writing to {args.out}\n{parameters:,} parameters; {len(train_set)} training and {len(val_set)} "
+              f"validation images of {len(classes)} classes; {args.epochs} epochs of {steps_per_epoch} steps"
               + (f"; continues after step {step}" if step else ""), flush=True)
 
     def share_statistics():
@@ -900,23 +878,17 @@ def train(args, process, model, train_set, val_set, classes):
             epoch, evaluated, last = step // steps_per_epoch, step, record["val_top1"]
             if last > best:
                 best, best_epoch = last, epoch
-            if residuals:
-                record.update(health("train", residuals, args.tol))
-            if backward_residuals:
-                record.update(health("backward", backward_residuals, args.tol))
-            residuals.clear()
-            backward_residuals.clear()
+            for name, found in (("train", residuals), ("backward", backward_residuals)):
+                record.update(health(name, found, args.tol))
+                found.clear()
             if main:
                 log.write(event="epoch", step=step, epoch=epoch, best_top1=best, best_epoch=best_epoch,
                           seconds=time.perf_counter() - started, **record)
                 tqdm.write(f"epoch {epoch}: top-1 {last:.2f} %, top-5 {record['val_top5']:.2f} % of "
                            f"{record['val_images']} images, best top-1 {best:.2f} % (epoch {best_epoch}), loss "
                            f"{record['val_loss']:.4f}")
-                tqdm.write("  relative residual (10, 50, 90 %) and share solved: " + "; ".join(
-                    "{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
-                        name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
-                    for name in ("train", "val", "backward") if f"{name}_solved" in record)
-                    + f"; {record['val_evals']:g} calls of F per solve")
+                tqdm.write(f"  {spell_health(record, 'train', 'val', 'backward')}; {record['val_evals']:g} calls of F "
+                           "per solve")
             save()
             continue
 
@@ -968,10 +940,7 @@ def train(args, process, model, train_set, val_set, classes):
                 record = meter.read()                                   # host sync
                 record["ms_per_step"] *= args.accumulate
                 record["data_wait"], waited = waited / elapsed, 0.0
-                broken = "" if math.isfinite(record["loss"]) else f"the loss became {record['loss']}"
-                if not broken and saving:                                   # the loss would show it one step late
-                    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
-                    broken = "" if finite else "a weight became infinite or not a number"       # host sync
+                broken = what_broke(record["loss"], model.parameters() if saving else ())
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
@@ -981,7 +950,7 @@ def train(args, process, model, train_set, val_set, classes):
                     gb = f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                     tqdm.write(f"step {step:6d}  epoch {batches.epoch + 1:3d}  loss {record['loss']:.4f}  accuracy "
                                f"{record['accuracy']:5.2f} %  lr {lr:.5f}  {record['ms_per_step']:.0f} ms/step  "
-                               f"{world * record['samples_per_s']:.0f} images/s  {100 * record['data_wait']:.0f} % "
+                               f"{record['samples_per_s']:.0f} images/s  {100 * record['data_wait']:.0f} % "
                                f"waiting for data{gb}")
             if saving:
                 save()
@@ -989,7 +958,8 @@ def train(args, process, model, train_set, val_set, classes):
             if stop:
                 break
     if main and stop:
-        print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {out} --resume auto", flush=True)
+        print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {args.out} --resume auto",
+              flush=True)
     elif main:
         print(f"done: top-1 {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; chosen on "
               f"the validation images); {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
@@ -1002,10 +972,7 @@ def main(args):
     elif not args.out:
         args.out = f"runs/imagenet-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
-    if torch.distributed.is_initialized():      # the default's time differs from process to process
-        shared = [args.out]
-        torch.distributed.broadcast_object_list(shared)
-        (args.out,) = shared
+    args.out = gather_objects(args.out)[0]          # the default's time differs from process to process
     if args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")
@@ -1021,15 +988,17 @@ def main(args):
     model = build_model(args, len(classes), process)
     if args.eval:
         restore(args, model, classes)
+        if process.rank == 0:
+            print(f"{args.resume}: {args.solver}, at most {args.max_iter} steps, tolerance {args.tol:g}; "
+                  f"{len(val_set)} images", flush=True)
         loader = image_loader(val_set, own_batches(len(val_set), args, process), args, process.device)
         record = evaluate(model, loader, args, process)
         if args.radius_images:
             record.update(radii(model, val_set, args, process))
         if process.rank == 0:
-            print(f"{args.resume}: top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %, loss "
+            print(f"top-1 {record['val_top1']:.2f} %, top-5 {record['val_top5']:.2f} %, loss "
                   f"{record['val_loss']:.4f}, {record['val_images']} images, {record['val_unreadable']} unreadable\n"
-                  "relative residual (10, 50, 90 %) {val_residual_p10:.1e} {val_residual_p50:.1e} "
-                  "{val_residual_p90:.1e} after {val_evals:g} calls of F".format(**record))
+                  f"{spell_health(record, 'val')}; {record['val_evals']:g} calls of F per solve")
             if args.radius_images:
                 print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % "
                       f"of the images), of J_lam {record['rho_J_lam']:.3f} (lam = {args.lam})")

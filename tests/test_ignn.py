@@ -915,8 +915,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_lost(tu, tmp_path
     common = (*SMALL, "--data", tu, "--out", tmp_path / "a")
     assert "already holds a run" in refused(capsys, *common)
     assert "--lr 0.001 (here 0.5)" in refused(capsys, *common, "--resume", "auto", "--lr", 0.5)
-    assert "there is no file" in refused(capsys, *SMALL, "--data", tu, "--out", tmp_path / "c", "--resume",
-                                         tmp_path / "x.pt")
+    nowhere = tmp_path / "x.pt"
+    assert f"--resume: there is no file {nowhere}" in refused(capsys, *SMALL, "--data", "nowhere", "--resume", nowhere)
     (tmp_path / "cut.pt").write_bytes(before[:100])
     assert "damaged" in refused(capsys, *SMALL, "--data", tu, "--out", tmp_path / "b", "--resume", tmp_path / "cut.pt")
     torch.save(official_graph_weights(), tmp_path / "official.pt")

@@ -104,7 +104,7 @@ def assert_same_end(a, b):
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
-TWINS = ("conv", "ResidualBlock", "Bottleneck", "fusion", "load_official", "autocast", "health", "benchmark",
+TWINS = ("conv", "ResidualBlock", "Bottleneck", "fusion", "load_official", "autocast", "benchmark",
          "memory_format", "MDEQ.zeros", "MDEQ.weights", "MDEQ.masks", "MDEQ.f", "MDEQ.head", "MDEQ.forward")
 
 
@@ -461,8 +461,9 @@ def test_workers_never_keep_a_process_from_ending(last, code, printed, ends):
     ("--eval --resume auto --out x", "--eval needs"), ("--benchmark --eval --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"), ("--benchmark --resume x", "--benchmark"),
     ("--radius-every 3 --radius-images 0", "--radius-every"), ("--accumulate 3", "--batch-size 8"),
-    ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --out unused", "nowhere.pt"),
-    ("--resume nowhere.pt --eval", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
+    ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --eval", "nowhere.pt"),
+    ("--data nowhere --resume nowhere.pt --out unused", "--resume: there is no file nowhere.pt"),
+    ("--data nowhere --init nowhere.pt --out unused", "--init: there is no file nowhere.pt"),
     ("--data nowhere", "--data nowhere: there is no folder nowhere/train")])
 def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, small):
     monkeypatch.chdir(tmp_path)

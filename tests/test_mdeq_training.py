@@ -208,7 +208,8 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     ("--grad bptt --solver broyden", "--grad bptt"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--grad exact", "--grad"), ("--sync-bn", "--sync-bn"), ("--train-size 15", "--train-size 15"),
     ("--test-size 0", "--test-size"), ("--seed -1", "--seed"), ("--seed 4294967296", "--seed"),
-    ("--benchmark --resume x.pt", "--resume"), ("--resume nowhere.pt --out unused", "nowhere.pt")])
+    ("--benchmark --resume x.pt", "--resume"),
+    ("--data nowhere --resume nowhere.pt --out unused", "--resume: there is no file nowhere.pt")])
 def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, narrow):
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, *TINY_RUN, *flags.split())
@@ -433,14 +434,6 @@ def test_radii_are_means_at_the_equilibria_of_images_of_all_classes(monkeypatch,
     with torch.no_grad():
         _, result = model.eval()(prepare(images.x[:128:2], False, mdeq_cifar.memory_format(args)), with_result=True)
     assert (states[0] - result.h[0]).abs().max() < 1e-4 and torch.equal(states[0], states[1])
-
-
-def test_residual_statistics_are_nearest_ranks_of_all_solves():
-    """Ten values in any order; the share solved is to tol, or to 1e-3 where tol is 0."""
-    parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2, 0.3, 0.7, 0.6, 0.8])]
-    found = mdeq_cifar.health("x", parts, 0.2)
-    assert found == pytest.approx(dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3))
-    assert mdeq_cifar.health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
 
 
 def test_evaluation_counts_every_image_once(narrow):

@@ -496,7 +496,8 @@ def test_the_backward_solve_starts_at_g_and_reports_itself():
     (dict(grad="ift"), "grad must be"), (dict(k=0), "k must be"), (dict(k=2.0), "k must be"),
     (dict(lam=0), "lam must be"), (dict(lam=1.1), "lam must be"), (dict(solver="broyden"), "solver must be"),
     (dict(backward_solver="x"), "backward_solver must be"), (dict(grad="bptt", solver=broyden), "solver=fixed_point"),
-    (dict(max_iter=0), "max_iter"), (dict(tol=-1), "tol"), (dict(stop_mode="l2"), "stop_mode")])
+    (dict(max_iter=0), "max_iter"), (dict(tol=-1), "tol"), (dict(stop_mode="l2"), "stop_mode"),
+    (dict(grad="implicit", backward_max_iter=0), "max_iter"), (dict(grad="implicit", backward_tol=-1), "tol")])
 def test_impossible_arguments_are_named(kwargs, message):
     """Before f is called: a solve may take long."""
     with pytest.raises(ValueError, match=message):
@@ -675,7 +676,9 @@ def test_bptts_residual_is_the_last_one_and_inf_where_it_is_not_finite():
     """From beside the fixed point -1/2 of 3 h + 1 the first residual is below the tolerance, the last far above."""
     h0 = torch.full((1, 1), -0.5 + 1e-3)
     options = dict(grad="bptt", solver=fixed_point, max_iter=20, tol=1e-2, stop_mode="abs")
-    _, result = equilibrium(lambda h: 3 * h + 1, h0, **options)
+    h, result = equilibrium(lambda h: 3 * h + 1, h0.requires_grad_(), **options)
+    assert h.requires_grad and torch.equal(h, result.h)
+    assert not result.h.requires_grad           # else a result that is kept would keep the graph
     assert result.trace[0] < 1e-2 < result.trace[-1] == result.residual and not result.converged.any()
     _, result = equilibrium(lambda h: h * math.nan, h0, **options)
     assert result.residual == math.inf and not result.converged.any()

@@ -12,9 +12,10 @@ import torch
 from processes import pair
 
 import common
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, describe_run, die, first_then_others, init_process,
-                    is_ours, load_checkpoint, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
-                    seed_everything, set_rng_state)
+from common import (Meter, MetricsLog, Process, SaveTimer, all_reduce_sum, describe_run, die, first_then_others, health,
+                    init_process, is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state,
+                    rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states, spell_health,
+                    what_broke)
 
 
 def state(step):
@@ -57,9 +58,28 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_complete_checkpoint(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, state(3))
     monkeypatch.undo()
-    assert load_checkpoint(path)["step"] == 2
+    assert load_checkpoint(path)["step"] == (3 if (call, after) == ("replace", 1) else 2)
+    assert load_checkpoint(path.with_name("checkpoint.pt.previous"))["step"] == 1
     save_checkpoint(path, state(4))             # what the crash left behind does not disturb the next save
     assert load_checkpoint(path)["step"] == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.previous"]
+
+
+def test_a_rename_that_fails_leaves_both_checkpoints(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, state(1))
+    save_checkpoint(path, state(2))
+
+    def refuse(*_):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SystemExit):
+        save_checkpoint(path, state(3))
+    monkeypatch.undo()
+    assert "cannot write" in capsys.readouterr().err
+    assert [load_checkpoint(p)["step"] for p in (path, f"{path}.previous")] == [2, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.previous"]
 
 
 @pytest.mark.parametrize("saves, error", [(0, OSError), (2, OSError), (2, RuntimeError)])
@@ -92,7 +112,7 @@ def test_the_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_size), sync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
     save_checkpoint(path, state(2))
-    assert order == [path.stat().st_size, "checkpoint.pt.previous", "checkpoint.pt"]
+    assert order == [path.stat().st_size, "checkpoint.pt", "checkpoint.pt.previous"]
 
 
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(tmp_path, capsys):
@@ -132,7 +152,22 @@ def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, 
     assert end.value.code == 2 and "weights_only=False" in message and "model.pt" in message
     torch.save({"step": 7}, tmp_path / "model.pt.previous")          # a good one beside it is used, whatever is wrong
     assert load_checkpoint(tmp_path / "model.pt")["step"] == 7
-    assert "model.pt is damaged" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "model.pt is damaged or not a checkpoint (it holds more than tensors and plain values); using" in message
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "a.pt", state(1))
+    save_checkpoint(tmp_path / "a.pt", state(2))
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(SystemExit) as end:
+        load_checkpoint(tmp_path / "a.pt")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: --resume: cannot read {tmp_path / 'a.pt'} (Permission denied)\n"
 
 
 def test_a_checkpoint_of_ours_holds_the_runs_flags():
@@ -227,8 +262,10 @@ def test_metrics_are_appended_and_a_resumed_run_repeats_none(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_ends_the_run_with_one_line(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "gone" / "metrics.jsonl")
+    (tmp_path / "gone").rmdir()
     with pytest.raises(SystemExit) as end:
-        MetricsLog(tmp_path / "gone" / "metrics.jsonl").write(step=1)
+        log.write(step=1)
     message = capsys.readouterr().err
     assert end.value.code == 1 and message.startswith(f"error: --out: cannot write {tmp_path / 'gone'}")
     MetricsLog(tmp_path / "metrics.jsonl").write(step=1)
@@ -286,6 +323,21 @@ def test_meter_averages_a_value_over_the_samples_it_was_added_with():
     assert record["loss"] == 4.0 and record["rho"] == 3.0
 
 
+def test_meter_reads_means_and_throughput_of_all_processes(monkeypatch):
+    """Two processes with 3 and 1 samples: the mean weighs by them, the throughput counts them all."""
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    meters = [Meter(torch.device("cpu")) for _ in range(2)]
+    sent = []
+    for meter, n, loss in zip(meters, (3, 1), (1.0, 5.0)):
+        meter.add(n, loss=torch.tensor(loss))
+    now[0] = 2.0
+    monkeypatch.setattr(common, "all_reduce_sum", lambda x: (sent.append(x.clone()), x)[1])
+    meters[0].read()
+    monkeypatch.setattr(common, "all_reduce_sum", lambda x: x + sent[0])
+    assert meters[1].read() == {"loss": 2.0, "ms_per_step": 2000.0, "samples_per_s": 2.0}
+
+
 def test_meter_adds_up_in_float32():
     """bfloat16 has 8 bits: a sum of it stops growing at 256 times its terms."""
     meter, value = Meter(torch.device("cpu")), torch.tensor(2.0, dtype=torch.bfloat16)
@@ -300,6 +352,74 @@ def test_meter_keeps_no_graph():
     meter.add(1, loss=(2 * w).sum())
     assert not any(value.requires_grad for value in meter.sums.values())
     assert meter.read()["loss"] == 2.0
+
+
+def test_residual_statistics_are_nearest_ranks_of_all_solves(monkeypatch):
+    """Ten values in any order, of two processes; the limit of torch.quantile, 16 million, is none here."""
+    parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2]), torch.tensor([0.3, 0.7, 0.6, 0.8])]
+    expected = dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3)
+    assert health("x", parts, 0.2) == pytest.approx(expected)
+    assert health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
+    assert health("x", [torch.zeros(2 ** 24 + 2)], 0.0)["x_residual_p90"] == 0
+    assert health("x", [], 0.2) == {}
+    monkeypatch.setattr(common, "gather_objects", lambda own: [own, parts[2]])
+    record = health("x", parts[:2], 0.2)
+    assert record == pytest.approx(expected)
+    assert health("x", [], 0.7)["x_solved"] == 0.75         # a process without a solve takes part all the same
+    assert spell_health({**record, **health("y", [], 0.9)}, "z", "y", "x") == (
+        "relative residual (10, 50, 90 %) and share solved: y 3e-01 7e-01 8e-01, 100 %; x 1e-01 4e-01 8e-01, 30 %")
+
+
+@pytest.mark.parametrize("loss, weight, broken", [
+    (1.0, 1.0, ""), (math.nan, 1.0, "the loss became nan"), (-math.inf, 1.0, "the loss became -inf"),
+    (1.0, math.inf, "a weight became infinite or not a number"),
+    (1.0, math.nan, "a weight became infinite or not a number")])
+def test_what_is_not_finite_is_named(loss, weight, broken):
+    assert what_broke(loss, iter([torch.ones(2), torch.tensor([1.0, weight]), torch.ones(())])) == broken
+    assert what_broke(loss) == (broken if "loss" in broken else "")
+
+
+def test_a_run_is_opened_to_be_continued_or_not_at_all(tmp_path, monkeypatch, capsys):
+    out, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint.pt"
+    assert open_run(out, None) == open_run(str(out), "auto") == (checkpoint, None)
+    assert open_run(out, "elsewhere/checkpoint.pt") == (checkpoint, "elsewhere/checkpoint.pt")
+    assert not out.exists()
+    out.mkdir()
+    checkpoint.write_bytes(b"of a run")
+    assert open_run(out, "auto") == (checkpoint, str(checkpoint))
+    monkeypatch.chdir(out)
+    for own in ("best.pt", "../run/checkpoint.pt.previous"):
+        assert open_run(out, own) == (checkpoint, own)
+    for other in (None, tmp_path / "checkpoint.pt"):
+        with pytest.raises(SystemExit):
+            open_run(out, other)
+        assert f"--out {out} already holds a run" in capsys.readouterr().err
+    monkeypatch.setattr(common, "gather_objects", lambda here: [here, False])
+    for resume in (None, "auto"):
+        with pytest.raises(SystemExit):
+            open_run(out, resume)
+        assert "checkpoint.pt is there for 1 of 2 processes" in capsys.readouterr().err
+
+
+def test_generators_go_on_where_the_processes_are_as_many(capsys):
+    states = []
+    for seed in (1, 2):
+        seed_everything(seed)
+        states.append(rng_state())
+    expected = torch.rand(3)
+    for process, same in ((Process(1, 2, None), True), (Process(1, 3, None), False), (Process(0, 1, None), False)):
+        seed_everything(3)
+        set_rng_states(states, process)
+        assert torch.equal(torch.rand(3), expected) == same
+        assert ("note: the checkpoint is of 2 process(es)" in capsys.readouterr().out) == (process.world_size == 1)
+
+
+def test_a_log_makes_its_folder_or_names_it(tmp_path, capsys):
+    MetricsLog(tmp_path / "a" / "b" / "metrics.jsonl").write(step=1)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit):
+        MetricsLog(tmp_path / "file" / "metrics.jsonl")
+    assert f"--out {tmp_path / 'file'}: cannot make this folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

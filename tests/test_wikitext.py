@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -941,16 +940,6 @@ def test_processes_divide_the_streams(monkeypatch):
         nll, count, evals, solves = sum(sums).tolist()
         assert count == 66 and nll / count == pytest.approx(expected["test_nll"], rel=1e-6)
         assert solves == 3 * min(world, 3) and evals / solves <= expected["test_evals"]     # of a batch: its slowest
-
-
-def test_residual_statistics_are_nearest_ranks_of_any_number_of_solves():
-    """Ten values in any order; the limit of torch.quantile, 16 million, is none here."""
-    parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2, 0.3, 0.7, 0.6, 0.8])]
-    found = deq_wikitext.health("x", parts, 0.2)
-    assert found == pytest.approx(dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3))
-    assert deq_wikitext.health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
-    assert deq_wikitext.health("x", [torch.zeros(2 ** 24 + 2)], 0.0)["x_residual_p90"] == 0
-    assert deq_wikitext.health("x", [], 0.2) == {}
 
 
 def test_a_longer_memory_or_another_cut_into_segments_is_the_same_model():

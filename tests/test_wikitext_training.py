@@ -301,7 +301,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--init x --eval --resume y", "--init"), ("--save-every nan", "--save-every"),
     ("--batch-size 400", "--batch-size 400"), ("--eval-streams 90", "--eval-streams 90"),
     ("--temperature -1", "--temperature"), ("--temperature 1e-9", "--temperature"),
-    ("--resume nowhere.pt --out unused", "nowhere.pt"), ("--init nowhere.pt --out unused", "--init: there is no file"),
+    ("--data nowhere --resume nowhere.pt --out unused", "--resume: there is no file nowhere.pt"),
+    ("--data nowhere --init nowhere.pt --out unused", "--init: there is no file nowhere.pt"),
     ("--resume nowhere.pt --eval", "nowhere.pt"),
     ("--data nowhere", "--data nowhere: needs the files wiki.train.tokens")])
 def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, small):
