@@ -602,6 +602,19 @@ class _Undifferentiable(torch.autograd.Function):
         raise RuntimeError("no second derivative through grad='npg' or 'implicit': use 'upg' or 'bptt', which have one")
 
 
+def compiled(f: Callable) -> Callable:
+    """torch.compile(f), for an f inside `equilibrium`.
+
+    "npg" and "implicit" run f's backward pass several times on one graph: the first must not give its buffers away, as
+    it may by default.  And f meets more shapes and modes than torch compiles for by default: in the solver, in the
+    gradient, in evaluation, with a last, smaller batch.  Both are settings of torch for all that is compiled later.
+    """
+    from torch._functorch import config
+    config.donated_buffer = False
+    torch._dynamo.config.cache_size_limit = 64
+    return torch.compile(f)
+
+
 def _bptt(f, h0, max_iter, tol, stop_mode):
     """Eq. (9) and (10): max_iter plain steps with the graph on, then an evaluation without for the last residual."""
     with torch.no_grad():
@@ -1021,6 +1034,25 @@ def peak_memory(device: torch.device) -> float:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024 / 1e9
     return math.nan
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when `device` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def solver_overhead(solve: Callable, f: Callable, h0: State, device: torch.device) -> tuple[float, float]:
+    """(time of solve(f, h0) / that of its calls of f alone, ms per call of f); 1 is a solver that costs nothing."""
+    with torch.no_grad():
+        start = clock(device)
+        result = solve(f, h0)
+        solved = clock(device)
+        for _ in range(result.n_evals):
+            f(result.h)
+        seconds = clock(device) - solved
+    return (solved - start) / seconds, 1e3 * seconds / result.n_evals
 
 
 class Meter:

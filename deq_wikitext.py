@@ -77,10 +77,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_same_run,
-                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
-                    health, init_process, is_ours, jacobian_regularization, load_checkpoint, open_run, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
-                    set_rng_states, spectral_radius, spell_health, upg, what_broke)
+                    clock, compiled, describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks,
+                    gather_objects, health, init_process, is_ours, jacobian_regularization, load_checkpoint, open_run,
+                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
+                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
@@ -951,11 +951,6 @@ def benchmark(model, args, device, repeats=3):
     B, M, D = args.batch_size, args.mem_len, args.d_model
     memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device)) if M else None
 
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def configure(row):
         pre_ln, model.grad, model.max_iter, model.backward_max_iter, regular = TABLE3[row]
         for block in model.blocks:
@@ -964,17 +959,17 @@ def benchmark(model, args, device, repeats=3):
 
     def step(regularize):
         reset_peak_memory(device)
-        start = clock()
+        start = clock(device)
         with autocast(args, device):
             out = model(text[:, :-1], text[:, 1:], memory, regularize=regularize)
         loss = out.nll.mean() + (0.1 * out.jr if regularize else 0)
-        forward = clock()
+        forward = clock(device)
         loss.backward()
-        backward = clock()
+        backward = clock(device)
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = clock()
+        end = clock(device)
         return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)]
 
     def measure(row):
@@ -987,13 +982,7 @@ def benchmark(model, args, device, repeats=3):
         configure("PostLN UPG")
         with torch.no_grad(), autocast(args, device):
             f, h0, *_ = model.segment(text[:, :-1], memory)
-            start = clock()
-            result = model.solver(f, h0, max_iter=model.max_iter, tol=0)
-            solved = clock()
-            for _ in range(result.n_evals):
-                f(result.h)
-            seconds = clock() - solved
-            return (solved - start) / seconds, 1e3 * seconds / result.n_evals
+            return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
 
     for row in TABLE3:
         measure(row)            # warm-up, and compilation
@@ -1031,11 +1020,7 @@ def build_model(args, n_token, process):
                            init_std=0.01 * math.sqrt(700 / args.d_model), lam=1.0 if args.lam == "auto" else args.lam,
                            **{name: getattr(args, name) for name in same.split()}).to(process.device)
     if args.compile:
-        # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
-        from torch._functorch import config as functorch_config
-        functorch_config.donated_buffer = False
-        torch._dynamo.config.cache_size_limit = 64      # the memory grows, the last segment is short, and so on
-        model.f = torch.compile(model.f)
+        model.f = compiled(model.f)
     return model
 
 
@@ -1233,15 +1218,13 @@ def train(args, process, model, text):
         due = step % args.eval_every == 0 or step == args.steps
         saving = saving or due                              # before the evaluation, which may take long
         if args.radius_every and step % args.radius_every == 0:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            paused = time.perf_counter()
+            paused = clock(device)
             record = radii(model, text.valid, args, process)
             if main:
                 log.write(event="radius", step=step, **record)
                 tqdm.write(f"step {step}: spectral radius of J {record['rho_J']:.3f}, of J_lam "
                            f"{record['rho_J_lam']:.3f} (lam = {model.lam:.2f})")
-            meter.start += time.perf_counter() - paused     # diagnostics do not count as training time
+            meter.start += clock(device) - paused     # diagnostics do not count as training time
         if step % args.log_every == 0 or saving:
             record = meter.read()                                           # host sync
             broken = what_broke(record["loss"], model.parameters() if saving else ())

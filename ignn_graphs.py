@@ -71,9 +71,10 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
-from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
+from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, clock, describe_run, die,
                     equilibrium, first_then_others, fixed_point, flag_checks, gather_objects, init_process, is_ours,
-                    load_checkpoint, open_run, peak_memory, reset_peak_memory, save_checkpoint, seed_everything, upg)
+                    load_checkpoint, open_run, peak_memory, reset_peak_memory, save_checkpoint, seed_everything,
+                    solver_overhead, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -412,7 +413,7 @@ def ppi_lookalike(scale, seed):
     """
     rng = torch.Generator().manual_seed(seed)
     own, around = torch.randn(50, 121, generator=rng), torch.randn(50, 121, generator=rng)
-    splits, scores = [], []
+    splits = []
     for sizes in PPI_NODES:
         graphs = []
         for n in (max(30, round(scale * n)) for n in sizes):
@@ -804,23 +805,18 @@ def benchmark(args, process, repeats=5):
         lambda log: F.nll_loss(model(batch, log=log), batch.y))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
 
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def step(grad, k):
         model.solve.grad, model.solve.k = grad, k
         reset_peak_memory(device)
-        log, start = [], clock()
+        log, start = [], clock(device)
         loss = loss_of(log)
-        forward = clock()
+        forward = clock(device)
         loss.backward()
-        backward = clock()
+        backward = clock(device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.project_(batch.rho)
-        end = clock()
+        end = clock(device)
         evals = [statistics.mean(r.n_evals for w, r in log if w == which) if which in {w for w, _ in log} else 0
                  for which in ("forward", "backward")]
         return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device), *evals]
@@ -830,13 +826,9 @@ def benchmark(args, process, repeats=5):
         layer = model.implicit[0]
         W, *Omegas = layer.weights(batch.rho)
         B = layer.injection(batch.x, batch.adjacency, *Omegas)
-        f = functools.partial(layer.f, B=B, W=W, A=batch.adjacency)
-        start = clock()
-        result = SOLVERS[args.solver](batch)(f, B, max_iter=args.max_iter, tol=args.tol, stop_mode=args.stop_mode)
-        solved, h = clock(), B
-        for _ in range(result.n_evals):
-            h = f(h)
-        return (solved - start) / (clock() - solved), 1e3 * (clock() - solved) / result.n_evals
+        solve = functools.partial(SOLVERS[args.solver](batch), max_iter=args.max_iter, tol=args.tol,
+                                  stop_mode=args.stop_mode)
+        return solver_overhead(solve, functools.partial(layer.f, B=B, W=W, A=batch.adjacency), B, device)
 
     for grad in grads:
         step(grad, args.k)          # warm-up

@@ -55,11 +55,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, cosine_similarity,
-                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
-                    health, init_process, is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory,
-                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
-                    spectral_radius, spell_health, upg, what_broke)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, clock, compiled,
+                    cosine_similarity, describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks,
+                    gather_objects, health, init_process, is_ours, load_checkpoint, open_run, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    set_rng_states, solver_overhead, spectral_radius, spell_health, upg, what_broke)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
@@ -620,36 +620,25 @@ def benchmark(model, x, y, args, repeats=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model.train()
 
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def step(grad, k):
         model.grad, model.k = grad, k
         reset_peak_memory(device)
-        start = clock()
+        start = clock(device)
         with autocast(args, device):
             loss = F.cross_entropy(model(x).float(), y)
-        forward = clock()
+        forward = clock(device)
         loss.backward()
-        backward = clock()
+        backward = clock(device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = clock()
+        end = clock(device)
         return 1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)
 
     def overhead():
         with torch.no_grad(), autocast(args, device):
             u = model.inject(x)
             f, h0 = functools.partial(model.f, u=u, weights=model.weights()), model.zeros(u)
-            start = clock()
-            result = model.solver(f, h0, max_iter=model.max_iter, tol=0)
-            solved = clock()
-            for _ in range(result.n_evals):
-                f(result.h)
-            seconds = clock() - solved
-            return (solved - start) / seconds, 1e3 * seconds / result.n_evals
+            return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
 
     for grad in grads:
         step(grad, args.k)      # warm-up, and compilation
@@ -692,10 +681,7 @@ def build_model(args, classes, process):
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
-        from torch._functorch import config as functorch_config
-        functorch_config.donated_buffer = False
-        model.f, model.head = torch.compile(model.f), torch.compile(model.head)
+        model.f, model.head = compiled(model.f), compiled(model.head)
     return model
 
 
@@ -797,20 +783,22 @@ def train(args, process, timer, model, train_set, test_set):
             epoch_ends = b == steps_per_epoch - 1
             saving, stop = timer.poll()
             saving = saving and not epoch_ends                          # an epoch's end saves after its evaluation
-            paused = time.perf_counter()
-            if args.cosine_every and step % args.cosine_every == 0:
-                cosines = gradient_cosines(model, x, y, args)
-                if main:
-                    log.write(event="cosine", step=step, **cosines)
-                    tqdm.write(f"step {step}: cosine to the exact gradient: UPG {cosines['cosine_upg']:.4f}, NPG "
-                               f"{cosines['cosine_npg']:.4f}")
-            if args.radius_every and step % args.radius_every == 0:
-                radius = radii(model, test_set, args)
-                if main:
-                    log.write(event="radius", step=step, **radius)
-                    tqdm.write(f"step {step}: spectral radius of J {radius['rho_J']:.3f}, of J_lam "
-                               f"{radius['rho_J_lam']:.3f}")
-            meter.start += time.perf_counter() - paused                 # diagnostics do not count as training time
+            cosines_due, radii_due = (every and step % every == 0 for every in (args.cosine_every, args.radius_every))
+            if cosines_due or radii_due:
+                paused = clock(device)
+                if cosines_due:
+                    cosines = gradient_cosines(model, x, y, args)
+                    if main:
+                        log.write(event="cosine", step=step, **cosines)
+                        tqdm.write(f"step {step}: cosine to the exact gradient: UPG {cosines['cosine_upg']:.4f}, NPG "
+                                   f"{cosines['cosine_npg']:.4f}")
+                if radii_due:
+                    radius = radii(model, test_set, args)
+                    if main:
+                        log.write(event="radius", step=step, **radius)
+                        tqdm.write(f"step {step}: spectral radius of J {radius['rho_J']:.3f}, of J_lam "
+                                   f"{radius['rho_J_lam']:.3f}")
+                meter.start += clock(device) - paused               # diagnostics do not count as training time
             if step % args.log_every == 0 or saving or epoch_ends:
                 record = meter.read()                                   # host sync
                 broken = what_broke(record["loss"], model.parameters() if saving or epoch_ends else ())

@@ -67,10 +67,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision import transforms
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, describe_run, die,
-                    equilibrium, fixed_point, flag_checks, gather_objects, health, init_process, is_ours,
-                    load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
-                    seed_everything, set_rng_state, set_rng_states, spectral_radius, spell_health, upg, what_broke)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, clock, compiled,
+                    describe_run, die, equilibrium, fixed_point, flag_checks, gather_objects, health, init_process,
+                    is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state, rng_states,
+                    save_checkpoint, seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius,
+                    spell_health, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -678,36 +679,25 @@ def benchmark(model, x, y, args, repeats=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model.train()
 
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def step(grad, k):
         model.grad, model.k = grad, k
         reset_peak_memory(device)
-        start = clock()
+        start = clock(device)
         with autocast(args, device):
             loss = F.cross_entropy(model(x).float(), y)
-        forward = clock()
+        forward = clock(device)
         loss.backward()
-        backward = clock()
+        backward = clock(device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = clock()
+        end = clock(device)
         return 1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)
 
     def overhead():
         with torch.no_grad(), autocast(args, device):
             u = model.inject(x)
             f, h0 = functools.partial(model.f, u=u, weights=model.weights()), model.zeros(u)
-            start = clock()
-            result = model.solver(f, h0, max_iter=model.max_iter, tol=0)
-            solved = clock()
-            for _ in range(result.n_evals):
-                f(result.h)
-            seconds = clock() - solved
-            return (solved - start) / seconds, 1e3 * seconds / result.n_evals
+            return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
 
     for grad in grads:
         step(grad, args.k)      # warm-up, and compilation
@@ -753,12 +743,7 @@ def build_model(args, classes, process):
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        # npg and implicit run F's backward several times on one graph: the first must not give its buffers away
-        from torch._functorch import config as functorch_config
-        functorch_config.donated_buffer = False
-        # pretraining, solver, gradient, evaluation and radii each compile F anew, the last batch of val too
-        torch._dynamo.config.cache_size_limit = 64
-        model.f, model.head = torch.compile(model.f), torch.compile(model.head)
+        model.f, model.head = compiled(model.f), compiled(model.head)
     return model
 
 
@@ -925,16 +910,14 @@ def train(args, process, model, train_set, val_set, classes):
             saving, stop = timer.poll()
             saving = saving or b == steps_per_epoch - 1             # before the evaluation, which may take long
             if args.radius_every and step % args.radius_every == 0:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                paused = time.perf_counter()
+                paused = clock(device)
                 share_statistics()
                 radius = radii(model, val_set, args, process)
                 if main:
                     log.write(event="radius", step=step, **radius)
                     tqdm.write(f"step {step}: spectral radius of J {radius['rho_J']:.3f}, of J_lam "
                                f"{radius['rho_J_lam']:.3f}")
-                meter.start += time.perf_counter() - paused         # diagnostics do not count as training time
+                meter.start += clock(device) - paused         # diagnostics do not count as training time
             if step % args.log_every == 0 or saving:
                 elapsed = time.perf_counter() - meter.start
                 record = meter.read()                                   # host sync

@@ -762,11 +762,12 @@ def test_a_compiled_model_equals_the_eager_one(grad, monkeypatch):
                                                      "head_channels": (4, 8), "final_channels": 16})
     compile, compiled = partial(torch.compile, backend="aot_eager"), []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or compile(f))
-    functorch_config.donated_buffer = True          # torch's default, which build_model has to change
+    functorch_config.donated_buffer, torch._dynamo.config.cache_size_limit = True, 8        # torch's defaults
     args = mdeq_cifar.parse_args(["--compile", "--grad", grad, "--max-iter", "3", "--backward-max-iter", "3"])
     torch.manual_seed(0)
     model = mdeq_cifar.build_model(args, 10, types.SimpleNamespace(device=torch.device("cpu")))
     assert compiled == ["f", "head"] and not functorch_config.donated_buffer
+    assert torch._dynamo.config.cache_size_limit == 64
     eager = build(grad=grad, max_iter=3, backward_max_iter=3)
     eager.load_state_dict(model.double().state_dict())
     x, y = images(4)

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from processes import pair
 import common
 from common import (Meter, MetricsLog, Process, SaveTimer, all_reduce_sum, describe_run, die, first_then_others, health,
                     init_process, is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state,
-                    rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states, spell_health,
-                    what_broke)
+                    rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
+                    solver_overhead, spell_health, what_broke)
 
 
 def state(step):
@@ -296,6 +297,27 @@ def test_a_new_log_appends_and_a_resumed_one_keeps_what_has_no_step(tmp_path):
     MetricsLog(path, last_step=6).write(step=7)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"event": "start"}, {"step": 5}, {"step": 6}, {"step": 7}]
+
+
+def test_a_solvers_overhead_is_its_time_over_that_of_its_calls_of_f(monkeypatch):
+    """A solver of 4 calls of f, 0.5 s each, that needs 1 s more; f alone is timed on the solver's result."""
+    now, states = [0.0], []
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+
+    def f(h):
+        assert not torch.is_grad_enabled()
+        states.append(h)
+        now[0] += 0.5
+        return h + 1
+
+    def solve(f, h):
+        for _ in range(4):
+            h = f(h)
+        now[0] += 1
+        return SimpleNamespace(h=h, n_evals=4)
+
+    assert solver_overhead(solve, f, 0, torch.device("cpu")) == (1.5, 500)
+    assert states == [0, 1, 2, 3, 4, 4, 4, 4]
 
 
 def test_meter_weighs_by_samples_and_starts_afresh(monkeypatch):
