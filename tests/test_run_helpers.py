@@ -1,4 +1,5 @@
 """What loses somebody's work when it is wrong: checkpoints, random states, logs, process groups."""
+import importlib
 import json
 import math
 import os
@@ -540,3 +541,16 @@ def test_if_the_first_process_finds_bad_input_all_end_with_its_one_line(tmp_path
     """Not with the traceback of a process that waits for one that is gone."""
     assert [p.wait() for p in pair(tmp_path / "log", read_cache, tmp_path, False)] == [2, 2]
     assert (tmp_path / "log").read_text() == "error: no data\n"
+
+
+@pytest.mark.parametrize("script, flags, train", [
+    ("mdeq_cifar", "--data toy --train-size 10 --test-size 10", "train"), ("mdeq_imagenet", "--data toy", "train"),
+    ("deq_wikitext", "--data toy", "train"), ("ignn_graphs", "--dataset PPI-synthetic --graph-scale 0.01",
+                                              "train_nodes")])
+def test_all_processes_write_to_the_default_folder_of_the_first(monkeypatch, sigterm, script, flags, train):
+    """Its name holds the time and the number of a process."""
+    script, found = importlib.import_module(script), []
+    monkeypatch.setattr(script, "gather_objects", lambda own: [f"first/{own}", own])
+    monkeypatch.setattr(script, train, lambda args, *_, **__: found.append(args.out))
+    script.main(flags.split() if script.__name__ == "deq_wikitext" else script.parse_args(flags.split()))
+    assert len(found) == 1 and found[0].startswith("first/runs/")
