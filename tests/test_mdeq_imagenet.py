@@ -1127,3 +1127,4 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
     (epoch,) = metrics(tmp_path / "two", "epoch")
     assert f"top-1 {epoch['val_top1']:.2f} %, top-5 {epoch['val_top5']:.2f} %, loss {epoch['val_loss']:.4f}" in lines[1]
     assert epoch["val_images"] == 7 and len(metrics(tmp_path / "two", "start")) == 1
+    assert epoch["val_evals"] == 1 + parse_args(SMALL_RUN).max_iter
