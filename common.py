@@ -389,14 +389,14 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             origin.copy_(x)
             first, n = run.evals - 1, 0
         run.hold(g)
-        alpha = x.new_zeros(N, 1)
-        if n:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
+        if n == 0:
+            alpha = x.new_zeros(N, 1)
+        else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
             products = torch.bmm(rows[:n + 1:n].transpose(0, 1), rows[1:n + 1].permute(1, 2, 0))    # (N, 2, n)
-            square = products[:, 1, n - 1:]
-            inverse = square.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()      # at rest a step has length 0
-            T[:, n, :n - 1] = torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0] * inverse
-            T[:, n, n - 1:n] = inverse
-            lengths[:, n:n + 1] = square.sqrt()
+            square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
+            torch.reciprocal(square.clamp_min(torch.finfo(x.dtype).tiny), out=inverse)  # at rest a step has length 0
+            torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])
+            torch.sqrt(square, out=lengths[:, n:n + 1])
             alpha = torch.bmm(T[:, :n + 1, :n], products[:, 0, :, None])[:, :, 0]       # (N, n + 1)
         c = (1 - alpha[:, n:]).reciprocal()
         coefficients = torch.cat([c, c * alpha[:, :n]], dim=1)              # of the rows, in s_n

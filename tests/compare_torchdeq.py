@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import anderson, broyden, equilibrium, fixed_point, peak_memory, reset_peak_memory
@@ -287,8 +288,25 @@ def damped_residual(side):
         return f"{((f_h - h).norm(dim=1) / f_h.norm(dim=1)).max().item():.1e}"
 
 
+def operators(side):
+    """torch operators in an iteration of Broyden, without f and views (on a GPU about one kernel each)"""
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func.namespace == "aten" and not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for steps in (10, 20):
+        with Count() as count, torch.no_grad():
+            solver("broyden", side)(torch.cos, torch.randn(4, 100), max_iter=steps, tol=0.0)
+        found.append(count.n)
+    return f"{(found[1] - found[0]) / 10 - 1:.0f}"
+
+
 QUESTIONS = (second_backward, two_forwards, second_derivative, eval_mode, autocast, one_bad_evaluation, anderson_stalls,
-             damped_residual)
+             damped_residual, operators)
 
 
 def answer(question, side):
