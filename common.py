@@ -31,6 +31,7 @@ import random
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -743,6 +744,17 @@ def flag_checks(parser):
     return refuse, check
 
 
+def check_run_flags(args, refuse: Callable):
+    """Refuses flags of --out, --resume, --init (where a script has it) and torchrun that cannot work together."""
+    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
+    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
+        args.out and args.resume == "auto"),
+        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
+    for flag in ("resume", "init"):                     # now, and not when the data has been read
+        path = getattr(args, flag, None)
+        refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
+
+
 class Process(NamedTuple):
     """This process's place in the run."""
     rank: int
@@ -840,6 +852,34 @@ def set_rng_states(states: list[dict], process: Process):
     elif process.rank == 0:
         print(f"note: the checkpoint is of {len(states)} process(es): dropout and augmentation are seeded anew",
               flush=True)
+
+
+def note_differences(saved: dict, args, names: str):
+    """Says, on the first process, which of these flags, separated by blanks, had another value in training."""
+    for name in names.split() if not dist.is_initialized() or dist.get_rank() == 0 else ():
+        if saved.get(name) != getattr(args, name):
+            print(f"note: trained with --{name.replace('_', '-')} {saved.get(name)}, evaluated with "
+                  f"{getattr(args, name)}", file=sys.stderr, flush=True)
+
+
+def load_weights(model, state: dict, load_official: Callable, what: str):
+    """Strictly, from a checkpoint of ours, or from another release's by load_official(model, state).
+
+    Where they do not fit, `what` begins the line that ends the run.
+    """
+    try:
+        model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
+    except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        die(f"{what}: {' '.join(str(error).split())[:400]}")
+
+
+def choose_out(args, name: str):
+    """Sets --out where it is not given: the folder of --resume, or runs/NAME-TIME-PID; all processes must call it."""
+    if not args.out and args.resume:
+        args.out = str(Path(args.resume).parent)
+    elif not args.out:
+        args.out = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    args.out = gather_objects(args.out)[0]              # time and process differ from process to process
 
 
 def open_run(out: str | os.PathLike, resume: str | None) -> tuple[Path, str | None]:
@@ -1012,9 +1052,24 @@ class MetricsLog:
     def write(self, **record):
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({name: None if isinstance(value, float) and not math.isfinite(value) else value
+                                       for name, value in record.items()}) + "\n")         # JSON has no NaN
         except OSError as error:
             die(f"--out: cannot write {self.path} ({error.strerror})", code=1)
+
+
+def start_log(args, process: Process, step: int, parameters: int, about_run: str,
+              last_step_of: dict | None = None) -> MetricsLog | None:
+    """The log of the run in --out, after its start has been noted and printed; None on all processes but the first."""
+    if process.rank > 0:
+        return None
+    log = MetricsLog(Path(args.out) / "metrics.jsonl", step, last_step_of)
+    about = describe_run(process.device, process.world_size)
+    log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
+    print(f"{about['command']}\n{about['device']} x {process.world_size}, torch {about['torch']}, commit "
+          f"{about['commit']}; writing to {args.out}\n{about_run}"
+          + (f"; continues after step {step}" if step else ""), flush=True)
+    return log
 
 
 def reset_peak_memory(device: torch.device):
@@ -1041,6 +1096,35 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def timed_step(forward: Callable, finish: Callable, device: torch.device) -> list[float]:
+    """[ms of forward(), which returns the loss, ms of its backward pass, ms of both and finish(), peak GB]."""
+    reset_peak_memory(device)
+    times = [clock(device)]
+    loss = forward()
+    times.append(clock(device))
+    loss.backward()
+    times.append(clock(device))
+    finish()
+    times.append(clock(device))
+    start, after_forward, after_backward, end = times
+    return [1e3 * (after_forward - start), 1e3 * (after_backward - after_forward), 1e3 * (end - start),
+            peak_memory(device)]
+
+
+def medians_in_turns(measures: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """{name: the medians of the numbers that measures[name]() returns}, all called in turns.
+
+    A machine that is slow for a while is so for all of them.  A first turn does not count: warm-up, compilation.
+    """
+    found = {name: [] for name in measures}
+    for turn in range(repeats + 1):
+        for name, measure in measures.items():
+            numbers = measure()
+            if turn > 0:
+                found[name].append(numbers)
+    return {name: [statistics.median(column) for column in zip(*rows)] for name, rows in found.items()}
 
 
 def solver_overhead(solve: Callable, f: Callable, h0: State, device: torch.device) -> tuple[float, float]:
@@ -1098,13 +1182,14 @@ def what_broke(loss: float, parameters=()) -> str:
     return "a weight became infinite or not a number" if finite and not torch.stack(finite).all() else ""   # host sync
 
 
-def health(name: str, residuals: list[Tensor], tol: float) -> dict:
+def health(name: str, residuals: list[Tensor], tol: float, alone: bool = False) -> dict:
     """{NAME_residual_p10, _p50, _p90: quantiles of the residuals of many solves, NAME_solved: the share solved}.
 
-    Solved: to tol, or to 1e-3 where tol is 0.  Of all processes, which must all call it; {} where there was no solve.
+    Solved: to tol, or to 1e-3 where tol is 0.  Of all processes, which must all call it, or of this one `alone`.  {}
+    where there was no solve.
     """
     own = torch.cat(residuals).float().cpu() if residuals else torch.empty(0)
-    r = torch.cat(gather_objects(own)).sort().values        # torch.quantile has a limit of 16 million numbers
+    r = torch.cat([own] if alone else gather_objects(own)).sort().values    # torch.quantile: 16 million numbers at most
     if len(r) == 0:
         return {}
     return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},

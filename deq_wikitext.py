@@ -57,7 +57,6 @@ import math
 import os
 import random
 import shlex
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -76,11 +75,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_same_run,
-                    clock, compiled, describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks,
-                    gather_objects, health, init_process, is_ours, jacobian_regularization, load_checkpoint, open_run,
-                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
-                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, upg, what_broke)
+from common import (Meter, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_run_flags,
+                    check_same_run, choose_out, clock, compiled, describe_run, die, equilibrium, first_then_others,
+                    fixed_point, flag_checks, gather_objects, health, init_process, is_ours, jacobian_regularization,
+                    load_checkpoint, load_weights, medians_in_turns, note_differences, open_run, rng_state, rng_states,
+                    save_checkpoint, seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius,
+                    spell_health, start_log, timed_step, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
@@ -145,7 +145,8 @@ def parse_args(argv=None, saved=None):
     add("--pretrain-layers", "evaluations of F in that network", type=int, default=2)
     add("--jr", "weight of Jacobian regularisation; 0: none", type=float, default=0.0)
     add("--jr-freq", "share of the steps that have it", type=float, default=0.4)
-    add("--jr-increment", "steps, after pretraining, in which it grows by 0.1; 0: it does not", type=int, default=0)
+    add("--jr-increment", "it grows by 0.1 at each multiple of this step after pretraining; 0: it does not", type=int,
+        default=0)
     # optimisation
     add("--steps", "optimiser steps", type=int)
     add("--warmup-steps", "of linear warm-up", type=int)
@@ -154,7 +155,7 @@ def parse_args(argv=None, saved=None):
     add("--mem-len", "earlier tokens that are kept as memory", type=int)
     add("--accumulate", "micro-batches per step and process", type=int, default=1)
     add("--lr", "peak, of Adam; cosine to 0 over all steps", type=float)
-    add("--clip", "largest norm of the gradient", type=float, default=0.25)
+    add("--clip", "largest norm of the gradient; 0: none", type=float, default=0.25)
     add("--seed", "of weights, dropout and probes", type=int, default=0)
     # evaluation
     add("--eval-every", "steps between evaluations on valid", type=int)
@@ -192,12 +193,7 @@ def parse_args(argv=None, saved=None):
     refuse(only and not args.eval and "RANK" in os.environ, f"{mode} is for one process: run it without torchrun")
     refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
     refuse(args.init and only, "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
-    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
-    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
-        args.out and args.resume == "auto"),
-        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
-    for flag, path in (("resume", args.resume), ("init", args.init)):               # before the data is read
-        refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
+    check_run_flags(args, refuse)
     if only and not args.benchmark:
         refuse(args.resume in (None, "auto"), f"{mode} needs --resume FILE, the checkpoint to use")
         if saved is None:
@@ -216,11 +212,11 @@ def parse_args(argv=None, saved=None):
         args.eval_max_iter = args.max_iter or args.k
 
     check(args, "max_iter jitter tol pretrain_steps jr jr_increment warmup_steps mem_len eval_mem_len local_size "
-          "save_every radius_every temperature", lambda x: x >= 0, "must not be negative")
+          "save_every radius_every temperature clip", lambda x: x >= 0, "must not be negative")
     check(args, "d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
           "accumulate eval_every eval_streams eval_max_iter log_every generate_tokens", lambda x: x >= 1,
           "must be at least 1")
-    check(args, "lr clip", lambda x: 0 < x < math.inf, "must be positive and finite")
+    check(args, "lr", lambda x: 0 < x < math.inf, "must be positive and finite")
     check(args, "dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
     check(args, "jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
     check(args, "temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
@@ -873,12 +869,17 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
 
 
 def spell(name, record):
-    """One line of what `evaluate` found."""
-    line = (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
+    """What `evaluate` found, on one line."""
+    return (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
             f"{record[f'{name}_mem_len']}")
-    if f"{name}_evals" in record:
-        line += f"; {spell_health(record, name)}; {record[f'{name}_evals']:.1f} calls of F per segment"
-    return line
+
+
+def spell_solves(name, record):
+    """A second line: how its solves went, and those of training where they are in the record; "" without a solver."""
+    if f"{name}_evals" not in record:
+        return ""
+    return (f"\n  {spell_health(record, 'train', name, 'backward')}; {record[f'{name}_evals']:.1f} calls of F per "
+            "segment")
 
 
 @torch.no_grad()
@@ -958,19 +959,17 @@ def benchmark(model, args, device, repeats=3):
         return regular
 
     def step(regularize):
-        reset_peak_memory(device)
-        start = clock(device)
-        with autocast(args, device):
-            out = model(text[:, :-1], text[:, 1:], memory, regularize=regularize)
-        loss = out.nll.mean() + (0.1 * out.jr if regularize else 0)
-        forward = clock(device)
-        loss.backward()
-        backward = clock(device)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        def forward():
+            with autocast(args, device):
+                out = model(text[:, :-1], text[:, 1:], memory, regularize=regularize)
+            return out.nll.mean() + (0.1 * out.jr if regularize else 0)
+
+        return timed_step(forward, finish, device)
+
+    def finish():
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = clock(device)
-        return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)]
 
     def measure(row):
         share = args.jr_freq if configure(row) else 0
@@ -984,14 +983,9 @@ def benchmark(model, args, device, repeats=3):
             f, h0, *_ = model.segment(text[:, :-1], memory)
             return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
 
-    for row in TABLE3:
-        measure(row)            # warm-up, and compilation
-    times, overheads = {row: [] for row in TABLE3}, [overhead()]
-    for _ in range(repeats):
-        for row in TABLE3:
-            times[row].append(measure(row))
-        overheads.append(overhead())
-    median = {row: [statistics.median(column) for column in zip(*times[row])] for row in TABLE3}
+    median = medians_in_turns({**{row: functools.partial(measure, row) for row in TABLE3}, "overhead": overhead},
+                              repeats)
+    ratio, f_ms = median.pop("overhead")
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, memory "
           f"{M}, dropatt {args.dropatt}, no jitter, {args.solver}, k = {model.k}; {about['device']}, torch "
@@ -1001,7 +995,6 @@ def benchmark(model, args, device, repeats=3):
     for row, (forward, backward, whole, gb) in median.items():
         print(f"{row:18s} {forward:10.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} "
               f"{1e3 * B * args.segment / whole:9.0f} {base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
-    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
     print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
     configure("PostLN NPG")
     few, many = (step(False)[3] for model.k in (1, 20))
@@ -1024,13 +1017,7 @@ def build_model(args, n_token, process):
     return model
 
 
-def load_weights(flag, path, state, model):
-    """Strictly, from one of our checkpoints or an official one."""
-    try:
-        model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
-    except (ValueError, RuntimeError, AttributeError, KeyError) as error:
-        die(f"{flag} {path} does not fit the model (--d-model, --d-inner, --cutoffs, ..., types of --data): "
-            f"{' '.join(str(error).split())[:400]}")
+MISFIT = "{} {} does not fit the model (--d-model, --d-inner, --cutoffs, ..., types of --data)"
 
 
 def check_model_flags(flag, path, state, args, types, remedy):
@@ -1058,7 +1045,7 @@ def restore(args, model, types, train_text, optimizer, scheduler):
         die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
     if state.get("train_text") != train_text:
         die(f"--resume {args.resume} is of a run on another training text than --data {args.data} holds")
-    load_weights("--resume", args.resume, state, model)
+    load_weights(model, state, load_official, MISFIT.format("--resume", args.resume))
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     model.lam = state["lam"]
@@ -1109,7 +1096,7 @@ def train(args, process, model, text):
         first = load_checkpoint(args.init, flag="--init")
         if is_ours(first):
             check_model_flags("--init", args.init, first, args, types, "use the same flags")
-        load_weights("--init", args.init, first, model)
+        load_weights(model, first, load_official, MISFIT.format("--init", args.init))
     step, evaluated, best, best_step = (state[k] for k in ("step", "evaluated", "best", "best_step"))
     seed_everything(args.seed + rank)
     if args.resume:
@@ -1117,15 +1104,10 @@ def train(args, process, model, text):
     # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     timer = SaveTimer(args.save_every)
-    if main:
-        log = MetricsLog(checkpoint.with_name("metrics.jsonl"), last_step=step,
-                         last_step_of={"eval": evaluated, "test": -1})
-        parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
-        log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
-        print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {args.out}\n{parameters:,} parameters; {len(text.train)} training tokens of "
-              f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of {segments}"
-              + (f"; continues after step {step}" if step else ""), flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    log = start_log(args, process, step, parameters, f"{parameters:,} parameters; {len(text.train)} training tokens of "
+                    f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of "
+                    f"{segments}", last_step_of={"eval": evaluated, "test": -1})
 
     def save():
         rng, memory = rng_states(), None                    # all processes take part
@@ -1161,9 +1143,8 @@ def train(args, process, model, text):
             if main:
                 log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
                           seconds=time.perf_counter() - started, **record)
-                tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})")
-                if "train_solved" in record:
-                    tqdm.write(f"  {spell_health(record, 'train', 'backward')}")
+                tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})"
+                           + spell_solves("valid", record))
             save()
             meter.reset()
             continue
@@ -1175,7 +1156,7 @@ def train(args, process, model, text):
         # The same choices on all processes, and again after a restart: drawn from seed and step alone.
         draw = random.Random(f"{args.seed}-{step}")
         unroll = unrolled_layers(args, step)
-        regularize = not unroll and args.jr > 0 and draw.random() < args.jr_freq
+        regularize = not unroll and jr_weight(args, step) > 0 and draw.random() < args.jr_freq
         max_iter = args.max_iter - draw.randint(0, args.jitter)
         # Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the toy
         # text 50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
@@ -1204,7 +1185,7 @@ def train(args, process, model, text):
             memories[i] = output.memory
             if output.result is not None:
                 residuals.append(output.result.residual)
-        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         meter.add(n * ids.numel(), **means)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1246,20 +1227,20 @@ def train(args, process, model, text):
     bar.close()
     if stop:
         if main:
-            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {args.out} --resume auto",
-                  flush=True)
+            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with the same command, --out {args.out} "
+                  "and --resume auto", flush=True)
         return
     # best.pt is not there where the run was continued in another folder.
     here, of_step = (best_path, best_step) if best_path.exists() else (checkpoint, step)
     if of_step != step:
-        load_weights("--out", here, load_checkpoint(here, flag="--out"), model)
+        load_weights(model, load_checkpoint(here, flag="--out"), load_official, MISFIT.format("--out", here))
     unroll = unrolled_layers(args, of_step - 1, evaluation=True)
     with timer.saved():
         record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0], unroll)
     if main:
         log.write(event="test", step=step, of_step=of_step, seconds=time.perf_counter() - started, **record)
         print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
-              f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+              f"{(time.perf_counter() - started) / 60:.1f} minutes{spell_solves('test', record)}", flush=True)
         if text.best:
             print(BEST.format(*text.best), flush=True)
         flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
@@ -1279,7 +1260,7 @@ def evaluate_checkpoint(args, process, model, text, state):
     for mem_len, name in itertools.product(args.eval_mem_len, ("valid", "test")):
         record = evaluate(model, name, getattr(text, name), args, process, mem_len, unroll)
         if main:
-            print(spell(name, record), flush=True)
+            print(spell(name, record) + spell_solves(name, record), flush=True)
     if ours and state["step"] <= args.pretrain_steps:
         return                          # it has not seen its equilibrium yet
     record = radii(model, text.valid, args, process)
@@ -1314,21 +1295,14 @@ def main(argv=None):
             die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
     model = build_model(args, len(text.vocabulary), process)
     if state is None:
-        if not args.out and args.resume:
-            args.out = str(Path(args.resume).parent)
-        elif not args.out:
-            args.out = f"runs/wikitext-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        args.out = gather_objects(args.out)[0]      # the default's time differs from process to process
+        choose_out(args, f"wikitext-{args.grad}")
         train(args, process, model, text)
     else:
         if is_ours(state):
             check_model_flags("--resume", args.resume, state, args, checksum(text.vocabulary), "leave them out")
-            for name in ("solver", "max_iter", "tol", "segment", "mem_len", "local_size", "amp"):
-                if process.rank == 0 and state["args"][name] != getattr(args, name):
-                    print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
-                          f"{getattr(args, name)}", file=sys.stderr, flush=True)
+            note_differences(state["args"], args, "solver max_iter tol segment mem_len local_size amp")
             model.lam = state["lam"] if args.lam == "auto" else args.lam
-        load_weights("--resume", args.resume, state, model)
+        load_weights(model, state, load_official, MISFIT.format("--resume", args.resume))
         if args.eval:
             evaluate_checkpoint(args, process, model, text, state)
         else:

@@ -71,10 +71,10 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
-from common import (MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, clock, describe_run, die,
-                    equilibrium, first_then_others, fixed_point, flag_checks, gather_objects, init_process, is_ours,
-                    load_checkpoint, open_run, peak_memory, reset_peak_memory, save_checkpoint, seed_everything,
-                    solver_overhead, upg)
+from common import (SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run, choose_out,
+                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
+                    health, init_process, is_ours, load_checkpoint, medians_in_turns, open_run,
+                    save_checkpoint, seed_everything, solver_overhead, start_log, timed_step, upg)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -144,6 +144,7 @@ def parse_args(argv=None):
                    "one; ours brings the flags that are not given")
     p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
                    "implicit, UPG and NPG, on generated graphs")
+    p.set_defaults(stop_mode=None)          # no flag: it follows from --ppi-model
     args = p.parse_args(argv)
     refuse, check = flag_checks(p)
     refuse(args.table4 and (args.eval or args.resume not in (None, "auto")),
@@ -161,6 +162,7 @@ def parse_args(argv=None):
     if args.eval:                                   # what is not given here is as it was in training
         state = load_checkpoint(args.resume)
         if is_ours(state):
+            check_same_run(args.resume, state["args"], args, free=vars(args))           # of this script at all?
             p.set_defaults(**{name: value for name, value in state["args"].items()
                               if hasattr(args, name) and (name == "data" or name not in FREE)})
             args = p.parse_args(argv)
@@ -201,12 +203,7 @@ def parse_args(argv=None):
     refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
     refuse(args.eval and chains,
            "--eval needs --dataset COX2, PROTEINS or PPI; a run of --dataset chains prints its figures at its end")
-    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
-    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
-        args.out and args.resume == "auto"),
-        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
-    refuse(args.resume not in (None, "auto") and not os.path.exists(args.resume),     # before the data is read
-           f"--resume: there is no file {args.resume}")
+    check_run_flags(args, refuse)
     return args
 
 
@@ -805,21 +802,16 @@ def benchmark(args, process, repeats=5):
         lambda log: F.nll_loss(model(batch, log=log), batch.y))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
 
-    def step(grad, k):
-        model.solve.grad, model.solve.k = grad, k
-        reset_peak_memory(device)
-        log, start = [], clock(device)
-        loss = loss_of(log)
-        forward = clock(device)
-        loss.backward()
-        backward = clock(device)
+    def finish():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.project_(batch.rho)
-        end = clock(device)
-        evals = [statistics.mean(r.n_evals for w, r in log if w == which) if which in {w for w, _ in log} else 0
-                 for which in ("forward", "backward")]
-        return [1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device), *evals]
+
+    def step(grad, k):
+        model.solve.grad, model.solve.k, log = grad, k, []
+        times = timed_step(lambda: loss_of(log), finish, device)
+        return times + [statistics.mean([r.n_evals for name, r in log if name == which] or [0])
+                        for which in ("forward", "backward")]
 
     @torch.no_grad()
     def overhead():
@@ -830,14 +822,8 @@ def benchmark(args, process, repeats=5):
                                   stop_mode=args.stop_mode)
         return solver_overhead(solve, functools.partial(layer.f, B=B, W=W, A=batch.adjacency), B, device)
 
-    for grad in grads:
-        step(grad, args.k)          # warm-up
-    times, overheads = {grad: [] for grad in grads}, [overhead()]
-    for _ in range(repeats):
-        for grad in grads:
-            times[grad].append(step(grad, args.k))
-        overheads.append(overhead())
-    median = {grad: [statistics.median(column) for column in zip(*times[grad])] for grad in grads}
+    median = medians_in_turns({**{grad: functools.partial(step, grad, args.k) for grad in grads},
+                               "overhead": overhead}, repeats)
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(graphs)} generated "
           f"{'look-alikes of graphs of PPI' if nodes else 'graphs of the size of those of COX2'}, "
@@ -850,7 +836,7 @@ def benchmark(args, process, repeats=5):
         forward, backward, whole, gb, *evals = median[grad]
         print(f"{grad:9s} {forward:11.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} {evals[0]:20.1f} {evals[1]:9.1f} "
               f"{base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
-    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
+    ratio, f_ms = median["overhead"]
     print(f"F: {f_ms:.2f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
     memory = {k: step("npg", k)[3] for k in (1, 20)}
     print(f"NPG peak memory: k = 1 {memory[1]:.3f} GB, k = 20 {memory[20]:.3f} GB, ratio {memory[20] / memory[1]:.3f}")
@@ -896,14 +882,7 @@ def begin(args, process, parameters, about_data, fingerprint):
             die(f"--resume {resume} is of a run with {state['processes']} process(es), here are {process.world_size}")
         if state["fingerprint"] != fingerprint:
             die(f"--resume {resume} is of a run on other data than --data {args.data} holds")
-    log = None
-    if process.rank == 0:
-        log = MetricsLog(path.with_name("metrics.jsonl"), last_step=state["step"] if state else None)
-        about = describe_run(process.device, process.world_size)
-        log.write(event="start", step=state["step"] if state else 0, parameters=parameters, args=vars(args), **about)
-        print(f"{about['command']}\n{about['device']} x {process.world_size}, torch {about['torch']}, commit "
-              f"{about['commit']}; writing to {args.out}\n{about_data}"
-              + (f"; continues after step {state['step']}" if state else ""), flush=True)
+    log = start_log(args, process, state["step"] if state else 0, parameters, about_data)
     return path, state, log
 
 
@@ -927,21 +906,21 @@ def label(args):
     return "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
 
 
-def health(log):
-    """Means over a log of solves: calls of f, and the share of graphs solved; host sync."""
+def solves(log, args):
+    """Calls of f (mean) and health of the solves in a log of this process's training; host sync."""
     record = {}
-    for which in ("forward", "backward"):
-        results = [r for name, r in log if name == which]
+    for name, which, tol in (("train", "forward", args.tol), ("backward", "backward", args.backward_tol)):
+        results = [r for direction, r in log if direction == which]
         if results:
-            record[f"{which}_evals"] = statistics.mean(r.n_evals for r in results)
-            record[f"{which}_solved"] = torch.cat([r.converged.float() for r in results]).mean().item()
+            record[f"{name}_evals"] = statistics.mean(r.n_evals for r in results)
+            record.update(health(name, [r.residual for r in results], tol, alone=True))
     return record
 
 
 def spell(record):
-    """The figures of `health` in words: calls of f per solve, and solved graphs."""
-    return ", ".join(f"{name} {record[name + '_evals']:.0f} calls of f, {100 * record[name + '_solved']:.0f} % solved"
-                     for name in ("forward", "backward") if name + "_evals" in record)
+    """Of what `solves` found: calls of f per solve, and solved graphs."""
+    return ", ".join(f"{word} {record[name + '_evals']:.0f} calls of f, {100 * record[name + '_solved']:.0f} % solved"
+                     for word, name in (("forward", "train"), ("backward", "backward")) if name + "_evals" in record)
 
 
 def dropout_mask(args, fold, epoch, step, batch):
@@ -1009,11 +988,12 @@ def train_graphs(args, process, timer, graphs):
                           disable=not (process.rank == 0 and sys.stderr.isatty())):
             record = None
             if fold is not None:
-                solves, losses = [], []
+                log_of_solves, losses = [], []
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * (0.5 if epoch >= 50 else 1)             # halved once, for epoch 51
                 for step, batch in enumerate(batches):
-                    loss = F.nll_loss(model(batch, dropout_mask(args, fold, epoch, step, batch), solves), batch.y)
+                    mask = dropout_mask(args, fold, epoch, step, batch)
+                    loss = F.nll_loss(model(batch, mask, log_of_solves), batch.y)
                     loss.backward()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -1029,7 +1009,7 @@ def train_graphs(args, process, timer, graphs):
                 values = dict(zip(columns, torch.stack(list(columns.values())).tolist()))           # host sync
                 for name, value in values.items():
                     results[fold][name].append(value)
-                record = {"fold": fold, **values, **health(solves)}
+                record = {"fold": fold, **values, **solves(log_of_solves, args)}
             records = [r for r in gather_objects(record) if r]
             for r in records:
                 if not math.isfinite(r["loss"]):
@@ -1061,7 +1041,8 @@ def train_graphs(args, process, timer, graphs):
             break
     if stop:
         if process.rank == 0:
-            print(f"SIGTERM: saved to {path}; continue with the same command, its --out and --resume auto", flush=True)
+            print(f"SIGTERM: saved to {path}; continue with the same command, --out {args.out} and --resume auto",
+                  flush=True)
         return None
     results = {fold: r for part in gather_objects(results) for fold, r in part.items()}
     table, minutes = protocols(results), (time.perf_counter() - started) / 60
@@ -1117,14 +1098,14 @@ def train_nodes(args, process, timer, splits, hops=0):
     curve, collapsed = state["curve"], state["collapsed"]       # [(val score, test score)] after each epoch
     started, since, last = time.perf_counter() - state["seconds"], time.perf_counter(), state["epoch"]
     net = DistributedDataParallel(model) if world > 1 else model
-    stop = False
+    stop, loss = False, 0.0
     for epoch in tqdm(range(state["epoch"], args.epochs), desc="training", leave=False,
                       disable=not (rank == 0 and sys.stderr.isatty())):
-        solves, losses = [], []
+        log_of_solves, losses = [], []
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
         for i in order.tolist():
             model.project_(batches[i].rho)          # as in the release: with a raw adjacency, this graph's radius
-            loss = node_loss(net(batches[i], log=solves), batches[i].y)
+            loss = node_loss(net(batches[i], log=log_of_solves), batches[i].y)
             (loss * share[i]).backward()            # processes' means weighted by their nodes
             if args.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -1155,7 +1136,7 @@ def train_nodes(args, process, timer, splits, hops=0):
         done = epoch + 1 == args.epochs
         if rank == 0:
             record = {"loss": loss, "val": val, "val_loss": val_loss, "test": test, "best_val_epoch": best + 1, **(
-                {} if hops else health(solves))}
+                {} if hops else solves(log_of_solves, args))}
             log.write(event="epoch", step=epoch + 1, epoch=epoch + 1, seconds=time.perf_counter() - started, **record)
             if (epoch + 1) % args.log_every == 0 or done or new:
                 now = time.perf_counter()
@@ -1174,7 +1155,8 @@ def train_nodes(args, process, timer, splits, hops=0):
             break
     if stop and not done:
         if rank == 0:
-            print(f"SIGTERM: saved to {path}; continue with the same command, its --out and --resume auto", flush=True)
+            print(f"SIGTERM: saved to {path}; continue with the same command, --out {args.out} and --resume auto",
+                  flush=True)
         return None
     if binary and not collapsed and max(score for score, _ in curve) <= constant + 1:
         collapsed = f"never above the constant prediction's {constant:.1f} %"
@@ -1221,8 +1203,6 @@ def evaluate_checkpoint(args, process):
     """--eval: prints the scores of a checkpoint, ours or an official one."""
     state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
     ours = is_ours(state)
-    if ours:
-        check_same_run(args.resume, state["args"], args, free=vars(args))       # of this script at all?
     if ours and ("ranks" if graphs else "model") not in state:
         die(f"--resume {args.resume} is not of --dataset {args.dataset}")
     data = load_tu(args, process) if graphs else load_nodes(args, process)
@@ -1301,12 +1281,8 @@ def keep_freed_memory():
 def main(args):
     keep_freed_memory()
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
-    if not args.out and args.resume:
-        args.out = str(Path(args.resume).parent)
-    elif not args.out:
-        args.out = f"runs/ignn-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
-    args.out = gather_objects(args.out)[0]          # the default's time differs from process to process
+    choose_out(args, f"ignn-{args.dataset}")
     timer = None if args.benchmark or args.eval else SaveTimer(args.save_every)
     if args.benchmark:
         benchmark(args, process)

@@ -23,7 +23,7 @@ Fig. 2: row 1 with --cosine-every 500.  Fig. 3: --fig3 FOLDER, rows 6 and 7 over
 App. D.2: --radius-every 500.
 
 Measured: the rows above are not run yet.  README.md has Fig. 3 and UPG, NPG, implicit at small scale on a CPU, and the
-benchmark: backward pass of UPG 3.21 times, whole step 1.35 times faster than implicit (Tiny, batch 128, 2 CPU cores).
+benchmark.
 
 Differs from the paper and its release: residuals, and the choice of the best iterate, per image (there: one norm over
 the batch); Broyden's first step has the right sign (theirs is inverted); NPG follows Eq. (17), not Algorithms 2 and 3;
@@ -37,7 +37,6 @@ import itertools
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -55,11 +54,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, clock, compiled,
-                    cosine_similarity, describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks,
-                    gather_objects, health, init_process, is_ours, load_checkpoint, open_run, peak_memory,
-                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
-                    set_rng_states, solver_overhead, spectral_radius, spell_health, upg, what_broke)
+from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run,
+                    choose_out, clock, compiled, cosine_similarity, describe_run, die, equilibrium, first_then_others,
+                    fixed_point, flag_checks, health, init_process, is_ours, load_checkpoint, load_weights,
+                    medians_in_turns, note_differences, open_run, rng_state, rng_states, save_checkpoint,
+                    seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health,
+                    start_log, timed_step, upg, what_broke)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
@@ -146,16 +146,12 @@ def parse_args(argv=None):
         refuse(args.fig3 and getattr(args, name) != p.get_default(name), f"--fig3 sets --{name} itself: leave it out")
     refuse((args.benchmark or args.fig3) and "RANK" in os.environ,
            f"--{'benchmark' if args.benchmark else 'fig3'} is for one process: run it without torchrun")
-    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
-    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
-        args.out and args.resume == "auto"),
-        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
-    refuse(args.resume not in (None, "auto") and not os.path.exists(args.resume),     # before the data is read
-           f"--resume: there is no file {args.resume}")
+    check_run_flags(args, refuse)
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
-            names = ("data", "model", "solver", "max_iter", "tol")
+            check_same_run(args.resume, saved["args"], args, free=vars(args))           # of this script at all?
+            names = ("data", "train_size", "test_size", "model", "solver", "max_iter", "tol")
             p.set_defaults(**{name: value for name, value in saved["args"].items() if name in names})
             args = p.parse_args(argv)
 
@@ -283,10 +279,16 @@ def balanced(images, size, flag):
         return images
     each = size // images.classes
     smallest = int(images.y.bincount(minlength=images.classes).min())
-    if size % images.classes or each > smallest:
-        die(f"{flag} {size}: must be a multiple of {images.classes} classes, and at most {images.classes * smallest}")
+    if size % images.classes:
+        die(f"{flag} {size}: must be a multiple of the {images.classes} classes")
+    if each > smallest:
+        die(f"{flag} {size}: must be at most {images.classes * smallest}, {smallest} images of each class")
     index = torch.cat([(images.y == c).nonzero()[:each, 0] for c in range(images.classes)])
     return Images(images.x[index], images.y[index], images.classes)
+
+
+def memory_format(args):
+    return torch.channels_last if args.memory_format == "channels-last" else torch.contiguous_format
 
 
 @functools.cache
@@ -555,7 +557,7 @@ def evaluate(model, images, args, process):
     model.eval()
     sums, residuals = torch.zeros(4, dtype=torch.float64, device=process.device), []
     own = torch.arange(process.rank, len(images.y), process.world_size, device=process.device)
-    for index in tqdm(own.split(args.batch_size), desc="evaluating", leave=False,
+    for index in tqdm(own.split(max(1, args.batch_size // process.world_size)), desc="evaluating", leave=False,
                       disable=process.rank > 0 or not sys.stderr.isatty()):
         x, y = prepare(images.x[index], False, memory_format(args)), images.y[index]
         with autocast(args, process.device):
@@ -597,7 +599,10 @@ def gradient_cosines(model, x, y, args):
 
 @torch.no_grad()
 def radii(model, images, args):
-    """App. D.2: mean spectral radius of J and of lam J + (1 - lam) I at h* of 64 images, evaluation mode; no trace."""
+    """App. D.2: spectral radius of J and of lam J + (1 - lam) I at h* of 64 images, evaluation mode; no trace.
+
+    Means, and the share of the images where that of J exceeds 1.
+    """
     rng = rng_state()
     model.eval()
     spread = images.x[::max(1, len(images.y) // 64)][:64]       # over all classes: the images may be sorted by class
@@ -606,10 +611,11 @@ def radii(model, images, args):
         u = model.inject(x)
         f = functools.partial(model.f, u=u, weights=model.weights())
         h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol).h
-        rho, rho_lam = (spectral_radius(f, h, lam=value, n_iter=50).mean().item() for value in (1.0, args.lam))
+        rho, rho_lam = (spectral_radius(f, h, lam=value, n_iter=50) for value in (1.0, args.lam))
     model.train()
     set_rng_state(rng)
-    return {"rho_J": rho, "rho_J_lam": rho_lam}
+    return {"rho_J": rho.mean().item(), "rho_J_lam": rho_lam.mean().item(),
+            "rho_J_above_1": (rho > 1).float().mean().item()}
 
 
 # --- benchmark -------------------------------------------------------------------------------------------------------
@@ -618,21 +624,20 @@ def benchmark(model, x, y, args, repeats=3):
     """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats."""
     device, grads = x.device, ("implicit", "upg", "npg")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.tol = 0.0                     # all iterations
     model.train()
+
+    def forward():
+        with autocast(args, device):
+            return F.cross_entropy(model(x).float(), y)
+
+    def finish():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def step(grad, k):
         model.grad, model.k = grad, k
-        reset_peak_memory(device)
-        start = clock(device)
-        with autocast(args, device):
-            loss = F.cross_entropy(model(x).float(), y)
-        forward = clock(device)
-        loss.backward()
-        backward = clock(device)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        end = clock(device)
-        return 1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)
+        return timed_step(forward, finish, device)
 
     def overhead():
         with torch.no_grad(), autocast(args, device):
@@ -640,15 +645,8 @@ def benchmark(model, x, y, args, repeats=3):
             f, h0 = functools.partial(model.f, u=u, weights=model.weights()), model.zeros(u)
             return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
 
-    for grad in grads:
-        step(grad, args.k)      # warm-up, and compilation
-    times = {grad: [] for grad in grads}
-    overheads = [overhead()]
-    for _ in range(repeats):
-        for grad in grads:
-            times[grad].append(step(grad, args.k))
-        overheads.append(overhead())
-    median = {grad: [statistics.median(column) for column in zip(*times[grad])] for grad in grads}
+    median = medians_in_turns({**{grad: functools.partial(step, grad, args.k) for grad in grads},
+                               "overhead": overhead}, repeats)
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, images {tuple(x.shape)}, {args.solver}: "
           f"{model.max_iter} forward, {model.backward_max_iter} backward iterations, k = {args.k}; {about['device']}, "
@@ -656,21 +654,16 @@ def benchmark(model, x, y, args, repeats=3):
     print("gradient   forward ms  backward ms  step ms  peak GB  images/s  backward    step  (ratios: implicit / this)")
     base = median["implicit"]
     for grad in grads:
-        forward, backward, whole, gb = median[grad]
-        print(f"{grad:9s} {forward:11.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} {1e3 * len(y) / whole:9.1f} "
-              f"{base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
-    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
+        forward_ms, backward_ms, whole, gb = median[grad]
+        print(f"{grad:9s} {forward_ms:11.1f} {backward_ms:12.1f} {whole:8.1f} {gb:8.3f} {1e3 * len(y) / whole:9.1f} "
+              f"{base[1] / backward_ms:8.2f}x {base[2] / whole:6.2f}x")
+    ratio, f_ms = median["overhead"]
     print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
     memory = {k: step("npg", k)[3] for k in (1, 20)}
     print(f"NPG peak memory: k = 1 {memory[1]:.3f} GB, k = 20 {memory[20]:.3f} GB, ratio {memory[20] / memory[1]:.3f}")
-    model.grad, model.k = args.grad, args.k
 
 
 # --- training --------------------------------------------------------------------------------------------------------
-
-def memory_format(args):
-    return torch.channels_last if args.memory_format == "channels-last" else torch.contiguous_format
-
 
 def build_model(args, classes, process):
     shape = {key: MODELS[args.model][key] for key in ("channels", "head_channels", "final_channels")}
@@ -685,8 +678,8 @@ def build_model(args, classes, process):
     return model
 
 
-def restore(args, model, optimizer=None, scheduler=None):
-    """Loads --resume into the model, and of our own checkpoints all the rest of the state.  Returns what was read."""
+def restore(args, model, images, optimizer=None, scheduler=None):
+    """Loads --resume into the model, and in training all the rest of the state.  Returns what was read."""
     state = load_checkpoint(args.resume)
     ours = is_ours(state)
     if not ours and not args.eval:
@@ -694,18 +687,18 @@ def restore(args, model, optimizer=None, scheduler=None):
             "not continued")
     if ours:
         free = {"data", "out", "resume", "eval", "benchmark", "fig3", "save_every", "log_every", "cosine_every",
-                "radius_every"}
+                "radius_every", "compile", "memory_format"}
         if args.eval:
             free |= set(vars(args)) - {"model"}             # in training, the others can change the curve
+            note_differences(state["args"], args, "solver max_iter tol")
         check_same_run(args.resume, state["args"], args, free)
-        for name in ("solver", "max_iter", "tol") if args.eval else ():
-            if state["args"][name] != getattr(args, name):
-                print(f"note: trained with --{name.replace('_', '-')} {state['args'][name]}, evaluated with "
-                      f"{getattr(args, name)}", flush=True)
-    try:
-        model.load_state_dict(state["model"]) if ours else load_official(model, state)
-    except (ValueError, RuntimeError, AttributeError) as error:
-        die(f"--resume {args.resume} does not fit --model {args.model}: {' '.join(str(error).split())[:400]}")
+        if state["classes"] != images.classes:
+            die(f"--resume {args.resume} is of a run with {state['classes']} classes, --data {args.data} has "
+                f"{images.classes}")
+        if not args.eval and state["images"] != len(images.y):
+            die(f"--resume {args.resume} is of a run with {state['images']} training images, --data {args.data} has "
+                f"{len(images.y)}: their order would be another one")
+    load_weights(model, state, load_official, f"--resume {args.resume} does not fit --model {args.model}")
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -719,6 +712,7 @@ def train(args, process, timer, model, train_set, test_set):
     checkpoint, args.resume = open_run(args.out, args.resume)
     N = len(train_set.y)
     steps_per_epoch = math.ceil(N / args.batch_size)        # the last, incomplete batch is kept
+    steps = args.epochs * steps_per_epoch
     if N % args.batch_size and N % args.batch_size < world:
         die(f"--batch-size {args.batch_size}: the last batch of an epoch has {N % args.batch_size} image(s) for "
             f"{world} processes; choose another size")
@@ -726,40 +720,61 @@ def train(args, process, timer, model, train_set, test_set):
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * steps_per_epoch, eta_min=1e-6)
-    state = {"step": 0, "best": 0.0, "best_epoch": 0, "last": 0.0, "seconds": 0.0}
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
+    state = {"step": 0, "evaluated": 0, "best": 0.0, "best_epoch": 0, "last": 0.0, "seconds": 0.0}
     if args.resume:
-        state = restore(args, model, optimizer, scheduler)
-    step, best, best_epoch, last = (state[k] for k in ("step", "best", "best_epoch", "last"))
+        state = restore(args, model, train_set, optimizer, scheduler)
+    step, evaluated, best, best_epoch, last = (state[k] for k in ("step", "evaluated", "best", "best_epoch", "last"))
     seed_everything(args.seed + rank)
     if args.resume:
         set_rng_states(state["rng"], process)
     net = model
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if main:
-        log = MetricsLog(checkpoint.with_name("metrics.jsonl"), last_step=step)
-        parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
-        log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
-        print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {args.out}\n{args.model}: {parameters:,} parameters; {N} training and {len(test_set.y)} "
-              f"test images; {args.epochs} epochs of {steps_per_epoch} steps"
-              + (f"; continues after step {step}" if step else ""), flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    log = start_log(args, process, step, parameters, f"{args.model}: {parameters:,} parameters; {N} training and "
+                    f"{len(test_set.y)} test images; {args.epochs} epochs of {steps_per_epoch} steps",
+                    last_step_of={"epoch": evaluated})
 
     def save():
         rng = rng_states()                                  # all processes take part
         if main:
             save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                         "scheduler": scheduler.state_dict(), "rng": rng, "step": step, "best": best,
-                                         "best_epoch": best_epoch, "last": last, "args": vars(args),
+                                         "scheduler": scheduler.state_dict(), "rng": rng, "step": step,
+                                         "evaluated": evaluated, "best": best, "best_epoch": best_epoch, "last": last,
+                                         "classes": train_set.classes, "images": N, "args": vars(args),
                                          "seconds": time.perf_counter() - started})
 
     meter, residuals, backward_residuals, stop = Meter(device), [], [], False
     started = time.perf_counter() - state["seconds"]
-    for epoch in range(step // steps_per_epoch, args.epochs):
+    # Evaluation comes first: a run that was cut off in one finds its checkpoint at the end of that epoch.
+    while not stop and (step < steps or evaluated < step):
+        if step > evaluated and step % steps_per_epoch == 0:        # an epoch has ended, maybe in the run before this
+            for buffer in model.buffers() if world > 1 else ():     # BatchNorm's statistics, of the first process
+                torch.distributed.broadcast(buffer, 0)
+            with timer.saved():
+                record = evaluate(model, test_set, args, process)
+            epoch, evaluated, last = step // steps_per_epoch, step, record["test_accuracy"]
+            if last > best:
+                best, best_epoch = last, epoch
+            for name, found in (("train", residuals), ("backward", backward_residuals)):
+                record.update(health(name, found, args.tol))
+                found.clear()
+            if main:
+                log.write(event="epoch", step=step, epoch=epoch, best_accuracy=best, best_epoch=best_epoch,
+                          seconds=time.perf_counter() - started, **record)
+                tqdm.write(f"epoch {epoch}: test accuracy {last:.2f} %, best {best:.2f} % (epoch {best_epoch}), test "
+                           f"loss {record['test_loss']:.4f}")
+                tqdm.write(f"  {spell_health(record, 'train', 'test', 'backward')}; {record['test_evals']:g} calls of "
+                           "F per solve")
+            save()
+            continue
+
+        epoch, done = divmod(step, steps_per_epoch)
         order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))          # the same on all processes
         batches = torch.randperm(N, generator=order).to(device).split(args.batch_size)
-        for b in tqdm(range(step % steps_per_epoch, steps_per_epoch), desc=f"epoch {epoch + 1}", leave=False,
+        meter.reset()
+        for b in tqdm(range(done, steps_per_epoch), desc=f"epoch {epoch + 1}", leave=False,
                       disable=not (main and sys.stderr.isatty())):
             index = batches[b].tensor_split(world)[rank]
             x, y = prepare(train_set.x[index], args.augment == "yes", memory_format(args)), train_set.y[index]
@@ -773,6 +788,7 @@ def train(args, process, timer, model, train_set, test_set):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            lr = scheduler.get_last_lr()[0]                 # of this step
             scheduler.step()
             step += 1
             meter.add(len(y), loss=loss / share, accuracy=100 * (logits.argmax(1) == y).float().mean())
@@ -780,9 +796,8 @@ def train(args, process, timer, model, train_set, test_set):
                 residuals.append(result.residual)
 
             # --- the step ends here; what follows is logging, diagnostics and saving ---
-            epoch_ends = b == steps_per_epoch - 1
             saving, stop = timer.poll()
-            saving = saving and not epoch_ends                          # an epoch's end saves after its evaluation
+            saving = saving or b == steps_per_epoch - 1             # before the evaluation, which may take long
             cosines_due, radii_due = (every and step % every == 0 for every in (args.cosine_every, args.radius_every))
             if cosines_due or radii_due:
                 paused = clock(device)
@@ -799,9 +814,9 @@ def train(args, process, timer, model, train_set, test_set):
                         tqdm.write(f"step {step}: spectral radius of J {radius['rho_J']:.3f}, of J_lam "
                                    f"{radius['rho_J_lam']:.3f}")
                 meter.start += clock(device) - paused               # diagnostics do not count as training time
-            if step % args.log_every == 0 or saving or epoch_ends:
+            if step % args.log_every == 0 or saving:
                 record = meter.read()                                   # host sync
-                broken = what_broke(record["loss"], model.parameters() if saving or epoch_ends else ())
+                broken = what_broke(record["loss"], model.parameters() if saving else ())
                 if broken:
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     if args.fig3:
@@ -810,8 +825,8 @@ def train(args, process, timer, model, train_set, test_set):
                         return math.nan
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
                 if main:
-                    lr, seconds = scheduler.get_last_lr()[0], time.perf_counter() - started
-                    log.write(event="train", step=step, epoch=epoch + 1, lr=lr, seconds=seconds, **record)
+                    log.write(event="train", step=step, epoch=epoch + 1, lr=lr, seconds=time.perf_counter() - started,
+                              **record)
                     gb = f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                     tqdm.write(f"step {step:6d}  epoch {epoch + 1:3d}  loss {record['loss']:.4f}  accuracy "
                                f"{record['accuracy']:5.2f} %  lr {lr:.5f}  {record['ms_per_step']:.0f} ms/step  "
@@ -819,36 +834,12 @@ def train(args, process, timer, model, train_set, test_set):
             if saving:
                 save()
                 meter.reset()
-                if stop:
-                    break
-        if stop and not epoch_ends:
-            break
-
-        if world > 1:
-            for buffer in model.buffers():          # evaluate the first process's BatchNorm statistics on all
-                torch.distributed.broadcast(buffer, 0)
-        record = evaluate(model, test_set, args, process)
-        last = record["test_accuracy"]
-        if last > best:
-            best, best_epoch = last, epoch + 1
-        for name, found in (("train", residuals), ("backward", backward_residuals)):
-            record.update(health(name, found, args.tol))
-            found.clear()
-        if main:
-            log.write(event="epoch", step=step, epoch=epoch + 1, best_accuracy=best, best_epoch=best_epoch,
-                      seconds=time.perf_counter() - started, **record)
-            tqdm.write(f"epoch {epoch + 1}: test accuracy {last:.2f} %, best {best:.2f} % (epoch {best_epoch}), test "
-                       f"loss {record['test_loss']:.4f}")
-            tqdm.write(f"  {spell_health(record, 'train', 'test', 'backward')}; {record['test_evals']:g} calls of F "
-                       "per solve")
-        save()
-        meter.reset()
-        if stop:
-            break
-    if stop and step < args.epochs * steps_per_epoch:
+            if stop:
+                break
+    if stop:
         if main and not args.fig3:
-            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {args.out} --resume auto",
-                  flush=True)
+            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with the same command, --out {args.out} "
+                  "and --resume auto", flush=True)
         return None
     if main:
         print(f"done: test accuracy {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; "
@@ -865,6 +856,7 @@ def figure3(args, process, timer, train_set, test_set):
     All begin with the same weights and see the same images in the same order.  None after a SIGTERM.
     """
     out, rows = Path(args.out), []
+    open_run(out, None)                     # the folder of a training run is none for this
     for grad, lam, k in itertools.product(*FIG3.values()):
         one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam, "k": k,
                                     "out": str(out / f"{grad}-{lam}-{k}")})
@@ -882,7 +874,7 @@ def figure3(args, process, timer, train_set, test_set):
     log = MetricsLog(out / "metrics.jsonl", last_step=-1)
     log.write(event="start", args=vars(args), **describe_run(process.device, 1))
     for row in rows:
-        log.write(event="fig3", **{**row, "accuracy": None if math.isnan(row["accuracy"]) else row["accuracy"]})
+        log.write(event="fig3", **row)
     print("\n| test accuracy, last epoch | " + " | ".join(f"k = {k}" for k in FIG3["k"]) + " |\n"
           + "|---" * (1 + len(FIG3["k"])) + "|")
     for grad, lam in itertools.product(FIG3["grad"], FIG3["lam"]):
@@ -921,12 +913,8 @@ def main(args):
         except OSError as error:
             die(f"--fig3 {args.fig3}: cannot make this folder ({error.strerror})")
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
-    if not args.out and args.resume:
-        args.out = str(Path(args.resume).parent)
-    elif not args.out:
-        args.out = f"runs/{args.model}-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
-    args.out = gather_objects(args.out)[0]          # the default's time differs from process to process
+    choose_out(args, f"{args.model}-{args.grad}")
     if args.batch_size % process.world_size:
         die(f"--batch-size {args.batch_size} is not divisible by the {process.world_size} processes")
     torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's own products stay in float32
@@ -941,7 +929,7 @@ def main(args):
     train_set, test_set = load_images(args, process)
     if args.eval:
         model = build_model(args, train_set.classes, process)
-        restore(args, model)
+        restore(args, model, test_set)
         if process.rank == 0:
             print(f"{args.resume}: {args.solver}, at most {args.max_iter} steps, tolerance {args.tol:g}; "
                   f"{len(test_set.y)} images", flush=True)

@@ -48,7 +48,6 @@ import multiprocessing
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 import warnings
@@ -67,11 +66,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision import transforms
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, check_same_run, clock, compiled,
-                    describe_run, die, equilibrium, fixed_point, flag_checks, gather_objects, health, init_process,
-                    is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state, rng_states,
-                    save_checkpoint, seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius,
-                    spell_health, upg, what_broke)
+from common import (Meter, SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run, choose_out,
+                    clock, compiled, describe_run, die, equilibrium, fixed_point, flag_checks, health,
+                    init_process, is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, open_run,
+                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
+                    solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -151,19 +150,15 @@ def parse_args(argv=None):
     refuse(args.benchmark and args.eval, "--benchmark and --eval are two different things to do: choose one")
     refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
     refuse(args.benchmark and "RANK" in os.environ, "--benchmark is for one process: run it without torchrun")
-    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
     refuse(args.init and (args.eval or args.benchmark),
            "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
-    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
-        args.out and args.resume == "auto"),
-        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
-    for flag, path in (("resume", args.resume), ("init", args.init)):               # before the data is read
-        refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
+    check_run_flags(args, refuse)
     if args.eval:                                   # what is not given here is as it was in training
         saved = load_checkpoint(args.resume)
         if is_ours(saved):
-            names = ("data", "channels", "head_channels", "final_channels", "crop", "resize", "solver", "max_iter",
-                     "tol")
+            check_same_run(args.resume, saved["args"], args, free=vars(args))           # of this script at all?
+            names = ("data", "channels", "head_channels", "final_channels", "crop", "resize", "lam", "solver",
+                     "max_iter", "tol")
             p.set_defaults(**{name: value for name, value in saved["args"].items() if name in names})
             args = p.parse_args(argv)
 
@@ -361,6 +356,10 @@ def report(problems, args):
         if args.on_bad_image == "stop":
             die(f"--data: cannot read the image {problem}; replace or remove it, or use --on-bad-image skip")
         tqdm.write(f"warning: left out the image {problem}", file=sys.stderr)
+
+
+def memory_format(args):
+    return torch.channels_last if args.memory_format == "channels-last" else torch.contiguous_format
 
 
 @functools.cache
@@ -677,21 +676,20 @@ def benchmark(model, x, y, args, repeats=3):
     """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats."""
     device, grads = x.device, ("implicit", "upg", "npg")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.tol = 0.0                     # all iterations
     model.train()
+
+    def forward():
+        with autocast(args, device):
+            return F.cross_entropy(model(x).float(), y)
+
+    def finish():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def step(grad, k):
         model.grad, model.k = grad, k
-        reset_peak_memory(device)
-        start = clock(device)
-        with autocast(args, device):
-            loss = F.cross_entropy(model(x).float(), y)
-        forward = clock(device)
-        loss.backward()
-        backward = clock(device)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        end = clock(device)
-        return 1e3 * (forward - start), 1e3 * (backward - forward), 1e3 * (end - start), peak_memory(device)
+        return timed_step(forward, finish, device)
 
     def overhead():
         with torch.no_grad(), autocast(args, device):
@@ -699,15 +697,8 @@ def benchmark(model, x, y, args, repeats=3):
             f, h0 = functools.partial(model.f, u=u, weights=model.weights()), model.zeros(u)
             return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
 
-    for grad in grads:
-        step(grad, args.k)      # warm-up, and compilation
-    times = {grad: [] for grad in grads}
-    overheads = [overhead()]
-    for _ in range(repeats):
-        for grad in grads:
-            times[grad].append(step(grad, args.k))
-        overheads.append(overhead())
-    median = {grad: [statistics.median(column) for column in zip(*times[grad])] for grad in grads}
+    median = medians_in_turns({**{grad: functools.partial(step, grad, args.k) for grad in grads},
+                               "overhead": overhead}, repeats)
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, images {tuple(x.shape)}, {args.solver}: "
           f"{model.max_iter} forward, {model.backward_max_iter} backward iterations, k = {args.k}; {about['device']}, "
@@ -715,21 +706,16 @@ def benchmark(model, x, y, args, repeats=3):
     print("gradient   forward ms  backward ms  step ms  peak GB  images/s  backward    step  (ratios: implicit / this)")
     base = median["implicit"]
     for grad in grads:
-        forward, backward, whole, gb = median[grad]
-        print(f"{grad:9s} {forward:11.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} {1e3 * len(y) / whole:9.1f} "
-              f"{base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
-    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
+        forward_ms, backward_ms, whole, gb = median[grad]
+        print(f"{grad:9s} {forward_ms:11.1f} {backward_ms:12.1f} {whole:8.1f} {gb:8.3f} {1e3 * len(y) / whole:9.1f} "
+              f"{base[1] / backward_ms:8.2f}x {base[2] / whole:6.2f}x")
+    ratio, f_ms = median["overhead"]
     print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
     memory = {k: step("npg", k)[3] for k in (1, 20)}
     print(f"NPG peak memory: k = 1 {memory[1]:.3f} GB, k = 20 {memory[20]:.3f} GB, ratio {memory[20] / memory[1]:.3f}")
-    model.grad, model.k = args.grad, args.k
 
 
 # --- training --------------------------------------------------------------------------------------------------------
-
-def memory_format(args):
-    return torch.channels_last if args.memory_format == "channels-last" else torch.contiguous_format
-
 
 def build_model(args, classes, process):
     model = MDEQ(args.channels, args.head_channels, args.final_channels, classes, args.dropout, grad=args.grad,
@@ -747,13 +733,7 @@ def build_model(args, classes, process):
     return model
 
 
-def load_weights(flag, path, state, model):
-    """Strictly, from one of our checkpoints or an official one."""
-    try:
-        model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
-    except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-        die(f"{flag} {path} does not fit the model (--channels, --head-channels, --final-channels, classes of --data): "
-            f"{' '.join(str(error).split())[:400]}")
+MISFIT = "{} {} does not fit the model (--channels, --head-channels, --final-channels, classes of --data)"
 
 
 def initialise(args, model):
@@ -769,7 +749,7 @@ def initialise(args, model):
                 len(weights[key]) != len(own[name])):
             print(f"note: --init has {len(weights[key])} classes, --data {len(own[name])}: new {name}", flush=True)
             weights[key] = own[name]
-    load_weights("--init", args.init, state, model)
+    load_weights(model, state, load_official, MISFIT.format("--init", args.init))
 
 
 def restore(args, model, classes, train_images=None, optimizer=None, scheduler=None):
@@ -784,17 +764,14 @@ def restore(args, model, classes, train_images=None, optimizer=None, scheduler=N
                 "log_every", "radius_every", "radius_images", "compile", "memory_format"}
         if args.eval:
             free |= set(vars(args)) - {"channels", "head_channels", "final_channels"}
+            note_differences(state["args"], args, "solver max_iter tol crop resize")
         check_same_run(args.resume, state["args"], args, free)
-        for name in ("solver", "max_iter", "tol", "crop", "resize") if args.eval else ():
-            if state["args"].get(name) != getattr(args, name):
-                print(f"note: trained with --{name.replace('_', '-')} {state['args'].get(name)}, evaluated with "
-                      f"{getattr(args, name)}", flush=True)
         if state.get("classes") != classes:
             die(f"--resume {args.resume} is of a run with other classes than --data {args.data} has")
         if not args.eval and state["images"] != train_images:
             die(f"--resume {args.resume} is of a run with {state['images']} training images, --data {args.data} has "
                 f"{train_images}: their order would be another one")
-    load_weights("--resume", args.resume, state, model)
+    load_weights(model, state, load_official, MISFIT.format("--resume", args.resume))
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -828,14 +805,10 @@ def train(args, process, model, train_set, val_set, classes):
     train_loader = image_loader(train_set, batches, args, device)
     val_loader = image_loader(val_set, own_batches(len(val_set), args, process), args, device)
     timer = SaveTimer(args.save_every)
-    if main:
-        log = MetricsLog(checkpoint.with_name("metrics.jsonl"), last_step=step, last_step_of={"epoch": evaluated})
-        parameters, about = sum(p.numel() for p in model.parameters()), describe_run(device, world)
-        log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
-        print(f"{about['command']}\n{about['device']} x {world}, torch {about['torch']}, commit {about['commit']}; "
-              f"writing to {args.out}\n{parameters:,} parameters; {len(train_set)} training and {len(val_set)} "
-              f"validation images of {len(classes)} classes; {args.epochs} epochs of {steps_per_epoch} steps"
-              + (f"; continues after step {step}" if step else ""), flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    log = start_log(args, process, step, parameters, f"{parameters:,} parameters; {len(train_set)} training and "
+                    f"{len(val_set)} validation images of {len(classes)} classes; {args.epochs} epochs of "
+                    f"{steps_per_epoch} steps", last_step_of={"epoch": evaluated})
 
     def share_statistics():
         """BatchNorm's, of the first process, for whatever uses the model in evaluation mode."""
@@ -903,6 +876,7 @@ def train(args, process, model, train_set, val_set, classes):
                     residuals.append(result.residual)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            lr = scheduler.get_last_lr()[0]                 # of this step
             scheduler.step()
             step += 1
 
@@ -928,8 +902,8 @@ def train(args, process, model, train_set, val_set, classes):
                     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
                     die(f"{broken} by step {step}: try a lower --lr or --lam; {kept}", code=1)
                 if main:
-                    lr, seconds = scheduler.get_last_lr()[0], time.perf_counter() - started
-                    log.write(event="train", step=step, epoch=batches.epoch + 1, lr=lr, seconds=seconds, **record)
+                    log.write(event="train", step=step, epoch=batches.epoch + 1, lr=lr,
+                              seconds=time.perf_counter() - started, **record)
                     gb = f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
                     tqdm.write(f"step {step:6d}  epoch {batches.epoch + 1:3d}  loss {record['loss']:.4f}  accuracy "
                                f"{record['accuracy']:5.2f} %  lr {lr:.5f}  {record['ms_per_step']:.0f} ms/step  "
@@ -941,8 +915,8 @@ def train(args, process, model, train_set, val_set, classes):
             if stop:
                 break
     if main and stop:
-        print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with --out {args.out} --resume auto",
-              flush=True)
+        print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with the same command, --out {args.out} and "
+              "--resume auto", flush=True)
     elif main:
         print(f"done: top-1 {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; chosen on "
               f"the validation images); {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
@@ -950,12 +924,8 @@ def train(args, process, model, train_set, val_set, classes):
 
 def main(args):
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
-    if not args.out and args.resume:
-        args.out = str(Path(args.resume).parent)
-    elif not args.out:
-        args.out = f"runs/imagenet-{args.grad}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     process = init_process()
-    args.out = gather_objects(args.out)[0]          # the default's time differs from process to process
+    choose_out(args, f"imagenet-{args.grad}")
     if args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")

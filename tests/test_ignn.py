@@ -779,6 +779,17 @@ def test_the_lookalike_of_ppi_is_seeded_and_heavy_tailed():
     assert (y.mean(0) - 0.3).abs().max() < 0.01 and y.shape[1] == 121 and graph.x.shape[1] == 50
 
 
+def test_a_finished_run_on_nodes_can_be_resumed(tmp_path, capsys):
+    """There is nothing left to do but to print the result; a --table4 that was cut off goes through here."""
+    run(*NODES, "--out", tmp_path)
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PPI-synthetic, ")]
+    before = results(tmp_path)
+    run(*NODES, "--out", tmp_path, "--resume", "auto")
+    assert line.rpartition(";")[0] in capsys.readouterr().out
+    after = results(tmp_path)
+    assert all(after[name] == before[name] for name in before if name not in ("args", "minutes"))
+
+
 def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     """Trained to the end: the equilibrium reaches every node, 4 hops a few; both are printed."""
     run("--dataset", "chains", "--chain-length", 10, "--epochs", 100, "--tol", 1e-4, "--out", tmp_path)
@@ -931,6 +942,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_lost(tu, tmp_path
     for mode in (["--eval"], ["--out", tmp_path / "b"]):
         error = refused(capsys, *SMALL, "--data", tu, "--resume", tmp_path / "cifar.pt", *mode)
         assert "cifar.pt is of another script" in error and "there is no --model here" in error
+    assert "cifar.pt is of another script" in refused(capsys, "--eval", "--resume", tmp_path / "cifar.pt")
     assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before
 
 
@@ -949,7 +961,7 @@ def test_every_gradient_trains(grad, tu, tmp_path):
         loss = results(tmp_path / "g")["folds"][fold]["loss"]
         assert loss[-1] < 0.9 * loss[0] and len(loss) == 12
     record = metrics(tmp_path / "g")[-1]
-    assert record["forward_solved"] == 1 and ("backward_evals" in record) == (grad == "implicit")
+    assert record["train_solved"] == 1 and ("backward_evals" in record) == (grad == "implicit")
     run(*NODES, "--out", tmp_path / "n", "--grad", grad, "--epochs", 2, "--lr", 0.02)
     loss = [r["loss"] for r in metrics(tmp_path / "n")]
     assert loss[-1] < 0.98 * loss[0]

@@ -164,7 +164,7 @@ def test_without_flags_the_recipe_is_the_papers(tmp_path, small):
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-5)
     assert len(group["params"]) == len(list(MDEQ(**{"channels": (8, 16), "head_channels": (4, 8)}).parameters()))
     assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (5, 1e-6, [0.05])
-    expected = [1e-6 + (0.05 - 1e-6) * (1 + torch.tensor(t * torch.pi / 5).cos().item()) / 2 for t in range(1, 6)]
+    expected = [1e-6 + (0.05 - 1e-6) * (1 + torch.tensor(t * torch.pi / 5).cos().item()) / 2 for t in range(5)]
     assert [r["lr"] for r in metrics(tmp_path, "train")] == pytest.approx(expected, rel=1e-5)
     assert torch.backends.cudnn.allow_tf32
 
@@ -563,7 +563,9 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for more, crop in (([], 32), (["--crop", "16"], 16)):
         taken = mdeq_imagenet.parse_args([*evaluation, *more])
         assert (taken.channels, taken.final_channels, taken.crop, taken.max_iter) == ([8, 16], 16, crop, 3)
-        assert taken.data == str(small)
+        assert taken.data == str(small) and taken.lam == 0.6
+    torch.save({**checkpoint(out), "args": {**checkpoint(out)["args"], "lam": 0.9}}, tmp_path / "lam.pt")
+    assert mdeq_imagenet.parse_args(["--eval", "--resume", str(tmp_path / "lam.pt")]).lam == 0.9
     more = make_folder(tmp_path / "more", train=49)
     message = refused(capsys, *SMALL_RUN, "--data", more, "--out", out, "--resume", "auto")
     assert "42 training images" in message and "has 49" in message
@@ -577,6 +579,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for mode in (["--out", tmp_path / "new"], ["--eval"]):
         message = refused(capsys, *SMALL_RUN, "--data", small, "--resume", tmp_path / "cifar.pt", *mode)
         assert "cifar.pt is of another script" in message and "there is no --train-size here" in message
+    assert "another script" in refused(capsys, "--data", "nowhere", "--eval", "--resume", tmp_path / "cifar.pt")
     assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
 
 

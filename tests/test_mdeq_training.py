@@ -275,7 +275,7 @@ def test_broken_data_is_named_before_training(break_it, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, narrow):
+def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, monkeypatch, narrow):
     """Other flags would change the curve in silence: the difference is named.  Folders of a run are not overwritten."""
     out = tmp_path / "run"
     run(*TINY_RUN, "--epochs", 1, "--out", out)
@@ -291,6 +291,10 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, narrow):
     evaluation = ["--eval", "--resume", str(out / "checkpoint.pt")]         # brings what is not given
     assert [mdeq_cifar.parse_args([*evaluation, *more]).max_iter for more in ([], ["--max-iter", "9"])] == [3, 9]
     assert [mdeq_cifar.parse_args([*evaluation, *more]).data for more in ([], ["--data", "d"])] == ["toy", "d"]
+    assert mdeq_cifar.parse_args(evaluation).test_size == 50
+    torch.save({"args": {"crop": 224}, "model": {}}, tmp_path / "imagenet.pt")
+    monkeypatch.setattr(mdeq_cifar, "load_images", lambda *_: pytest.fail("the data was read first"))
+    assert "another script" in refused(capsys, "--eval", "--resume", tmp_path / "imagenet.pt")
     assert (out / "metrics.jsonl").read_text() == before
 
 
@@ -360,7 +364,7 @@ def test_the_recipe_is_the_papers(tmp_path, narrow):
         assert group["weight_decay"] == decay and group.get("momentum") == (0.9 if name == "sgd" else None)
         assert len(group["params"]) == len(list(MDEQ().parameters()))
         assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (4, 1e-6, [lr])
-        expected = [1e-6 + (lr - 1e-6) * (1 + math.cos(t * math.pi / 4)) / 2 for t in range(1, 5)]
+        expected = [1e-6 + (lr - 1e-6) * (1 + math.cos(t * math.pi / 4)) / 2 for t in range(4)]
         assert [r["lr"] for r in metrics(out, "train")] == pytest.approx(expected, rel=1e-5)
 
 
@@ -430,7 +434,8 @@ def test_radii_are_means_at_the_equilibria_of_images_of_all_classes(monkeypatch,
         return lam + torch.arange(len(h[0])).float()
 
     monkeypatch.setattr(mdeq_cifar, "spectral_radius", radius)
-    assert mdeq_cifar.radii(model, images, args) == pytest.approx({"rho_J": 1 + 31.5, "rho_J_lam": 0.7 + 31.5})
+    assert mdeq_cifar.radii(model, images, args) == pytest.approx({
+        "rho_J": 1 + 31.5, "rho_J_lam": 0.7 + 31.5, "rho_J_above_1": 63 / 64})
     with torch.no_grad():
         _, result = model.eval()(prepare(images.x[:128:2], False, mdeq_cifar.memory_format(args)), with_result=True)
     assert (states[0] - result.h[0]).abs().max() < 1e-4 and torch.equal(states[0], states[1])
@@ -513,15 +518,15 @@ def test_a_sigterm_ends_the_benchmark_after_a_toy_run(tmp_path, monkeypatch, nar
     assert end.value.code == 0
 
 
-def test_the_benchmark_measures_every_gradient_and_leaves_the_model_as_it_is(capsys, monkeypatch):
+def test_the_benchmark_measures_every_gradient_and_leaves_the_weights_as_they_are(capsys, monkeypatch):
     """Steps in turns after a warm-up, then NPG's memory for k = 1 and 20; ratios are those of the printed times."""
     args, steps, forward = parse_args("--data toy --grad npg --k 2".split()), [], MDEQ.forward
-    model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, max_iter=3, backward_max_iter=3)
+    model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, max_iter=3, backward_max_iter=3, tol=0.5)
     monkeypatch.setattr(MDEQ, "forward", lambda self, x: (steps.append((self.grad, self.k)), forward(self, x))[1])
     before, images = [p.detach().clone() for p in model.parameters()], toy_images(20, seed=1)
     mdeq_cifar.benchmark(model, prepare(images.x, False, torch.channels_last), images.y, args, repeats=1)
     assert steps == [("implicit", 2), ("upg", 2), ("npg", 2)] * 2 + [("npg", 1), ("npg", 20)]
-    assert (model.grad, model.k) == ("npg", 2) and all(map(torch.equal, before, model.parameters()))
+    assert all(map(torch.equal, before, model.parameters())) and model.tol == 0         # all of the iterations
     lines = [line.replace("x", "").split() for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: [float(value) for value in line[1:]] for line in lines if line and line[0] in dict(steps)}
     assert list(rows) == ["implicit", "upg", "npg"]
@@ -542,6 +547,41 @@ def without_benchmark(*flags):
 def start(out, *flags):
     more = "--epochs 3 --save-every 0 --dropout 0.2 --augment yes".split()
     return Forked(f"{out}.log", without_benchmark, *TINY_RUN, *more, "--out", out, *flags)
+
+
+def test_a_sigterm_in_an_evaluation_ends_it_at_once_and_it_is_made_up_for(tmp_path, monkeypatch, narrow, capsys):
+    """The epoch was saved before; the continued run evaluates it first, and ends as an undisturbed one."""
+    run(*TINY_RUN, "--dropout", 0.2, "--out", tmp_path / "a")
+    real, calls = mdeq_cifar.evaluate, []
+
+    def sent(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(mdeq_cifar, "evaluate", sent)
+    with pytest.raises(SystemExit) as end:
+        run(*TINY_RUN, "--dropout", 0.2, "--out", tmp_path / "b")
+    assert end.value.code == 0 and len(calls) == 1 and not metrics(tmp_path / "b", "epoch")
+    run(*TINY_RUN, "--dropout", 0.2, "--out", tmp_path / "b", "--resume", "auto")
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    epochs = [[(r["step"], r["test_accuracy"], r["test_loss"], r["best_epoch"])
+               for r in metrics(tmp_path / name, "epoch")] for name in "ab"]
+    assert len(epochs[0]) == 2 and epochs[0] == epochs[1]
+    assert (one["evaluated"], two["evaluated"]) == (20, 20)
+
+
+def test_a_run_is_not_continued_on_other_images(tmp_path, narrow, capsys):
+    flags = [*TINY_RUN, "--epochs", 1, "--out"]
+    run(*flags, tmp_path / "a")
+    state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    for key, value, message in (("images", 99, "99 training images, --data toy has 100"),
+                                ("classes", 9, "9 classes, --data toy has 10")):
+        torch.save({**state, key: value}, tmp_path / "b.pt")
+        assert message in refused(capsys, *flags, tmp_path / "c", "--resume", tmp_path / "b.pt")
+    assert "9 classes" in refused(capsys, "--data", "toy", "--eval", "--resume", tmp_path / "b.pt")
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
@@ -741,8 +781,22 @@ def test_a_sigterm_ends_the_whole_of_figure_3(when, tmp_path, monkeypatch, narro
         return real(*args)
 
     monkeypatch.setattr(mdeq_cifar, name, sent)
-    run(*flags, "--fig3", tmp_path / "figures", "--out", tmp_path / "a")
-    text = capsys.readouterr().out
-    assert text.count("--resume auto") == 1 and f"--out {tmp_path / 'a'} and --resume auto" in text
+    flags += ["--fig3", tmp_path / "figures", "--out", tmp_path / "a"]
+    if when == "evaluation":                # at once
+        with pytest.raises(SystemExit) as end:
+            run(*flags)
+        assert end.value.code == 0 and "all is saved" in capsys.readouterr().err
+    else:
+        run(*flags)
+        text = capsys.readouterr().out
+        assert text.count("--resume auto") == 1 and f"--out {tmp_path / 'a'} and --resume auto" in text
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["upg-0.3-1"] and not Axes.drawn
-    assert len(metrics(tmp_path / "a" / "upg-0.3-1", "epoch")) == (when == "evaluation")
+    assert (tmp_path / "a" / "upg-0.3-1" / "checkpoint.pt").exists()
+    assert not metrics(tmp_path / "a" / "upg-0.3-1", "epoch")
+
+
+def test_the_folder_of_a_training_run_is_not_taken_for_figure_3(tmp_path, narrow, fake_matplotlib, capsys):
+    run(*TINY_RUN, "--epochs", 1, "--out", tmp_path / "a")
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    message = refused(capsys, *TINY_RUN, "--k", 5, "--epochs", 1, "--fig3", tmp_path, "--out", tmp_path / "a")
+    assert "already holds a run" in message and (tmp_path / "a" / "metrics.jsonl").read_text() == before

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ import torch
 from processes import pair
 
 import common
-from common import (Meter, MetricsLog, Process, SaveTimer, all_reduce_sum, describe_run, die, first_then_others, health,
-                    init_process, is_ours, load_checkpoint, open_run, peak_memory, reset_peak_memory, rng_state,
-                    rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
-                    solver_overhead, spell_health, what_broke)
+from common import (Meter, MetricsLog, Process, SaveTimer, all_reduce_sum, choose_out, describe_run, die,
+                    first_then_others, health, init_process, is_ours, load_checkpoint, medians_in_turns,
+                    note_differences, open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
+                    seed_everything, set_rng_state, set_rng_states, solver_overhead, spell_health, start_log,
+                    timed_step, what_broke)
 
 
 def state(step):
@@ -300,6 +302,32 @@ def test_a_new_log_appends_and_a_resumed_one_keeps_what_has_no_step(tmp_path):
         {"event": "start"}, {"step": 5}, {"step": 6}, {"step": 7}]
 
 
+def test_a_step_is_timed_in_three_parts(monkeypatch):
+    """1 s forward, 2 s backward, 4 s to finish; the whole step is their sum."""
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds, result=None):
+        now[0] += seconds
+        return result
+
+    loss = SimpleNamespace(backward=lambda: takes(2))
+    times = timed_step(lambda: takes(1, loss), lambda: takes(4), torch.device("cpu"))
+    assert times[:3] == [1000, 2000, 7000] and len(times) == 4
+
+
+def test_medians_are_of_turns_of_which_the_first_does_not_count():
+    calls, numbers = [], {"a": iter([100, 1, 5, 3]), "b": iter([200, 20, 40, 30])}
+
+    def measure(name):
+        calls.append(name)
+        n = next(numbers[name])
+        return [n, -n]
+
+    found = medians_in_turns({name: partial(measure, name) for name in "ab"}, repeats=3)
+    assert found == {"a": [3, -3], "b": [30, -30]} and calls == ["a", "b"] * 4
+
+
 def test_a_solvers_overhead_is_its_time_over_that_of_its_calls_of_f(monkeypatch):
     """A solver of 4 calls of f, 0.5 s each, that needs 1 s more; f alone is timed on the solver's result."""
     now, states = [0.0], []
@@ -388,6 +416,7 @@ def test_residual_statistics_are_nearest_ranks_of_all_solves(monkeypatch):
     monkeypatch.setattr(common, "gather_objects", lambda own: [own, parts[2]])
     record = health("x", parts[:2], 0.2)
     assert record == pytest.approx(expected)
+    assert health("x", parts[:1], 0.2, alone=True)["x_solved"] == 0.25
     assert health("x", [], 0.7)["x_solved"] == 0.75         # a process without a solve takes part all the same
     assert spell_health({**record, **health("y", [], 0.9)}, "z", "y", "x") == (
         "relative residual (10, 50, 90 %) and share solved: y 3e-01 7e-01 8e-01, 100 %; x 1e-01 4e-01 8e-01, 30 %")
@@ -435,6 +464,47 @@ def test_generators_go_on_where_the_processes_are_as_many(capsys):
         set_rng_states(states, process)
         assert torch.equal(torch.rand(3), expected) == same
         assert ("note: the checkpoint is of 2 process(es)" in capsys.readouterr().out) == (process.world_size == 1)
+
+
+def test_the_first_process_notes_and_prints_the_start_of_a_run(tmp_path, capsys):
+    args = SimpleNamespace(out=str(tmp_path / "a"), lr=0.1)
+    assert start_log(args, Process(1, 2, torch.device("cpu")), 0, 7, "7 parameters") is None
+    assert not (tmp_path / "a").exists() and not capsys.readouterr().out
+    for step, tail in ((0, "7 parameters"), (5, "7 parameters; continues after step 5")):
+        log = start_log(args, Process(0, 2, torch.device("cpu")), step, 7, "7 parameters", {"epoch": 4})
+        lines = capsys.readouterr().out.splitlines()
+        assert "x 2, torch" in lines[1] and f"writing to {args.out}" in lines[1] and lines[2] == tail
+        for event, at in (("train", 5), ("train", 6), ("epoch", 4), ("epoch", 5)):
+            log.write(event=event, step=at)
+    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["event"], r["step"]) for r in records] == [
+        ("start", 0), ("train", 5), ("epoch", 4), ("start", 5), ("train", 5), ("train", 6), ("epoch", 4), ("epoch", 5)]
+    assert records[0]["parameters"] == 7 and records[0]["processes"] == 2 and records[0]["args"] == vars(args)
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    """NaN and Infinity, which Python would write, are no JSON."""
+    MetricsLog(tmp_path / "metrics.jsonl").write(a=math.nan, b=-math.inf, c=0.5, d="nan", e=[1])
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": None, "c": 0.5, "d": "nan", "e": [1]}
+
+
+def test_flags_of_another_value_in_training_are_noted_by_the_first_process(monkeypatch, capsys):
+    saved, args = {"max_iter": 22, "tol": 0.0, "lr": 1.0}, SimpleNamespace(max_iter=5, tol=0.0, lr=2.0, amp=True)
+    note_differences(saved, args, "max_iter tol amp")
+    assert capsys.readouterr().err.splitlines() == ["note: trained with --max-iter 22, evaluated with 5",
+                                                    "note: trained with --amp None, evaluated with True"]
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "get_rank", lambda: 1)
+    note_differences(saved, args, "max_iter tol amp")
+    assert not capsys.readouterr().err
+
+
+def test_a_run_is_continued_in_its_own_folder():
+    for out, resume, expected in (("a", "b/checkpoint.pt", "a"), (None, "b/checkpoint.pt", "b"), ("a", "auto", "a")):
+        args = SimpleNamespace(out=out, resume=resume)
+        choose_out(args, "x")
+        assert args.out == expected
 
 
 def test_a_log_makes_its_folder_or_names_it(tmp_path, capsys):
@@ -550,7 +620,7 @@ def test_if_the_first_process_finds_bad_input_all_end_with_its_one_line(tmp_path
 def test_all_processes_write_to_the_default_folder_of_the_first(monkeypatch, sigterm, script, flags, train):
     """Its name holds the time and the number of a process."""
     script, found = importlib.import_module(script), []
-    monkeypatch.setattr(script, "gather_objects", lambda own: [f"first/{own}", own])
+    monkeypatch.setattr(common, "gather_objects", lambda own: [f"first/{own}", own])
     monkeypatch.setattr(script, train, lambda args, *_, **__: found.append(args.out))
     script.main(flags.split() if script.__name__ == "deq_wikitext" else script.parse_args(flags.split()))
     assert len(found) == 1 and found[0].startswith("first/runs/")

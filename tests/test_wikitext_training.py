@@ -137,6 +137,14 @@ def test_the_weight_of_jr_grows_as_the_official_scripts_do():
     assert jr_weight(parse_args("--jr 0.1".split()), 299_999) == 0.1
 
 
+def test_jr_may_grow_from_zero(small, tmp_path, monkeypatch):
+    """Weight 0 for two steps, without the cost of the term, then 0.1 and 0.2; --clip 0 does not clip."""
+    calls = calls_of_forward(monkeypatch)
+    run(*RUN, "--data", small, "--out", tmp_path, "--jr", 0, "--jr-increment", 2, "--jr-freq", 1, "--clip", 0)
+    assert [call["regularize"] for call in calls] == [False] * 2 + [True] * 4
+    assert all(record["grad_norm"] > 0 for record in metrics(tmp_path, "train"))
+
+
 def calls_of_forward(monkeypatch):
     calls, real = [], deq_wikitext.DEQTransformer.forward
 
@@ -293,7 +301,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--grad implicit --lam auto", "--lam auto"), ("--k 0", "--k"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
     ("--dropatt nan", "--dropatt"), ("--max-iter -1", "--max-iter"), ("--max-iter 0 --grad npg", "--max-iter 0"),
     ("--max-iter 0 --jr 1", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
-    ("--jr-freq 0", "--jr-freq"), ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip 0", "--clip"),
+    ("--jr-freq 0", "--jr-freq"), ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip -1", "--clip"),
     ("--accumulate 3", "--batch-size 4"), ("--seed 9223372036854775808", "--seed"), ("--jr-increment -1", "--jr-incr"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--generate x", "--resume"),
     ("--eval-max-iter 0", "--eval-max-iter"), ("--eval --resume auto --out x", "--resume"), ("--resume auto", "--out"),
@@ -535,13 +543,14 @@ def test_a_checkpoint_is_evaluated_with_its_own_flags(tmp_path, small, capsys):
 
     lines, notes = evaluated()
     assert lines[0] == f"{path}, step 12: anderson, at most 4 steps, tolerance 0.01; 2 streams, segments of 6"
-    assert [line.split()[0] for line in lines[1:]] == ["valid", "test", "spectral"] and not notes
-    assert lines[2].startswith(f"test perplexity {test['test_perplexity']:.6g} of {test['test_tokens']} tokens, ")
+    assert [line.split()[0] for line in lines[1:]] == ["valid", "relative", "test", "relative", "spectral"]
+    assert lines[3].startswith(f"test perplexity {test['test_perplexity']:.6g} of {test['test_tokens']} tokens, ")
+    assert not notes
     lines, notes = evaluated("--eval-mem-len", 8, 20)
-    assert [line.split()[0] for line in lines[1:]] == ["valid", "test", "valid", "test", "spectral"]
-    assert "memory 8;" in lines[2] and "memory 20; relative residual" in lines[4] and not notes
+    assert [line.split()[0] for line in lines[1::2]] == ["valid", "test", "valid", "test", "spectral"]
+    assert "memory 8" in lines[3] and "memory 20" in lines[7] and not notes
     lines, notes = evaluated("--solver", "broyden", "--max-iter", 7, "--mem-len", 3, "--segment", 5, "--tol", 0)
-    assert ": broyden, at most 7 steps, tolerance 0; 2 streams, segments of 5" in lines[0] and "memory 3;" in lines[2]
+    assert ": broyden, at most 7 steps, tolerance 0; 2 streams, segments of 5" in lines[0] and "memory 3" in lines[3]
     assert len(notes) == 5 and "note: trained with --max-iter 4, evaluated with 7" in notes
     assert ": fixed-point, at most 9 steps" in evaluated("--eval-solver", "fixed-point", "--eval-max-iter", 9)[0][0]
     assert "--amp True" not in str(notes) and "--amp False, evaluated with True" in str(evaluated("--amp")[1])
