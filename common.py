@@ -241,7 +241,10 @@ class _Progress:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _solver(method):
-    """Runs a solver without a graph, and its own products in full precision also under autocast: only f sees it."""
+    """Runs a solver without a graph, and its own products in float32 also under autocast: only f sees that.
+
+    On GPUs they are in TF32 where torch.set_float32_matmul_precision allows it.
+    """
     @functools.wraps(method)
     def solve(f, h0, **options):
         device = _Layout(h0).device.type
@@ -279,7 +282,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
         run.evaluate(x, g)
         better, out = run.improved(), x
         if run.on_cpu and bool((better | (run.lowest <= run.tol)).all()):
-            x_best, out = x, x_best                 # no copy: x is everyone's best state, as who is solved rests at it
+            x_best, out = x, x_best     # no copy: each sample has improved at x, or is solved and has not moved since
         else:
             torch.where(run.per_row(better), x, x_best, out=x_best)
         if run.finished():
@@ -369,8 +372,8 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     def best_state():
         """The best state of this stretch, found again from its nearer end; costs nothing during the solve.
 
-        That is origin + s_0 + ... or x - s_{n-1} - ...: each repeats the rounding of the way there only roughly, which
-        counts after a long excursion.  Overwrites `origin`.
+        That is origin + s_0 + ... or x - s_{n-1} - ...: the sum of the steps is not the iterate bit for bit, and the
+        longer the way, the larger the difference.  Overwrites `origin`.
         """
         at = run.best()[1] - first
         before = torch.arange(n, device=x.device) < at[:, None]                                     # (N, n)
@@ -675,7 +678,8 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
 def adaptive_damping(rho: Tensor) -> float:
     """lam = 1 / rho(J) clipped to (0, 1] (App. D.3), for the largest of the rho given.  One host synchronisation.
 
-    Raises ValueError for a rho that is not finite.
+    Helps where the largest eigenvalue is negative or complex; one above 1 stays above 1 under any damping.  Raises
+    ValueError for a rho that is not finite.
     """
     largest = float(rho.max())
     _require(math.isfinite(largest), f"rho must be finite, got {largest}")
@@ -728,8 +732,8 @@ def die(message: str, code: int = 2):
 def flag_checks(parser):
     """(refuse, check) for an argparse.ArgumentParser: each ends the run with its usage, one line and exit code 2.
 
-    refuse(wrong, message): if `wrong`.  check(args, names, ok, must): if ok(x) is false for the value x, or one of the
-    list, of a flag in `names`, its destinations separated by blanks; `must` says what it must be.
+    refuse(wrong, message): if `wrong`.  check(args, names, ok, must): if ok(x) is false for the value x of one of the
+    flags, or for an entry of its list; `names` are their destinations, separated by blanks, `must` what x must be.
     """
     def refuse(wrong, message):
         if wrong:
@@ -981,8 +985,8 @@ class SaveTimer:
     """Says when to save: every `minutes`, and as soon as one process was sent SIGTERM, which also ends the run.
 
     SIGTERM is what a cluster sends some seconds before it kills a job; without this the work since the last
-    checkpoint is lost.  Takes over the process's SIGTERM.  While `saved`, a process that is sent it ends alone: then
-    all must be sent it, as clusters and torchrun do.
+    checkpoint is lost.  Takes over the process's SIGTERM.  Inside `saved()` a process that is sent it ends at once,
+    without telling the others: SIGTERM must go to all, as from clusters and torchrun.
     """
 
     def __init__(self, minutes: float):
@@ -1023,10 +1027,10 @@ class SaveTimer:
 
 
 class MetricsLog:
-    """Appends one JSON object per line to `path`, in a folder that it makes; a resumed run drops what it will repeat,
-    step > last_step.
+    """Appends one JSON object per line to `path`, in a folder that it makes.
 
-    last_step_of: the same for records of one event, where it differs, as in {"epoch": 500}.
+    A resumed run drops what it will repeat: records with step > last_step; last_step_of, as {"epoch": 500}, gives
+    another limit for an event.
     """
 
     def __init__(self, path: str | os.PathLike, last_step: int | None = None, last_step_of: dict | None = None):

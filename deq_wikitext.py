@@ -827,7 +827,7 @@ def evaluating(model, args):
     """The model in evaluation mode, with the solver of evaluation.
 
     A solver sees the future a little: its inner products, its stop and its choice of the best state are of a stream's
-    whole segment.  Where all is solved to the tolerance, so is the difference.
+    whole segment.  The leak is of the size of the residual.
     """
     before = model.solver, model.max_iter, model.training
     model.solver, model.max_iter = SOLVERS.get(args.eval_solver, fixed_point), args.eval_max_iter
@@ -1247,6 +1247,8 @@ def train(args, process, model, text):
         print(f"weights: {here}; evaluate them with: python deq_wikitext.py --eval --resume {shlex.quote(str(here))}"
               + flags, flush=True)
 
+
+# --- main ------------------------------------------------------------------------------------------------------------
 
 def evaluate_checkpoint(args, process, model, text, state):
     """--eval: perplexities at each memory length, and spectral radii."""

@@ -74,7 +74,7 @@ from tqdm import tqdm
 from common import (SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run, choose_out,
                     describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
                     health, init_process, is_ours, load_checkpoint, medians_in_turns, open_run,
-                    save_checkpoint, seed_everything, solver_overhead, start_log, timed_step, upg)
+                    save_checkpoint, seed_everything, solver_overhead, start_log, timed_step, upg, what_broke)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -986,7 +986,7 @@ def train_graphs(args, process, timer, graphs):
             results.setdefault(fold, {name: [] for name in ("loss", "test", "test_2a", "val", "val_loss")})
         for epoch in tqdm(range(state["epoch"], args.epochs), desc=f"fold {fold}", leave=False,
                           disable=not (process.rank == 0 and sys.stderr.isatty())):
-            record = None
+            record, broken = None, ""
             if fold is not None:
                 log_of_solves, losses = [], []
                 for group in optimizer.param_groups:
@@ -1009,13 +1009,13 @@ def train_graphs(args, process, timer, graphs):
                 values = dict(zip(columns, torch.stack(list(columns.values())).tolist()))           # host sync
                 for name, value in values.items():
                     results[fold][name].append(value)
-                record = {"fold": fold, **values, **solves(log_of_solves, args)}
+                broken = what_broke(values["loss"], model.parameters())
+                record = {"fold": fold, "lr": group["lr"], **values, **solves(log_of_solves, args)}
             records = [r for r in gather_objects(record) if r]
-            for r in records:
-                if not math.isfinite(r["loss"]):
+            for name, what in gather_objects((fold, broken)):
+                if what:
                     kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
-                    die(f"the loss of fold {r['fold']} became {r['loss']} in epoch {epoch + 1}: try a lower --lr or "
-                        f"--kappa; {kept}", code=1)
+                    die(f"fold {name}, epoch {epoch + 1}: {what}; try a lower --lr or --kappa; {kept}", code=1)
             done = epoch + 1 == args.epochs
             if process.rank == 0:
                 for r in records:
@@ -1098,7 +1098,7 @@ def train_nodes(args, process, timer, splits, hops=0):
     curve, collapsed = state["curve"], state["collapsed"]       # [(val score, test score)] after each epoch
     started, since, last = time.perf_counter() - state["seconds"], time.perf_counter(), state["epoch"]
     net = DistributedDataParallel(model) if world > 1 else model
-    stop, loss = False, 0.0
+    stop, broken = False, ""
     for epoch in tqdm(range(state["epoch"], args.epochs), desc="training", leave=False,
                       disable=not (rank == 0 and sys.stderr.isatty())):
         log_of_solves, losses = [], []
@@ -1121,8 +1121,9 @@ def train_nodes(args, process, timer, splits, hops=0):
         curve.append((val, test))
         best = max(range(len(curve)), key=lambda e: curve[e][0])
         down, new = collapsed and "recovered" not in collapsed.rpartition(";")[2], ""
-        if not math.isfinite(loss):
-            new = f"the loss became {loss} in epoch {epoch + 1}"
+        broken = what_broke(loss, model.parameters())
+        if broken:
+            new = f"{broken} in epoch {epoch + 1}"
         elif binary and not down and curve[best][0] > constant + 5 and val <= constant + 1:
             new = (f"collapsed in epoch {epoch + 1}: validation {metric} fell from {curve[best][0]:.1f} to "
                    f"{val:.1f} %, a constant prediction's")
@@ -1143,7 +1144,7 @@ def train_nodes(args, process, timer, splits, hops=0):
                 ms, since, last = 1e3 * (now - since) / (epoch + 1 - last), now, epoch + 1
                 tqdm.write(f"epoch {epoch + 1:4d}  loss {loss:.4g}  {metric}: val {val:.2f} %, test {test:.2f} %  "
                            + ("" if hops else f"{spell(record)}  ") + f"{ms:.0f} ms/epoch")
-        if not math.isfinite(loss):
+        if broken:
             break
         saving, stop = timer.poll()
         if (saving or done) and rank == 0:
@@ -1168,7 +1169,7 @@ def train_nodes(args, process, timer, splits, hops=0):
         print(f"{args.dataset}, {method}, test {metric}: "
               + ", ".join(f"{name} {value:.2f} %" for name, value in table.items()) + f"; {minutes:.1f} minutes"
               + (f"; {collapsed}" if collapsed else ""), flush=True)
-    if not math.isfinite(loss) and not args.table4:
+    if broken and not args.table4:
         die(f"{collapsed}: try a lower --lr, --clip or --ppi-model robust; "
             + (f"the last good state is {path}" if path.exists() else "nothing was saved yet"), code=1)
     return {"table": table, "collapsed": collapsed, "minutes": minutes}

@@ -33,11 +33,13 @@ What makes it faster (--benchmark with the flag measures the first four; README.
 
 Measured: no GPU run yet.  README.md has the CPU runs on 1000 real images.
 
-Differs from the paper and its release: as mdeq_cifar.py in the solver (residuals per image, sign of Broyden's first
-step).  BatchNorm is per GPU, which is how UPG's numbers were made; the released script has SyncBN (here --sync-bn).
-Random crops by torchvision with the release's area and aspect (there: DALI).  The last, incomplete batch of an epoch is
-dropped: 10,009 steps.  The paper's 75.3 is of locuslab/mdeq, whose recipe differs in more than the gradient: 4 GPUs x
-32 images, crops of 8 to 100 % of the area, weights from Normal(0, 0.01); here all rows share UPG's.
+Differs from the paper and its release: residuals, and the choice of the best iterate, per image (there: one norm over
+the batch); Broyden's first step has the right sign (theirs is inverted); NPG follows Eq. (17), not Algorithms 2 and 3.
+Initialised by PyTorch's defaults, as its release is (CIFAR-10's is not).  BatchNorm is per GPU, which is how UPG's
+numbers were made; the released script has SyncBN (here --sync-bn).  Random crops by torchvision with the release's area
+and aspect (there: DALI).  The last, incomplete batch of an epoch is dropped: 10,009 steps.  The paper's 75.3 is of
+locuslab/mdeq, whose recipe differs in more than the gradient: 4 GPUs x 32 images, crops of 8 to 100 % of the area,
+weights from Normal(0, 0.01); here all rows share UPG's.
 """
 import argparse
 import atexit
@@ -921,6 +923,8 @@ def train(args, process, model, train_set, val_set, classes):
         print(f"done: top-1 {last:.2f} % after the last epoch; best epoch {best:.2f} % (epoch {best_epoch}; chosen on "
               f"the validation images); {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
 
+
+# --- main ------------------------------------------------------------------------------------------------------------
 
 def main(args):
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed

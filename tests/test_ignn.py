@@ -1007,6 +1007,15 @@ def test_protocols_are_what_they_say():
     assert list(table["2A + I: best per fold"]) == [45, 45] and list(table["2A + I: last"]) == [30, 30]
 
 
+def test_a_fold_whose_loss_or_weight_is_not_finite_ends_the_run(tu, tmp_path, capsys, monkeypatch):
+    flags = [*SMALL, "--data", tu]
+    message = refused(capsys, *flags, "--out", tmp_path / "a", "--lr", 1e36, code=1)
+    assert "fold 0, epoch 1: the loss became" in message and "nothing was saved yet" in message
+    monkeypatch.setattr(ignn_graphs, "what_broke", lambda loss, parameters: str(len(list(parameters))))
+    message = refused(capsys, *flags, "--out", tmp_path / "b", code=1)
+    assert "fold 0, epoch 1: " in message and int(message.split("epoch 1: ")[1].split(";")[0]) == 10
+
+
 def test_a_collapse_is_reported(tmp_path, capsys):
     """Fractions below a constant prediction's F1, and a loss that is no number: the run ends with code 1."""
     run(*NODES, "--out", tmp_path / "a", "--epochs", 1, "--lr", 1e-9)
