@@ -16,11 +16,13 @@ A state h is a tensor whose first dimension is the batch N, or a tuple/list of s
 per sample: where f treats samples independently, a batch gives the same answers as its samples one at a time.
 The paper writes Jacobians transposed: its "Jacobian-vector product" with J is PyTorch's vector-Jacobian product (VJP).
 
-Needs torch 2.6 or newer only: copy it into your project.  To copy a part: the mathematics, down to "Run helpers", uses
-nothing else (imports: functools, math, torch, and the names imported from typing and torch); with those and the line
-`State = ...`, a solver needs the section before the solvers, and `_solver`; `upg` `_check_phantom`, `_version` and
-`_check_unchanged`; `npg` `_check_phantom`, and `_vjp` to `_Undifferentiable`; `implicit` the latter, and a solver:
-`broyden`, or change its default.
+Needs torch 2.6 or newer only: copy it into your project; the mathematics ends at "Run helpers".  Or copy a part of it,
+with the imports functools, math, torch and those from typing and torch, the line `State = ...`, and
+
+    a solver    the section before the solvers, and `_solver`
+    upg         `_check_phantom`, `_version`, `_check_unchanged`
+    npg         `_check_phantom`, and from `_vjp` to `_Undifferentiable`
+    implicit    from `_vjp` to `_Undifferentiable`, and a solver: `broyden`, or change its default
 """
 import contextlib
 import functools
