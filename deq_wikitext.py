@@ -94,11 +94,7 @@ EVALUATION_FLAGS = {"data", "vocab", "local_size", "solver", "max_iter", "tol", 
                     "pretrain_steps", "pretrain_layers", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter"}
 
 
-def parse_args(argv=None, saved=None):
-    """saved: flags of the checkpoint that --eval or --generate use, in place of those that are not given.
-
-    Without it these two are only recognised, and nothing else is checked: main reads the checkpoint and calls again.
-    """
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.  --data "
                                 "DIR has wiki.{train,valid,test}.tokens or {train,valid,test}.txt.")
 
@@ -122,8 +118,8 @@ def parse_args(argv=None, saved=None):
     add("--n-blocks", "different pairs of attention and feed-forward part in F", type=int, default=1)
     add("--cutoffs", "first types, by falling frequency, of the softmax clusters after the first", type=int, nargs="+")
     add("--div-val", "each cluster's embedding is so many times narrower than the one before", type=int, default=4)
-    add("--local-size", "keys that a position sees, itself included; 0: 1000, which --mem-len plus --segment may then "
-        "not exceed", type=int, default=0)
+    add("--local-size", "keys that a position sees, itself included; 0: 1000, and --mem-len plus --segment must then "
+        "be at most that", type=int, default=0)
     add("--ln-affine", "layer normalisation with scale and shift", action="store_true")
     add("--attn-out-ln", "one more, on the concatenated heads", action="store_true")
     add("--init-before-norm", "F's weights begin as N(0, 0.01), not as PyTorch's default", action="store_true")
@@ -160,7 +156,8 @@ def parse_args(argv=None, saved=None):
     # evaluation
     add("--eval-every", "steps between evaluations on valid", type=int)
     add("--eval-streams", "streams that valid and test are cut into", type=int, default=16)
-    add("--eval-mem-len", "memory in evaluation; training uses the first (default --mem-len)", type=int, nargs="+")
+    add("--eval-mem-len", "memory in evaluation; evaluations during training use the first (default --mem-len)",
+        type=int, nargs="+")
     add("--eval-solver", "solver in evaluation; 'unrolled': --eval-max-iter plain steps, which alone never look ahead "
         "in the text (default --solver; with --max-iter 0 unrolled)", choices=[*SOLVERS, "unrolled"])
     add("--eval-max-iter", "steps in evaluation (default --max-iter, or --k where that is 0)", type=int)
@@ -196,12 +193,14 @@ def parse_args(argv=None, saved=None):
     check_run_flags(args, refuse)
     if only and not args.benchmark:
         refuse(args.resume in (None, "auto"), f"{mode} needs --resume FILE, the checkpoint to use")
-        if saved is None:
-            return args             # the flags are complete, and can be checked, when the checkpoint has been read
-        for name in ("solver", "max_iter", "mem_len"):      # one that is given beats the saved --eval-... of it, too
-            saved = {k: v for k, v in saved.items() if k != f"eval_{name}" or getattr(args, name) is None}
-        p.set_defaults(**{name: value for name, value in saved.items() if name in MODEL_FLAGS | EVALUATION_FLAGS})
-        args = p.parse_args(argv)
+        state = load_checkpoint(args.resume)
+        if is_ours(state):                          # what is not given here is as it was in training
+            saved = state["args"]
+            check_same_run(args.resume, saved, args, free=vars(args))                   # of this script at all?
+            for name in ("solver", "max_iter", "mem_len"):      # a given --solver also overrides a saved --eval-solver
+                saved = {k: v for k, v in saved.items() if k != f"eval_{name}" or getattr(args, name) is None}
+            p.set_defaults(**{name: value for name, value in saved.items() if name in MODEL_FLAGS | EVALUATION_FLAGS})
+            args = p.parse_args(argv)
 
     for name, (full, toy) in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -1273,15 +1272,11 @@ def evaluate_checkpoint(args, process, model, text, state):
             print(BEST.format(*text.best))
 
 
-def main(argv=None):
+def main(args):
     sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
-    args, state = parse_args(argv), None
-    process = init_process()
+    process, state = init_process(), None
     if args.eval or args.generate is not None:
         state = load_checkpoint(args.resume)
-        saved = state["args"] if is_ours(state) else {}
-        check_same_run(args.resume, saved, args, free=vars(args))       # of this script at all?
-        args = parse_args(argv, saved)
     elif args.batch_size % (process.world_size * args.accumulate):
         die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
             f"{args.accumulate}")
@@ -1315,4 +1310,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -564,7 +564,7 @@ class ImplicitLayer(nn.Module):
 
     @torch.no_grad()
     def project_(self, rho=None):
-        """To be called after every change of the weights: a forward pass changes nothing.
+        """To be called between a change of the weights and the next forward pass, which itself changes nothing.
 
         Puts W into the ball of radius kappa / rho.  With spectral W may be anywhere; then one power iteration of u, v.
         """

@@ -622,5 +622,5 @@ def test_all_processes_write_to_the_default_folder_of_the_first(monkeypatch, sig
     script, found = importlib.import_module(script), []
     monkeypatch.setattr(common, "gather_objects", lambda own: [f"first/{own}", own])
     monkeypatch.setattr(script, train, lambda args, *_, **__: found.append(args.out))
-    script.main(flags.split() if script.__name__ == "deq_wikitext" else script.parse_args(flags.split()))
+    script.main(script.parse_args(flags.split()))
     assert len(found) == 1 and found[0].startswith("first/runs/")

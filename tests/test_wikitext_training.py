@@ -67,7 +67,7 @@ def small(tmp_path_factory):
 
 
 def run(*flags):
-    main([str(flag) for flag in flags])
+    main(parse_args([str(flag) for flag in flags]))
 
 
 def metrics(out, event):
