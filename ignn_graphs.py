@@ -927,7 +927,7 @@ def dropout_mask(args, fold, epoch, step, batch):
     """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
     rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
     keep = (torch.rand(len(batch.y), args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
-    return keep.to(batch.x.device)
+    return keep.to(batch.x.device, non_blocking=True)           # a blocking copy would wait for all steps before
 
 
 def train_graphs(args, process, timer, graphs):

@@ -1,0 +1,201 @@
+"""A step on a GPU never waits for it, nor mixes it with the host; shown without one.
+
+Tensors of torch's meta device have shapes and no numbers: whatever reads one on the host (item, bool, tolist, nonzero,
+a copy to the host) raises.  `OneDevice` also refuses what only a GPU would refuse, or wait for.
+"""
+import contextlib
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import (Meter, Process, anderson, broyden, cosine_similarity, equilibrium, fixed_point,
+                    jacobian_regularization, spectral_radius)
+
+META = torch.device("meta")
+PROCESS = Process(0, 1, META)
+SOLVERS = [fixed_point, anderson, broyden]
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of host and device, single numbers excepted, and blocking copies to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t) and t.dim() > 0}
+        if len(devices) > 1:
+            copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+            assert copies, f"{func} on host and device"
+            assert (kwargs or {}).get("non_blocking") or True in args[2:], "a blocking copy to the device"
+        return out
+
+
+@pytest.fixture(autouse=True)
+def what_the_meta_device_lacks(monkeypatch):
+    """Autocast and, in torch 2.6, the backward pass of the fused weight norm."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "_weight_norm", lambda v, g, dim: v * (g / torch.norm_except_dim(v, 2, dim)))
+
+
+def cell(parts, N=3):
+    """A map of one part or of two, its start, and the tensors that its gradient must reach."""
+    w, u = (torch.randn(s, device=META, requires_grad=True) for s in ((4, 4, 3, 3), (N, 4, 8, 8)))
+
+    def one(h):
+        return torch.tanh(F.conv2d(h, w, padding=1) + u)
+
+    if parts == 1:
+        return one, torch.zeros_like(u), [w, u]
+    return (lambda h: (one(h[0]), torch.tanh(h[1] + h[0].mean((2, 3)))),
+            (torch.zeros_like(u), torch.zeros(N, 4, device=META)), [w, u])
+
+
+def script(name):
+    """The script, or a skip where one of its imports is not installed."""
+    return pytest.importorskip(name)
+
+
+def all_have_gradients(model):
+    return all(p.grad is not None for p in model.parameters())
+
+
+def test_reading_mixing_and_blocking_raise():
+    """Else the tests below could not fail."""
+    x, host = torch.ones(3, device=META), torch.ones(3)
+    with OneDevice():
+        for read in (lambda: x.sum().item(), lambda: bool((x > 0).all()), x.tolist, x.cpu, (x > 0).nonzero,
+                     lambda: x[x > 0]):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                read()
+        for wrong in (lambda: x @ host, lambda: x[torch.tensor([0])], lambda: host.to(META), lambda: x.copy_(host)):
+            with pytest.raises((RuntimeError, AssertionError)):
+                wrong()
+        host.to(META, non_blocking=True)
+        x + torch.ones(())
+
+
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("solver", [*SOLVERS, functools.partial(broyden, memory=3),
+                                    functools.partial(anderson, beta=0.5)])
+def test_a_solve_with_a_fixed_budget(solver, parts, mode):
+    f, h0, _ = cell(parts)
+    with OneDevice():
+        result = solver(f, h0, max_iter=9, tol=0, stop_mode=mode)
+    assert result.n_evals == 10
+    assert all(t.device == META for t in (result.residual, result.trace, result.converged))
+
+
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+def test_a_solve_of_samples_of_different_length(mode):
+    f, h0, _ = cell(1)
+    offsets = torch.empty(3, dtype=torch.long, device=META)
+    with OneDevice():
+        assert fixed_point(f, h0, max_iter=9, tol=0, stop_mode=mode, offsets=offsets).residual.shape == (2,)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_with_a_tolerance_the_first_look_is_after_the_eighth_evaluation(solver):
+    f, h0, _ = cell(1)
+    calls = []
+
+    def counted(h):
+        calls.append(None)
+        return f(h)
+
+    with OneDevice():
+        solver(counted, h0, max_iter=6, tol=1e-3)
+        calls.clear()
+        with pytest.raises(RuntimeError, match="meta"):
+            solver(counted, h0, max_iter=9, tol=1e-3)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("grad", ["upg", "npg", "implicit", "bptt"])
+def test_a_gradient(grad, parts):
+    f, h0, needed = cell(parts)
+    with OneDevice():
+        h, _ = equilibrium(f, h0, grad=grad, k=3, solver=fixed_point if grad == "bptt" else broyden, max_iter=5, tol=0,
+                           backward_max_iter=9, backward_tol=0)
+        sum(p.square().sum() for p in tree_leaves(h)).backward()
+    assert all(x.grad.device == META for x in needed)
+
+
+def test_diagnostics_and_meter():
+    f, h0, needed = cell(2)
+    with OneDevice():
+        assert spectral_radius(f, h0, n_iter=4).device == META
+        jacobian_regularization(f, h0).backward()
+        grads = [x.grad for x in needed]
+        assert cosine_similarity(grads, [grads[0], None]).device == META
+        meter = Meter(META)
+        for _ in range(2):
+            meter.add(3, loss=torch.ones((), device=META))
+
+
+@pytest.mark.parametrize("flags", ["--memory-format channels-last", "--grad npg", "--grad implicit --dropout 0.2",
+                                   "--pretrain-steps 1"])
+@pytest.mark.parametrize("name", ["mdeq_cifar", "mdeq_imagenet"])
+def test_a_step_and_an_evaluation_of_mdeq(name, flags):
+    module = script(name)
+    args = module.parse_args(f"--data toy --memory-format contiguous --max-iter 2 --backward-max-iter 2 --k 2 {flags}"
+                             .split())
+    with META:
+        model = module.build_model(args, 10, PROCESS)
+    module.normalisation(META)                              # sent to the device once
+    cifar = name == "mdeq_cifar"
+    x, y = torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.arange(4)
+    with OneDevice():
+        x, y = (t.to(META, non_blocking=True) for t in (x, y))
+        x = module.prepare(x, True, module.memory_format(args)) if cifar else module.prepare(x, args, META)
+        F.cross_entropy(model(x, unroll=2 * args.pretrain_steps), y).backward()
+        with torch.no_grad():
+            logits, result = model.eval()(x, with_result=True)
+    assert all_have_gradients(model) and logits.device == result.residual.device == META
+
+
+@pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit --checkpoint-blocks", "--pretrain-steps 1",
+                                   "--norm pre --dropout 0.1 --dropatt 0.1 --jr 1",
+                                   "--n-blocks 2 --ln-affine --attn-out-ln --dropout 0.1 --output-dropout channels"])
+def test_a_step_and_an_evaluation_of_the_transformer_with_ids_on_the_host(flags):
+    module = script("deq_wikitext")
+    args = module.parse_args(f"--data toy --tol 0 --max-iter 2 --backward-max-iter 2 --k 2 --mem-len 9 {flags}".split())
+    with META:
+        model = module.build_model(args, 2000, PROCESS)
+    ids, memory = torch.arange(2 * 21).view(2, 21) * 47, None           # of all three clusters
+    with OneDevice():
+        for start in (0, 10):
+            out = model(ids[:, start:start + 10], ids[:, start + 1:start + 11], memory, unroll=2 * args.pretrain_steps,
+                        regularize=args.jr > 0 and args.pretrain_steps == 0)
+            (out.nll.mean() + (0 if out.jr is None else out.jr)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            memory = out.memory
+        with torch.no_grad():
+            assert model.eval()(ids[:, :10], ids[:, 1:11], memory).nll.device == META
+    assert all_have_gradients(model) and memory.h.shape[1] == 9
+
+
+@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("anderson", "npg"), ("broyden", "implicit")])
+def test_a_step_of_ignn(solver, grad, monkeypatch):
+    """Sparse matrices replaced by dense ones: there are none on the meta device."""
+    module = script("ignn_graphs")
+    monkeypatch.setattr(module, "propagate", lambda A, h: A.matrix @ h)
+    args = module.parse_args(f"--dataset COX2 --hidden 8 --tol 0 --backward-tol 0 --max-iter 3 --backward-max-iter 3 "
+                             f"--solver {solver} --grad {grad}".split())
+    with META:
+        model = module.GraphIGNN(6, 2, args.hidden, args.kappa, args.dropout, module.solver_settings(args))
+        adjacency, pool = (module.Sparse(torch.zeros(n, 12), None) for n in (12, 3))
+        batch = module.Graphs(torch.zeros(12, 6), torch.zeros(3, dtype=torch.long), adjacency, pool,
+                              torch.zeros(4, dtype=torch.long), 5, torch.zeros(12, dtype=torch.long), None, None)
+    with OneDevice():
+        log_probs = model(batch, module.dropout_mask(args, fold=0, epoch=0, step=0, batch=batch))
+        F.nll_loss(log_probs, batch.y).backward()
+        model.project_()
+        assert all(t.device == META for t in module.evaluate_graphs(model, batch))
+    assert all_have_gradients(model)
