@@ -26,6 +26,7 @@ with the imports functools, math, torch and those from typing and torch, the lin
 """
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -797,12 +798,16 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def gather_objects(value) -> list:
-    """[the value of each process], by rank, for anything that can be pickled; all processes must call it."""
+    """[the value of each process], by rank, for anything that can be pickled; all processes must call it.
+
+    Of several processes the tensors come back on the CPU.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    file, values = io.BytesIO(), [None] * dist.get_world_size()
+    torch.save(value, file)
+    dist.all_gather_object(values, file.getvalue())     # of bytes: a tensor would come back on the GPU of its sender
+    return [torch.load(io.BytesIO(v), map_location="cpu", weights_only=False) for v in values]
 
 
 def first_then_others(make: Callable, process: Process):

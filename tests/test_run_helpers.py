@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from processes import pair
 
 import common
 from common import (Meter, MetricsLog, Process, SaveTimer, all_reduce_sum, choose_out, describe_run, die,
-                    first_then_others, health, init_process, is_ours, load_checkpoint, medians_in_turns,
+                    first_then_others, gather_objects, health, init_process, is_ours, load_checkpoint, medians_in_turns,
                     note_differences, open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
                     seed_everything, set_rng_state, set_rng_states, solver_overhead, spell_health, start_log,
                     timed_step, what_broke)
@@ -580,6 +581,23 @@ def meet():
 def test_two_processes_find_each_other(tmp_path):
     """Process group, random states by rank, sums.  Gradients: test_usage.py; under torchrun: the scripts' tests."""
     for process in pair(tmp_path / "log", meet):
+        process.finish()
+
+
+def gather_from_gpus():
+    """Each process's tensors say, as they are written, that they are on its GPU; there is none to put them on."""
+    process = init_process()
+    with mock.patch("torch.serialization.location_tag", lambda storage: f"cuda:{process.rank}"):
+        values = gather_objects({"rank": process.rank, "state": [torch.full((2,), float(process.rank))]})
+    assert [v["rank"] for v in values] == [0, 1]
+    assert all(t.device.type == "cpu" and t.tolist() == 2 * [float(rank)]
+               for rank, (t,) in enumerate(v["state"] for v in values))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_gathered_from_other_gpus_comes_back_on_the_cpu(tmp_path):
+    """all_gather_object alone puts each tensor on the GPU of its sender: eight processes with memory on eight GPUs."""
+    for process in pair(tmp_path / "log", gather_from_gpus):
         process.finish()
 
 
