@@ -25,6 +25,7 @@ with the imports functools, math, torch and those from typing and torch, the lin
     implicit    from `_vjp` to `_Undifferentiable`, and a solver: `broyden`, or change its default
 """
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -784,7 +785,8 @@ def init_process() -> Process:
     if "RANK" not in os.environ:
         return Process(0, 1, device)
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        # gloo's own timeout: of nccl's, 10 minutes, a download that the other processes wait for may take more
+        dist.init_process_group("nccl", device_id=device, timeout=datetime.timedelta(minutes=30))
     else:
         dist.init_process_group("gloo")
     return Process(dist.get_rank(), dist.get_world_size(), device)

@@ -584,6 +584,27 @@ def test_two_processes_find_each_other(tmp_path):
         process.finish()
 
 
+def test_a_process_takes_the_GPU_of_its_local_rank(monkeypatch, capsys):
+    """Before nccl meets the others there, and with time for the first process to download the data."""
+    done, cuda = [], torch.device("cuda", 3)
+    for name, value in (("RANK", "11"), ("LOCAL_RANK", "3"), ("TORCHELASTIC_MAX_RESTARTS", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: done.append((a, k)))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 11)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    assert init_process() == Process(11, 16, cuda)
+    (backend,), options = done[1]
+    assert done[0] == options["device_id"] == cuda and backend == "nccl"
+    assert options["timeout"] == torch.distributed.default_pg_timeout           # gloo's, three times nccl's
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(SystemExit):
+        init_process()
+    assert "--nproc_per_node: process 3 has no GPU, this machine has 3" in capsys.readouterr().err
+
+
 def gather_from_gpus():
     """Each process's tensors say, as they are written, that they are on its GPU; there is none to put them on."""
     process = init_process()
