@@ -400,7 +400,9 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         if n == 0:
             alpha = x.new_zeros(N, 1)
         else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
-            products = torch.bmm(rows[:n + 1:n].transpose(0, 1), rows[1:n + 1].permute(1, 2, 0))    # (N, 2, n)
+            # A view of g and s_{n-1}, unless its stride is beyond the int that cuBLAS takes.
+            pair = rows[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([g, rows[n]])
+            products = torch.bmm(pair.transpose(0, 1), rows[1:n + 1].permute(1, 2, 0))              # (N, 2, n)
             square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
             torch.reciprocal(square.clamp_min(torch.finfo(x.dtype).tiny), out=inverse)  # at rest a step has length 0
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])

@@ -91,6 +91,22 @@ def test_a_solve_with_a_fixed_budget(solver, parts, mode):
     assert all(t.device == META for t in (result.residual, result.trace, result.converged))
 
 
+class IntStrides(TorchDispatchMode):
+    """Refuses a batched product of matrices whose rows or columns are further apart than cuBLAS's int can tell."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "aten::bmm":
+            assert all(stride < 2 ** 31 for x in args for stride in x.stride()[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_memory_of_a_solve_may_be_larger_than_an_int(solver):
+    """Two samples of 2^29 numbers, so states of 4 GB; nothing on the meta device."""
+    with IntStrides():
+        assert solver(lambda h: h / 2, torch.empty(2, 2 ** 29, device=META), max_iter=6, tol=0).n_evals == 7
+
+
 @pytest.mark.parametrize("mode", ["rel", "abs", "max"])
 def test_a_solve_of_samples_of_different_length(mode):
     f, h0, _ = cell(1)
