@@ -292,6 +292,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, monkeypatch, na
     assert [mdeq_cifar.parse_args([*evaluation, *more]).max_iter for more in ([], ["--max-iter", "9"])] == [3, 9]
     assert [mdeq_cifar.parse_args([*evaluation, *more]).data for more in ([], ["--data", "d"])] == ["toy", "d"]
     assert mdeq_cifar.parse_args(evaluation).test_size == 50
+    run(*evaluation, "--max-iter", 9)
+    assert capsys.readouterr().err.splitlines() == ["note: trained with --max-iter 3, evaluated with 9"]
     torch.save({"args": {"crop": 224}, "model": {}}, tmp_path / "imagenet.pt")
     monkeypatch.setattr(mdeq_cifar, "load_images", lambda *_: pytest.fail("the data was read first"))
     assert "another script" in refused(capsys, "--eval", "--resume", tmp_path / "imagenet.pt")
@@ -571,6 +573,23 @@ def test_a_sigterm_in_an_evaluation_ends_it_at_once_and_it_is_made_up_for(tmp_pa
                for r in metrics(tmp_path / name, "epoch")] for name in "ab"]
     assert len(epochs[0]) == 2 and epochs[0] == epochs[1]
     assert (one["evaluated"], two["evaluated"]) == (20, 20)
+
+
+def test_an_evaluation_that_was_logged_but_not_saved_is_logged_once(tmp_path, monkeypatch, narrow):
+    real, saves = mdeq_cifar.save_checkpoint, []
+
+    def crash(path, state):
+        saves.append(state["step"])
+        if saves == [10, 10]:           # the epoch's end was saved, the evaluation is about to be
+            raise KeyboardInterrupt
+        real(path, state)
+
+    monkeypatch.setattr(mdeq_cifar, "save_checkpoint", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(*TINY_RUN, "--out", tmp_path)
+    run(*TINY_RUN, "--out", tmp_path, "--resume", "auto")
+    assert [record["step"] for record in metrics(tmp_path, "epoch")] == [10, 20]
+    assert [record["step"] for record in metrics(tmp_path, "train")] == list(range(1, 21))
 
 
 def test_a_run_is_not_continued_on_other_images(tmp_path, narrow, capsys):
