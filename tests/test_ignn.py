@@ -1014,6 +1014,9 @@ def test_a_fold_whose_loss_or_weight_is_not_finite_ends_the_run(tu, tmp_path, ca
     monkeypatch.setattr(ignn_graphs, "what_broke", lambda loss, parameters: str(len(list(parameters))))
     message = refused(capsys, *flags, "--out", tmp_path / "b", code=1)
     assert "fold 0, epoch 1: " in message and int(message.split("epoch 1: ")[1].split(";")[0]) == 10
+    monkeypatch.setattr(ignn_graphs, "what_broke", lambda loss, parameters=(): "it broke" * bool(list(parameters)))
+    assert "it broke in epoch 1" in refused(capsys, *NODES, "--out", tmp_path / "c", code=1)
+    assert not (tmp_path / "c" / "checkpoint.pt").exists()
 
 
 def test_a_collapse_is_reported(tmp_path, capsys):

@@ -117,3 +117,19 @@ def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
         deq_synthetic.parse_args(flags)
     assert end.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_folders_that_cannot_be_used_are_named_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", sys)
+    monkeypatch.setattr(deq_synthetic, "theorem1", lambda _: pytest.fail("the work was done first"))
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text("of a training run")
+    for flags, named in ((["--only", "theorem1", "--out", tmp_path / "run"], "run already holds a run"),
+                         (["--only", "theorem1", "--out", tmp_path / "file"], "cannot make this folder"),
+                         (["--plot", tmp_path / "file" / "x"], "x: cannot make this folder")):
+        with pytest.raises(SystemExit) as end:
+            deq_synthetic.main(deq_synthetic.parse_args([str(flag) for flag in flags]))
+        assert end.value.code == 2 and named in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of a training run"
