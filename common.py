@@ -681,13 +681,13 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     return ((weight * growth).sum(dim=0) / weight.sum()).exp()
 
 
-def adaptive_damping(rho: Tensor) -> float:
+def adaptive_damping(rho: Tensor | float) -> float:
     """lam = 1 / rho(J) clipped to (0, 1] (App. D.3), for the largest of the rho given.  One host synchronisation.
 
     Helps where the largest eigenvalue is negative or complex; one above 1 stays above 1 under any damping.  Raises
     ValueError for a rho that is not finite.
     """
-    largest = float(rho.max())
+    largest = float(torch.as_tensor(rho).max())
     _require(math.isfinite(largest), f"rho must be finite, got {largest}")
     return 1.0 / max(1.0, largest)
 
@@ -959,8 +959,11 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         die(f"{flag}: cannot read {path} ({error.strerror})")
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
         could_run_code = "Unsupported global" in str(error)
-        reason = ("it holds more than tensors and plain values" if could_run_code else
-                  str(error).splitlines()[0] if str(error) else type(error).__name__)
+        reason = (str(error).splitlines() or [""])[0]
+        if could_run_code:
+            reason = "it holds more than tensors and plain values"
+        elif not reason or "weights" in reason.lower():        # torch advises to load it in a way that could run code
+            reason = type(error).__name__
     previous = path.with_name(path.name + ".previous")
     with contextlib.suppress(Exception):
         state = torch.load(previous, map_location="cpu", weights_only=True)
@@ -1073,11 +1076,16 @@ class MetricsLog:
             die(f"--out: cannot write {self.path} ({error.strerror})", code=1)
 
 
-def start_log(args, process: Process, step: int, parameters: int, about_run: str,
-              last_step_of: dict | None = None) -> MetricsLog | None:
-    """The log of the run in --out, after its start has been noted and printed; None on all processes but the first."""
+def start_log(args, process: Process, step: int, parameters: int, about_run: str, last_step_of: dict | None = None,
+              steps: float = math.inf) -> MetricsLog | None:
+    """The log of the run in --out, after its start has been noted and printed; None on all processes but the first.
+
+    steps: of the whole run; where --pretrain-steps leaves none of them to the solver, that is printed too.
+    """
     if process.rank > 0:
         return None
+    if getattr(args, "pretrain_steps", 0) >= steps:
+        about_run += f"; all steps are pretraining, without a solver: lower --pretrain-steps {args.pretrain_steps}"
     log = MetricsLog(Path(args.out) / "metrics.jsonl", step, last_step_of)
     about = describe_run(process.device, process.world_size)
     log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)

@@ -1106,7 +1106,7 @@ def train(args, process, model, text):
     parameters = sum(p.numel() for p in model.parameters())
     log = start_log(args, process, step, parameters, f"{parameters:,} parameters; {len(text.train)} training tokens of "
                     f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of "
-                    f"{segments}", last_step_of={"eval": evaluated, "test": -1})
+                    f"{segments}", last_step_of={"eval": evaluated, "test": -1}, steps=args.steps)
 
     def save():
         rng, memory = rng_states(), None                    # all processes take part

@@ -202,7 +202,7 @@ def parse_args(argv=None):
     check(args, "folds chain_length", lambda x: x >= 2, "must be at least 2")
     refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
     refuse(args.eval and chains,
-           "--eval needs --dataset COX2, PROTEINS or PPI; a run of --dataset chains prints its figures at its end")
+           "--eval is of COX2, PROTEINS, PPI and PPI-synthetic: a run of chains prints its figures at its end")
     check_run_flags(args, refuse)
     return args
 

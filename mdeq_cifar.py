@@ -261,8 +261,8 @@ def load_images(args, process):
         try:
             sets = [torchvision.datasets.CIFAR10(str(root), train=split, download=True) for split in (True, False)]
         except (OSError, RuntimeError, EOFError) as error:
-            die(f"--data {root}: no CIFAR-10 there, and the download failed ({error}); give a folder that has it, or "
-                "--data toy")
+            die(f"--data {root}: no CIFAR-10 there, and the download failed ({error}); give a folder that holds "
+                "cifar-10-batches-py, or images as train/CLASS/* and test/CLASS/*, or --data toy")
         return [Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), 10)
                 for s in sets]
 
@@ -713,6 +713,8 @@ def train(args, process, timer, model, train_set, test_set):
     N = len(train_set.y)
     steps_per_epoch = math.ceil(N / args.batch_size)        # the last, incomplete batch is kept
     steps = args.epochs * steps_per_epoch
+    if N < args.batch_size:
+        die(f"--batch-size {args.batch_size}: there are only {N} training images")
     if N % args.batch_size and N % args.batch_size < world:
         die(f"--batch-size {args.batch_size}: the last batch of an epoch has {N % args.batch_size} image(s) for "
             f"{world} processes; choose another size")
@@ -734,7 +736,7 @@ def train(args, process, timer, model, train_set, test_set):
     parameters = sum(p.numel() for p in model.parameters())
     log = start_log(args, process, step, parameters, f"{args.model}: {parameters:,} parameters; {N} training and "
                     f"{len(test_set.y)} test images; {args.epochs} epochs of {steps_per_epoch} steps",
-                    last_step_of={"epoch": evaluated})
+                    last_step_of={"epoch": evaluated}, steps=steps)
 
     def save():
         rng = rng_states()                                  # all processes take part

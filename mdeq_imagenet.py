@@ -741,6 +741,8 @@ MISFIT = "{} {} does not fit the model (--channels, --head-channels, --final-cha
 def initialise(args, model):
     """--init: the weights of a checkpoint, and a new classifier where its number of classes is another one."""
     state = load_checkpoint(args.init, flag="--init")
+    if is_ours(state):
+        check_same_run(args.init, state["args"], args, free=vars(args), flag="--init")      # of this script at all?
     weights = {}
     if isinstance(state, dict):
         weights = state.get("model", {}) if is_ours(state) else state.get("state_dict", state)
@@ -810,7 +812,7 @@ def train(args, process, model, train_set, val_set, classes):
     parameters = sum(p.numel() for p in model.parameters())
     log = start_log(args, process, step, parameters, f"{parameters:,} parameters; {len(train_set)} training and "
                     f"{len(val_set)} validation images of {len(classes)} classes; {args.epochs} epochs of "
-                    f"{steps_per_epoch} steps", last_step_of={"epoch": evaluated})
+                    f"{steps_per_epoch} steps", last_step_of={"epoch": evaluated}, steps=steps)
 
     def share_statistics():
         """BatchNorm's, of the first process, for whatever uses the model in evaluation mode."""

@@ -580,6 +580,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
         message = refused(capsys, *SMALL_RUN, "--data", small, "--resume", tmp_path / "cifar.pt", *mode)
         assert "cifar.pt is of another script" in message and "there is no --train-size here" in message
     assert "another script" in refused(capsys, "--data", "nowhere", "--eval", "--resume", tmp_path / "cifar.pt")
+    message = refused(capsys, *SMALL_RUN, "--data", small, "--out", tmp_path / "new", "--init", tmp_path / "cifar.pt")
+    assert "--init" in message and "another script" in message
     assert (out / "metrics.jsonl").read_text() == before and not (tmp_path / "new").exists()
 
 

@@ -206,7 +206,9 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     ("--max-iter 0", "--max-iter"), ("--backward-max-iter 0", "--backward-max-iter"), ("--epochs 0", "--epochs"),
     ("--batch-size 0", "--batch-size"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--lr abc", "--lr"),
     ("--grad bptt --solver broyden", "--grad bptt"), ("--eval", "--resume"), ("--resume auto", "--out"),
-    ("--grad exact", "--grad"), ("--sync-bn", "--sync-bn"), ("--train-size 15", "--train-size 15"),
+    ("--grad exact", "--grad"), ("--sync-bn", "--sync-bn"),
+    ("--train-size 15", "--train-size 15: must be a multiple of the 10"),
+    ("--batch-size 101", "there are only 100 training images"),
     ("--test-size 0", "--test-size"), ("--seed -1", "--seed"), ("--seed 4294967296", "--seed"),
     ("--benchmark --resume x.pt", "--resume"),
     ("--data nowhere --resume nowhere.pt --out unused", "--resume: there is no file nowhere.pt")])

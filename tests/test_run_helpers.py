@@ -137,6 +137,7 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(tmp_path, cap
             load_checkpoint(path)
         (message,) = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and str(path) in message
+        assert ("weights" in message) == (len(previous) > 100)      # torch's advice would load what could run code
 
 
 def test_a_missing_checkpoint_and_one_that_could_run_code_are_refused(tmp_path, capsys):
@@ -468,6 +469,10 @@ def test_generators_go_on_where_the_processes_are_as_many(capsys):
 
 
 def test_the_first_process_notes_and_prints_the_start_of_a_run(tmp_path, capsys):
+    args = SimpleNamespace(out=str(tmp_path / "b"), pretrain_steps=5)
+    for steps, found in ((5, True), (6, False)):
+        start_log(args, Process(0, 1, torch.device("cpu")), 0, 7, "7 parameters", steps=steps)
+        assert ("without a solver: lower --pretrain-steps 5" in capsys.readouterr().out) == found
     args = SimpleNamespace(out=str(tmp_path / "a"), lr=0.1)
     assert start_log(args, Process(1, 2, torch.device("cpu")), 0, 7, "7 parameters") is None
     assert not (tmp_path / "a").exists() and not capsys.readouterr().out
