@@ -871,7 +871,8 @@ def set_rng_states(states: list[dict], process: Process):
 
 def note_differences(saved: dict, args, names: str):
     """Says, on the first process, which of these flags, separated by blanks, had another value in training."""
-    for name in names.split() if not dist.is_initialized() or dist.get_rank() == 0 else ():
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    for name in names.split() if first else ():
         if saved.get(name) != getattr(args, name):
             print(f"note: trained with --{name.replace('_', '-')} {saved.get(name)}, evaluated with "
                   f"{getattr(args, name)}", file=sys.stderr, flush=True)
