@@ -1,8 +1,9 @@
 """Our solvers and gradients beside torchdeq 0.1.0's: speed, calls of f and memory on three modules, and behaviour.
 
     pip install --no-deps --target /tmp/torchdeq torchdeq==0.1.0        # in a folder of its own: no dependency of ours
-    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py                 # 18 iterations, and
+    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py                 # 18 iterations,
     OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --forward 26    # MDEQ's on ImageNet
+    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --forward 40    # torchdeq's default
     PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --behaviour
 
 Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one process; figures
