@@ -309,7 +309,7 @@ def test_official_checkpoints_can_be_evaluated_but_not_continued(tmp_path, capsy
           reference.random_state_dict(channels=(24, 24), head=(8, 16), final=200).items()}
     saved = {"epoch": 49, "perf": 0.0, "state_dict": {f"module.{k}": v for k, v in reference.with_aliases(sd).items()}}
     torch.save(saved, tmp_path / "official.pth.tar")
-    flags = [*"--data toy --train-size 10 --test-size 50 --max-iter 3 --resume".split(), tmp_path / "official.pth.tar"]
+    flags = [*"--data toy --train-size 50 --test-size 50 --max-iter 3 --resume".split(), tmp_path / "official.pth.tar"]
     run(*flags, "--eval")
     printed = capsys.readouterr().out
     x, y = (t for t in toy_images(50, seed=2)[:2])
