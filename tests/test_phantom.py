@@ -600,6 +600,7 @@ def test_jacobian_regularization_counts_every_part_and_every_sample_once():
 def test_adaptive_damping_is_one_over_rho_clipped():
     assert adaptive_damping(torch.tensor([0.3, 0.9])) == 1.0
     assert adaptive_damping(torch.tensor([0.3, 4.0])) == 0.25
+    assert adaptive_damping(1.6) == pytest.approx(1 / 1.6)         # a plain number, too
     with pytest.raises(ValueError, match="finite"):
         adaptive_damping(torch.tensor([math.nan]))
 
