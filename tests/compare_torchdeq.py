@@ -4,12 +4,14 @@
     OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py                 # 18 iterations,
     OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --forward 26    # MDEQ's on ImageNet
     OMP_NUM_THREADS=2 PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --forward 40    # torchdeq's default
+    PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --device cuda
     PYTHONPATH=/tmp/torchdeq python tests/compare_torchdeq.py --behaviour
 
 Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one process; figures
 are medians over the repeats, the ratios medians of the ratios of neighbours.  A solve is also given over the time that
 its calls of f alone take, measured in turns with it: 1 would be a solver that costs nothing.  The growth of memory is
-the peak of the resident set during one solve over that before it, in a process of its own for each side (Linux).
+the peak of the resident set (Linux) or of the GPU's allocated memory during one solve over that before it, in a process
+of its own for each side.
 Behaviour: each question is asked of both sides in a process of its own, since one of them may not return.
 """
 import argparse
@@ -18,7 +20,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import anderson, broyden, equilibrium, fixed_point, peak_memory, reset_peak_memory
+from common import anderson, broyden, clock, equilibrium, fixed_point, peak_memory, reset_peak_memory
 
 BACKWARD, K, LAM = 20, 5, 0.8
 
@@ -143,12 +144,16 @@ def f_alone(cell, calls):
     return run
 
 
-def growth(name, side, forward):
-    """MB by which the peak of the resident set exceeds what was there before a solve."""
+def make(name, device):
     torch.manual_seed(0)
-    run = sides(CELLS[name](), forward)["solve"][side]
+    with device:
+        return CELLS[name]()
+
+
+def growth(name, side, forward, device):
+    """MB by which the peak of the memory in use exceeds what was there before a solve."""
+    run = sides(make(name, device), forward)["solve"][side]
     with torch.no_grad():
-        device = torch.device("cpu")
         reset_peak_memory(device)
         before = peak_memory(device)
         run()
@@ -326,12 +331,14 @@ def main():
     p = argparse.ArgumentParser(description="Compares our solvers and gradients with torchdeq's.")
     p.add_argument("--forward", type=int, default=18, help="iterations of Broyden of the forward solve (default 18)")
     p.add_argument("--repeats", type=int, default=7, help="of every measurement of time (default 7)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where speed is measured (default cpu)")
     p.add_argument("--behaviour", action="store_true", help="what each does where users of such code get hurt")
     p.add_argument("--growth", nargs=2, metavar=("CELL", "SIDE"), help=argparse.SUPPRESS)
     p.add_argument("--ask", nargs=2, metavar=("QUESTION", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args()
+    device = torch.device(args.device)
     if args.growth:
-        return print(growth(args.growth[0], int(args.growth[1]), args.forward))
+        return print(growth(args.growth[0], int(args.growth[1]), args.forward, device))
     if args.ask:
         return print(globals()[args.ask[0]](int(args.ask[1])))
     if importlib.util.find_spec("torchdeq") is None:
@@ -342,30 +349,30 @@ def main():
             answers = " | ".join(answer(question, side) for side in range(3))
             print(f"| {question.__doc__} | {answers} |", flush=True)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.forward} forward and {BACKWARD} "
+    hardware = (f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name())
+    print(f"torch {torch.__version__}, {hardware}; {args.forward} forward and {BACKWARD} "
           f"backward iterations of Broyden, k = {K}; milliseconds, calls of f forward, MB\n")
     print("| cell | what | ours | torchdeq | torchdeq / ours |\n|---|---|---|---|---|")
-    for name, make in CELLS.items():
-        torch.manual_seed(0)
-        cell = make()
+    for name in CELLS:
+        cell = make(name, device)
         for what, pair in sides(cell, args.forward).items():
             calls = [run() for run in pair]                             # warm-up
             runs = [*pair, f_alone(cell, calls[0])] if what == "solve" else pair
             times = [[] for _ in runs]
             for _ in range(args.repeats):
                 for side, run in enumerate(runs):
-                    start = time.perf_counter()
+                    start = clock(device)
                     run()
-                    times[side].append(1e3 * (time.perf_counter() - start))
+                    times[side].append(1e3 * (clock(device) - start))
             ratio = statistics.median(b / a for a, b, *_ in zip(*times))
-            cells = [f"{statistics.median(t):.0f} ms, {n} calls" for t, n in zip(times, calls)]
+            cells = [f"{statistics.median(t):.4g} ms, {n} calls" for t, n in zip(times, calls)]
             print(f"| {name} | {what} | {cells[0]} | {cells[1]} | {ratio:.2f} |", flush=True)
             if what == "solve":
                 overhead = [statistics.median(t / f * calls[0] / n for t, f in zip(times[side], times[2]))
                             for side, n in enumerate(calls)]
                 print(f"| {name} | solve / (calls of f x time of f) | {overhead[0]:.2f} | {overhead[1]:.2f} | |",
                       flush=True)
-        mb = [float(subprocess.run([sys.executable, __file__, "--growth", name, str(side),
+        mb = [float(subprocess.run([sys.executable, __file__, "--growth", name, str(side), "--device", args.device,
                                     "--forward", str(args.forward)], check=True, text=True,
                                    stdout=subprocess.PIPE).stdout) for side in (0, 1)]
         print(f"| {name} | memory of a solve | {mb[0]:.0f} MB | {mb[1]:.0f} MB | {mb[1] / mb[0]:.2f} |", flush=True)
