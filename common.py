@@ -155,11 +155,13 @@ class _Progress:
         self.x0 = self.layout.pack(h0)
         N, device = self.layout.N, self.x0.device
         if offsets is not None:
-            _require(torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
-                     and len(offsets) >= 1, f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
-            if device.type == "cpu":            # elsewhere it would synchronise
-                _require(int(offsets[0]) == 0 and int(offsets[-1]) == N and bool((offsets.diff() >= 0).all()),
-                         f"offsets must go from 0 up to the number of rows of h0, {N}, got {offsets.tolist()}")
+            if not (torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
+                    and len(offsets) >= 1):
+                raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
+            # On a GPU, to look would be to wait.  Not _require: it would write all the offsets out at every call.
+            if device.type == "cpu" and not (int(offsets[0]) == 0 and int(offsets[-1]) == N
+                                             and bool((offsets.diff() >= 0).all())):
+                raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {N}, got {offsets.tolist()}")
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
         self.trace = self.x0.new_empty(max_iter + 1, N)
@@ -368,6 +370,10 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     m = min(memory or max_iter, max_iter)
     rows = x.new_empty(m + 1, N, D)                 # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
+    # cuBLAS gives a product of two vectors to one block of threads, and a GPU runs more than N of those: so in pieces.
+    most = 1 if run.on_cpu else min(1024 // max(N, 1), D // 4096)
+    pieces = next((i for i in range(most, 1, -1) if D % (4 * i) == 0), 1)
+    chunks = rows.view(m + 1, N * pieces, D // pieces)
     lengths = x.new_zeros(N, m + 1)                 # of the rows
     T = x.new_zeros(N, m + 1, m)
     plain = torch.eye(1, m + 1, dtype=x.dtype, device=x.device)     # the coefficients of s = g
@@ -401,8 +407,9 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             alpha = x.new_zeros(N, 1)
         else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
             # A view of g and s_{n-1}, unless its stride is beyond the int that cuBLAS takes.
-            pair = rows[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([g, rows[n]])
-            products = torch.bmm(pair.transpose(0, 1), rows[1:n + 1].permute(1, 2, 0))              # (N, 2, n)
+            pair = chunks[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([chunks[0], chunks[n]])
+            products = torch.bmm(pair.transpose(0, 1), chunks[1:n + 1].permute(1, 2, 0))
+            products = products.view(N, pieces, 2, n).sum(1) if pieces > 1 else products            # (N, 2, n)
             square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
             torch.reciprocal(square.clamp_min(torch.finfo(x.dtype).tiny), out=inverse)  # at rest a step has length 0
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])
@@ -455,8 +462,9 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
     for name, value in (("solver", solver), ("backward_solver", backward_solver)):
-        _require(callable(value), f"{name} must be a function: fixed_point, anderson, broyden or one like them, got "
-                 f"{value!r}")
+        if not callable(value):         # not _require: it would write out what a partial holds, and wait for a GPU
+            raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, got "
+                             f"{value!r}")
     if grad == "bptt" and torch.is_grad_enabled():
         _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
         return _bptt(f, h0, max_iter, tol, stop_mode)
@@ -538,7 +546,8 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter
     Raises ValueError for an impossible argument and where f(h) has another shape than h, RuntimeError for a second
     derivative.
     """
-    _require(callable(solver), f"solver must be a function, got {solver!r}")
+    if not callable(solver):            # not _require, as in `equilibrium`
+        raise ValueError(f"solver must be a function, got {solver!r}")
     _check_budget(max_iter, tol, stop_mode)
 
     def adjoint(vjp, g):
@@ -623,6 +632,36 @@ def compiled(f: Callable) -> Callable:
     config.donated_buffer = False
     torch._dynamo.config.cache_size_limit = 64
     return torch.compile(f)
+
+
+def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
+    """The model, whose training pass is from now on two CUDA graphs, one forward and one backward.
+
+    A step of an implicit model is thousands of kernels of some microseconds each: the host takes longer to launch them
+    than the GPU to run them.  A graph launches them all at once.  Wrap in DistributedDataParallel afterwards.
+
+    The model's forward pass takes and returns tensors, and never looks at one on the host: `equilibrium` with tol = 0
+    and backward_tol = 0, and broyden or fixed_point.  In evaluation mode, for inputs of other shapes than the examples'
+    and with a true keyword argument it runs as before.  The next call overwrites what the last one returned, and a
+    gradient in .grad that was None before: optimizer.zero_grad(set_to_none=True) after every backward pass.
+    Capturing leaves buffers and random numbers as they were, and an active autocast is captured, too.
+    """
+    eager, buffers, rng = model.forward, [b.clone() for b in model.buffers()], rng_state()
+    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"),
+                        cache_enabled=False):       # a cached weight would be one of the time of capture
+        torch.cuda.make_graphed_callables(model, examples, allow_unused_input=True)
+    replay = model.forward
+    for buffer, old in zip(model.buffers(), buffers):
+        buffer.copy_(old)
+    set_rng_state(rng)
+
+    def forward(*inputs, **options):
+        same = model.training and not any(options.values()) and [x.shape for x in inputs] == shapes
+        return replay(*inputs) if same else eager(*inputs, **options)
+
+    shapes = [x.shape for x in examples]
+    model.forward = forward
+    return model
 
 
 def _bptt(f, h0, max_iter, tol, stop_mode):

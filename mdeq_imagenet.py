@@ -68,11 +68,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision import transforms
 from tqdm import tqdm
 
-from common import (Meter, SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run, choose_out,
-                    clock, compiled, describe_run, die, equilibrium, fixed_point, flag_checks, health,
+from common import (Meter, SaveTimer, all_reduce_sum, anderson, broyden, captured, check_run_flags, check_same_run,
+                    choose_out, clock, compiled, describe_run, die, equilibrium, fixed_point, flag_checks, health,
                     init_process, is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, open_run,
-                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
-                    solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg, what_broke)
+                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
+                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log,
+                    timed_step, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 
@@ -126,6 +127,8 @@ def parse_args(argv=None):
     p.add_argument("--amp", action="store_true", help="bf16 autocast; the solver's own vectors stay float32")
     p.add_argument("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
     p.add_argument("--compile", action="store_true", help="torch.compile F and the head")
+    p.add_argument("--cuda-graph", action="store_true", help="launch a training step's kernels as two CUDA graphs: "
+                   "several times faster where a GPU has little to do; needs --tol 0")
     p.add_argument("--memory-format", choices=["contiguous", "channels-last"],
                    help="of images, weights and states (default GPU contiguous, CPU channels-last)")
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (GPUs only)")
@@ -194,6 +197,11 @@ def parse_args(argv=None):
            f"--crop {args.crop} is larger than the resized image: it must be at most --resize {args.resize}")
     refuse(args.grad == "bptt" and args.solver != "fixed-point",
            "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    refuse(args.cuda_graph and not torch.cuda.is_available(), "--cuda-graph needs a GPU")
+    refuse(args.cuda_graph and (args.tol or args.solver == "anderson" or args.sync_bn),
+           "--cuda-graph needs --tol 0, and neither --solver anderson nor --sync-bn: a graph cannot wait for an answer")
+    refuse(args.cuda_graph and args.accumulate > 1,
+           "--cuda-graph needs --accumulate 1: a graph's gradients overwrite those of the micro-batch before")
     refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),
            "--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
     refuse(args.radius_every and not args.radius_images, "--radius-every needs --radius-images of at least 1, got 0")
@@ -677,13 +685,9 @@ def radii(model, images, args, process):
 def benchmark(model, x, y, args, repeats=3):
     """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats."""
     device, grads = x.device, ("implicit", "upg", "npg")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer, passes = torch.optim.SGD(model.parameters(), lr=0.0), {}
     model.tol = 0.0                     # all iterations
     model.train()
-
-    def forward():
-        with autocast(args, device):
-            return F.cross_entropy(model(x).float(), y)
 
     def finish():
         optimizer.step()
@@ -691,7 +695,17 @@ def benchmark(model, x, y, args, repeats=3):
 
     def step(grad, k):
         model.grad, model.k = grad, k
-        return timed_step(forward, finish, device)
+        if (grad, k) not in passes:
+            reset_peak_memory(device)
+            passes[grad, k] = training_pass(args, model, len(x), x.shape[-1], device), peak_memory(device)
+        training, captured_gb = passes[grad, k]
+
+        def forward():
+            with autocast(args, device):
+                return F.cross_entropy(training(x)[0].float(), y)
+
+        *times, gb = timed_step(forward, finish, device)
+        return [*times, captured_gb if args.cuda_graph else gb]     # a graph's memory is taken when it is captured
 
     def overhead():
         with torch.no_grad(), autocast(args, device):
@@ -735,6 +749,34 @@ def build_model(args, classes, process):
     return model
 
 
+class TrainingPass(nn.Module):
+    """A training step's forward pass from tensors to tensors, as CUDA graphs need it: x -> (logits, residual (N,)).
+
+    The residual is None for unroll > 0.  That of the backward solve of --grad implicit is left in backward_residual.
+    """
+
+    def __init__(self, model, batch, device):
+        super().__init__()
+        self.model, self.backward_residual = model, torch.full((batch,), math.nan, device=device)
+
+    def forward(self, x, unroll=0):
+        logits, result = self.model(x, unroll=unroll, with_result=True, on_backward=self.note)
+        return logits, None if result is None else result.residual
+
+    def note(self, result):
+        self.backward_residual[:len(result.residual)].copy_(result.residual)
+
+
+def training_pass(args, model, batch, side, device):
+    """The model's TrainingPass for batches of `batch` images; with --cuda-graph as CUDA graphs."""
+    training = TrainingPass(model, batch, device)
+    if args.cuda_graph:
+        example = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=memory_format(args))
+        with autocast(args, device):
+            captured(training, example)
+    return training
+
+
 MISFIT = "{} {} does not fit the model (--channels, --head-channels, --final-channels, classes of --data)"
 
 
@@ -765,7 +807,7 @@ def restore(args, model, classes, train_images=None, optimizer=None, scheduler=N
             "or begun with (--init)")
     if ours:
         free = {"data", "out", "resume", "init", "eval", "benchmark", "workers", "on_bad_image", "save_every",
-                "log_every", "radius_every", "radius_images", "compile", "memory_format"}
+                "log_every", "radius_every", "radius_images", "compile", "cuda_graph", "memory_format"}
         if args.eval:
             free |= set(vars(args)) - {"channels", "head_channels", "final_channels"}
             note_differences(state["args"], args, "solver max_iter tol crop resize")
@@ -797,13 +839,13 @@ def train(args, process, model, train_set, val_set, classes):
     elif args.init:
         initialise(args, model)
     step, evaluated, best, best_epoch, last = (state[k] for k in ("step", "evaluated", "best", "best_epoch", "last"))
+    training = net = training_pass(args, model, args.batch_size // (world * args.accumulate), args.crop, device)
     seed_everything(args.seed + rank)
     if args.resume:
         set_rng_states(state["rng"], process)
-    net = model
     if world > 1:       # BatchNorm statistics are those of the first process, sent to the others where they are needed
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")      # its successor is too new for 2.6
-        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+        net = DistributedDataParallel(training, device_ids=[device.index] if device.type == "cuda" else None,
                                       broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = Batches(len(train_set), args, process)
     train_loader = image_loader(train_set, batches, args, device)
@@ -871,13 +913,14 @@ def train(args, process, model, train_set, val_set, classes):
                 reduce = world == 1 or i == args.accumulate - 1         # gradients meet once per step
                 with contextlib.nullcontext() if reduce else net.no_sync():
                     with autocast(args, device):
-                        logits, result = net(x, unroll=unroll, with_result=True,
-                                             on_backward=lambda r: backward_residuals.append(r.residual))
+                        logits, residual = net(x, unroll=unroll)
                     loss = F.cross_entropy(logits.float(), y)
                     (loss / args.accumulate).backward()
                 meter.add(len(y), loss=loss, accuracy=100 * (logits.argmax(1) == y).float().mean())
-                if result is not None:
-                    residuals.append(result.residual)
+                if residual is not None:                    # copies: the next step may overwrite them
+                    residuals.append(residual.detach().clone())
+                    if args.grad == "implicit":
+                        backward_residuals.append(training.backward_residual[:len(y)].clone())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             lr = scheduler.get_last_lr()[0]                 # of this step

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (Meter, Process, anderson, broyden, compiled, cosine_similarity, equilibrium, fixed_point,
-                    jacobian_regularization, rng_state, set_rng_state, spectral_radius)
+from common import (Meter, Process, anderson, broyden, captured, compiled, cosine_similarity, equilibrium,
+                    fixed_point, jacobian_regularization, rng_state, set_rng_state, spectral_radius)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +168,93 @@ def test_a_compiled_f_has_the_gradient_of_the_eager_one(grad, amp):
     assert cosine_similarity(*found) > (0.999 if amp else 1 - 1e-8)
 
 
+class Model(nn.Module):
+    """A classifier around the cell, with BatchNorm and dropout."""
+
+    def __init__(self, grad, solver):
+        super().__init__()
+        self.cell, self.norm, self.grad, self.solver = Cell(), nn.BatchNorm2d(4), grad, solver
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x, early=False):
+        if early:
+            return x.mean((2, 3))
+        u = F.dropout(self.norm(x), 0.2, self.training)
+
+        def f(h):
+            image, vector = self.cell(h)
+            return image + 0.1 * u, vector
+
+        h, result = equilibrium(f, self.cell.start(), grad=self.grad, solver=self.solver, max_iter=9, tol=0,
+                                backward_max_iter=9, backward_tol=0)
+        return h[0].mean((2, 3)), result.residual
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("grad, solver", [("upg", broyden), ("npg", broyden), ("implicit", broyden),
+                                          ("upg", fixed_point), ("bptt", fixed_point)])
+def test_a_captured_model_is_the_eager_one(grad, solver, amp):
+    """Its results, its gradients, BatchNorm's statistics and the random numbers, step after step; other shapes too."""
+    eager = Model(grad, solver).to(GPU)
+    graph = copy.deepcopy(eager)
+    torch.manual_seed(1)
+    examples = torch.randn(5, 4, 8, 8, device=GPU)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp), torch.backends.cudnn.flags(allow_tf32=False):
+        before = torch.cuda.get_rng_state()
+        assert captured(graph, examples) is graph
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        for a, b in zip(eager.buffers(), graph.buffers()):
+            assert torch.equal(a, b)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (eager, graph)]
+        for step in range(4):
+            x, found = torch.randn(5, 4, 8, 8, device=GPU), []
+            for model, optimizer in zip((eager, graph), optimizers):
+                torch.manual_seed(step)
+                out, residual = model(x)
+                out.square().sum().backward()
+                found.append([out.detach().clone(), residual.detach().clone()]
+                             + [p.grad.clone() for p in model.cell.parameters()] + [b.clone() for b in model.buffers()])
+                assert model.unused.grad is None
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if amp:
+                assert cosine_similarity(*([t.float() for t in side[2:]] for side in found)) > 0.99
+            else:
+                for a, b in zip(*found):
+                    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(graph(x, early=True), eager(x, early=True))
+        out, _ = graph.eval()(x)
+        torch.testing.assert_close(out, eager.eval()(x)[0], rtol=1e-2, atol=1e-3)
+
+
+def test_a_captured_model_under_DistributedDataParallel(tmp_path):
+    import torch.distributed as dist
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=GPU)
+    try:
+        eager = Model("upg", broyden).to(GPU)
+        del eager.unused
+        graph, x = copy.deepcopy(eager), torch.randn(5, 4, 8, 8, device=GPU)
+        net = nn.parallel.DistributedDataParallel(captured(graph, x), device_ids=[0])
+        for step in range(3):
+            for model in (eager, net):
+                torch.manual_seed(step)
+                model(x)[0].square().sum().backward()
+            for a, b in zip(eager.parameters(), graph.parameters()):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
+                a.grad = b.grad = None
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_products_of_few_long_samples_are_made_in_pieces():
+    """Broyden's, for N = 3 and D = 16384: the CPU's solve."""
+    torch.manual_seed(0)
+    u = torch.randn(3, 16384, dtype=torch.float64)
+    results = [broyden(lambda h: torch.tanh(0.8 * h.roll(1, 1) + u.to(h.device)), torch.zeros_like(u, device=d),
+                       max_iter=12, tol=0) for d in ("cpu", GPU)]
+    torch.testing.assert_close(results[1].h.cpu(), results[0].h, rtol=1e-9, atol=1e-11)
+
+
 def test_the_random_numbers_of_the_GPU_go_on_from_a_checkpoint():
     torch.rand(3, device=GPU)
     state = rng_state()
@@ -291,7 +378,12 @@ def run(folder, *command, kill_at=None):
      "done: test accuracy"),
     ("-m torch.distributed.run --standalone --nproc_per_node=1 mdeq_cifar.py --data toy --epochs 1 --train-size 200 "
      "--sync-bn --amp", "done: test accuracy"),
+    ("mdeq_cifar.py --data toy --epochs 1 --train-size 220 --grad implicit --cuda-graph --amp --pretrain-steps 1",
+     "done: test accuracy"),
+    ("mdeq_cifar.py --benchmark --batch-size 16 --cuda-graph --compile", "NPG peak memory"),
     ("mdeq_imagenet.py --data toy --epochs 1 --workers 2", "top-1"),
+    ("-m torch.distributed.run --standalone --nproc_per_node=1 mdeq_imagenet.py --data toy --epochs 1 --workers 2 "
+     "--cuda-graph", "top-1"),
     ("-m torch.distributed.run --standalone --nproc_per_node=1 mdeq_imagenet.py --data toy --epochs 1 --workers 2 "
      "--sync-bn --amp --accumulate 2", "top-1"),
     ("deq_wikitext.py --data toy --steps 60 --warmup-steps 10 --pretrain-steps 10 --eval-every 40 --radius-every 40",
@@ -302,13 +394,16 @@ def run(folder, *command, kill_at=None):
 def test_a_program_runs(tmp_path, command, last_words):
     text = run(tmp_path, *command.split(), "--out", tmp_path / "run")
     assert last_words in text and torch.cuda.get_device_name() in text
+    if "--benchmark" in command:
+        return
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(r["loss"] is not None for r in records if r["event"] == "train")
 
 
-def test_a_run_that_was_ended_by_SIGTERM_goes_on(tmp_path):
-    """The same images in the same order: the last loss is that of an undisturbed run, but for rounding."""
-    flags = ["mdeq_cifar.py", "--data", "toy", "--epochs", "2", "--train-size", "500", "--log-every", "1"]
+@pytest.mark.parametrize("graph", [[], ["--cuda-graph", "--dropout", "0.1"]])
+def test_a_run_that_was_ended_by_SIGTERM_goes_on(tmp_path, graph):
+    """The same images, weights and masks: the losses are those of an undisturbed run, but for rounding."""
+    flags = [*"mdeq_cifar.py --data toy --epochs 2 --train-size 500 --log-every 1 --lr 1e-3".split(), *graph]
     run(tmp_path, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "cut"
     assert "SIGTERM: saved" in run(tmp_path, *flags, "--out", out, kill_at="step      3")
@@ -318,7 +413,7 @@ def test_a_run_that_was_ended_by_SIGTERM_goes_on(tmp_path):
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append({r["step"]: r["loss"] for r in records if r["event"] == "train"})
     assert list(losses[0]) == list(losses[1]) == list(range(1, 21))
-    assert all(abs(a - b) < 0.05 for a, b in zip(*(list(x.values())[:8] for x in losses)))
+    assert all(abs(a - b) < 1e-3 for a, b in zip(*(x.values() for x in losses))), losses
 
 
 def test_the_synthetic_study_runs(tmp_path):

@@ -780,8 +780,8 @@ def test_a_compiled_model_equals_the_eager_one(grad, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_GPU_gives_the_same_logits_and_gradients():
-    """float64, so that no TF32 is involved."""
-    model, (x, y) = build(**NARROW[3]), images(4)
+    """float64, so that no TF32 is involved; two iterations, as more amplify its rounding, by 10^9 in this model."""
+    model, (x, y) = build(**NARROW[3], max_iter=2), images(4)
     on_gpu = copy.deepcopy(model).cuda()
     cpu, gpu = grads_of(model, x, y), grads_of(on_gpu, x.cuda(), y.cuda())
     for name in cpu:

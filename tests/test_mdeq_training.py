@@ -526,7 +526,8 @@ def test_the_benchmark_measures_every_gradient_and_leaves_the_weights_as_they_ar
     """Steps in turns after a warm-up, then NPG's memory for k = 1 and 20; ratios are those of the printed times."""
     args, steps, forward = parse_args("--data toy --grad npg --k 2".split()), [], MDEQ.forward
     model = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, max_iter=3, backward_max_iter=3, tol=0.5)
-    monkeypatch.setattr(MDEQ, "forward", lambda self, x: (steps.append((self.grad, self.k)), forward(self, x))[1])
+    monkeypatch.setattr(MDEQ, "forward", lambda self, x, **more: (steps.append((self.grad, self.k)),
+                                                                   forward(self, x, **more))[1])
     before, images = [p.detach().clone() for p in model.parameters()], toy_images(20, seed=1)
     mdeq_cifar.benchmark(model, prepare(images.x, False, torch.channels_last), images.y, args, repeats=1)
     assert steps == [("implicit", 2), ("upg", 2), ("npg", 2)] * 2 + [("npg", 1), ("npg", 20)]
