@@ -40,6 +40,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -644,22 +645,24 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
     and backward_tol = 0, and broyden or fixed_point.  In evaluation mode, for inputs of other shapes than the examples'
     and with a true keyword argument it runs as before.  The next call overwrites what the last one returned, and a
     gradient in .grad that was None before: optimizer.zero_grad(set_to_none=True) after every backward pass.
-    Capturing leaves buffers and random numbers as they were, and an active autocast is captured, too.
+    Capturing leaves buffers and random numbers as they were, and an active autocast is captured, too.  Raises torch's
+    RuntimeError, "operation not permitted when stream is capturing", where the model waits for the GPU after all.
     """
-    eager, buffers, rng = model.forward, [b.clone() for b in model.buffers()], rng_state()
-    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"),
-                        cache_enabled=False):       # a cached weight would be one of the time of capture
+    eager, buffers, shapes = model.forward, [b.clone() for b in model.buffers()], [x.shape for x in examples]
+    # It is captured on a stream of its own, which its gradients then arrive from; torch waits where it must.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    with torch.random.fork_rng([torch.cuda.current_device()]), torch.autocast(
+            "cuda", enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"),
+            cache_enabled=False):                       # a cached weight would be the one of this moment
         torch.cuda.make_graphed_callables(model, examples, allow_unused_input=True)
     replay = model.forward
     for buffer, old in zip(model.buffers(), buffers):
         buffer.copy_(old)
-    set_rng_state(rng)
 
     def forward(*inputs, **options):
         same = model.training and not any(options.values()) and [x.shape for x in inputs] == shapes
         return replay(*inputs) if same else eager(*inputs, **options)
 
-    shapes = [x.shape for x in examples]
     model.forward = forward
     return model
 

@@ -631,6 +631,8 @@ def benchmark(model, x, y, args, repeats=3):
     optimizer, passes = torch.optim.SGD(model.parameters(), lr=0.0), {}
     model.tol = 0.0                     # all iterations
     model.train()
+    reset_peak_memory(device)
+    at_start = peak_memory(device)
 
     def finish():
         optimizer.step()
@@ -638,9 +640,11 @@ def benchmark(model, x, y, args, repeats=3):
 
     def step(grad, k):
         model.grad, model.k = grad, k
-        if (grad, k) not in passes:
+        if (grad, k) not in passes:         # what a graph needs it takes when it is captured, and keeps
             reset_peak_memory(device)
-            passes[grad, k] = training_pass(args, model, len(x), x.shape[-1], device), peak_memory(device)
+            before = peak_memory(device)
+            training = training_pass(args, model, len(x), x.shape[-1], device)
+            passes[grad, k] = training, at_start + peak_memory(device) - before
         training, captured_gb = passes[grad, k]
 
         def forward():
@@ -648,7 +652,7 @@ def benchmark(model, x, y, args, repeats=3):
                 return F.cross_entropy(training(x)[0].float(), y)
 
         *times, gb = timed_step(forward, finish, device)
-        return [*times, captured_gb if args.cuda_graph else gb]     # a graph's memory is taken when it is captured
+        return [*times, captured_gb if args.cuda_graph else gb]
 
     def overhead():
         with torch.no_grad(), autocast(args, device):

@@ -10,8 +10,8 @@
 Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one process; figures
 are medians over the repeats, the ratios medians of the ratios of neighbours.  A solve is also given over the time that
 its calls of f alone take, measured in turns with it: 1 would be a solver that costs nothing.  The growth of memory is
-the peak of the resident set (Linux) or of the GPU's allocated memory during one solve over that before it, in a process
-of its own for each side.
+the peak of the memory in use during one solve over that before it: of the resident set (Linux), in a process of its own
+for each side, or allocated on the GPU.
 Behaviour: each question is asked of both sides in a process of its own, since one of them may not return.
 """
 import argparse
@@ -336,9 +336,8 @@ def main():
     p.add_argument("--growth", nargs=2, metavar=("CELL", "SIDE"), help=argparse.SUPPRESS)
     p.add_argument("--ask", nargs=2, metavar=("QUESTION", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args()
-    device = torch.device(args.device)
     if args.growth:
-        return print(growth(args.growth[0], int(args.growth[1]), args.forward, device))
+        return print(growth(args.growth[0], int(args.growth[1]), args.forward, torch.device("cpu")))
     if args.ask:
         return print(globals()[args.ask[0]](int(args.ask[1])))
     if importlib.util.find_spec("torchdeq") is None:
@@ -349,7 +348,8 @@ def main():
             answers = " | ".join(answer(question, side) for side in range(3))
             print(f"| {question.__doc__} | {answers} |", flush=True)
         return
-    hardware = (f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name())
+    device = torch.device(args.device)
+    hardware = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {hardware}; {args.forward} forward and {BACKWARD} "
           f"backward iterations of Broyden, k = {K}; milliseconds, calls of f forward, MB\n")
     print("| cell | what | ours | torchdeq | torchdeq / ours |\n|---|---|---|---|---|")
@@ -372,9 +372,10 @@ def main():
                             for side, n in enumerate(calls)]
                 print(f"| {name} | solve / (calls of f x time of f) | {overhead[0]:.2f} | {overhead[1]:.2f} | |",
                       flush=True)
-        mb = [float(subprocess.run([sys.executable, __file__, "--growth", name, str(side), "--device", args.device,
-                                    "--forward", str(args.forward)], check=True, text=True,
-                                   stdout=subprocess.PIPE).stdout) for side in (0, 1)]
+        mb = [growth(name, side, args.forward, device) if args.device == "cuda" else
+              float(subprocess.run([sys.executable, __file__, "--growth", name, str(side), "--forward",
+                                    str(args.forward)], check=True, text=True, stdout=subprocess.PIPE).stdout)
+              for side in (0, 1)]
         print(f"| {name} | memory of a solve | {mb[0]:.0f} MB | {mb[1]:.0f} MB | {mb[1] / mb[0]:.2f} |", flush=True)
 
 

@@ -779,10 +779,11 @@ def test_a_compiled_model_equals_the_eager_one(grad, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_GPU_gives_the_same_logits_and_gradients():
-    """float64, so that no TF32 is involved; two iterations, as more amplify its rounding, by 10^9 in this model."""
-    model, (x, y) = build(**NARROW[3], max_iter=2), images(4)
+def test_a_GPU_gives_the_same_logits_and_gradients(monkeypatch):
+    """float64, so that no TF32 is involved.  Even then torch's fused weight norm takes its root in float32 on a GPU."""
+    monkeypatch.setattr(torch, "_weight_norm", lambda v, g, dim: v * (g / torch.norm_except_dim(v, 2, dim)))
+    model, (x, y) = build(**NARROW[3]), images(4)
     on_gpu = copy.deepcopy(model).cuda()
     cpu, gpu = grads_of(model, x, y), grads_of(on_gpu, x.cuda(), y.cuda())
-    for name in cpu:
-        assert float((gpu[name].cpu() - cpu[name]).abs().max()) < 1e-9 * max(1e-3, float(cpu[name].abs().max())), name
+    off = {name: float((gpu[name].cpu() - g).abs().max()) / max(1e-3, float(g.abs().max())) for name, g in cpu.items()}
+    assert max(off.values()) < 1e-9, off

@@ -434,15 +434,15 @@ else:
     return {last: (code, (folder / str(i)).read_text()) for i, (last, code) in enumerate(zip(lasts, codes))}
 
 
-@pytest.mark.parametrize("last, code, printed", [
-    ("", 0, ""), ("raise RuntimeError('no memory')", 1, "RuntimeError: no memory"),
-    ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt")])
-def test_workers_never_keep_a_process_from_ending(last, code, printed, ends):
+@pytest.mark.parametrize("last, codes, printed", [
+    ("", [0], ""), ("raise RuntimeError('no memory')", [1], "RuntimeError: no memory"),
+    ("raise KeyboardInterrupt", [-signal.SIGINT, 1], "KeyboardInterrupt")])         # 1: python 3.12's `-c`
+def test_workers_never_keep_a_process_from_ending(last, codes, printed, ends):
     """They ignore SIGTERM, by which Python ends them at exit where they still exist: as something holds the loader.
 
     A rank that hangs after its traceback would never be restarted by torchrun.
     """
-    assert ends[last][0] == code and ends[last][1].strip().split("\n")[-1] == printed
+    assert ends[last][0] in codes and ends[last][1].strip().split("\n")[-1] == printed
 
 
 # --- wrong flags and wrong data --------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ TINY_RUN = ("--data toy --train-size 100 --test-size 50 --batch-size 10 --max-it
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.fixture(autouse=True)
+def runs_in_this_process_are_on_the_CPU(monkeypatch):
+    """Where a run gives the same numbers each time."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """--model tiny with 16 channels, and no benchmark after a toy run: half a minute less."""
