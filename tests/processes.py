@@ -47,7 +47,7 @@ class Forked(fork.Process):
             os.dup2(out, stream.fileno())
             stream.reconfigure(line_buffering=True)
         multiprocessing.set_start_method(self.start_method, force=True)     # of its own workers: not "forkserver"
-        os.environ.update({**ENVIRONMENT, **self.environment})      # again: a DataLoader may have started the server
+        os.environ.update(self.environment)
         torch.set_num_threads(1)
         self.work(*self.args)
 

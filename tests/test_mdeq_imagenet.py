@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 from pathlib import Path
 
 import make_mdeq_example as reference
@@ -460,6 +461,7 @@ def test_workers_never_keep_a_process_from_ending(last, codes, printed, ends):
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--eval --resume auto --out x", "--eval needs"), ("--benchmark --eval --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"), ("--benchmark --resume x", "--benchmark"),
+    ("--cuda-graph", "--cuda-graph needs a GPU"),
     ("--radius-every 3 --radius-images 0", "--radius-every"), ("--accumulate 3", "--batch-size 8"),
     ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --eval", "nowhere.pt"),
     ("--data nowhere --resume nowhere.pt --out unused", "--resume: there is no file nowhere.pt"),
@@ -469,6 +471,15 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, smal
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, *SMALL_RUN, "--data", small, *flags.split())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]              # nothing was written
+
+
+@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "--solver anderson"),
+                                          ("--sync-bn", "--sync-bn"), ("--accumulate 2", "--accumulate 1")])
+def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_args(["--cuda-graph"]).cuda_graph
+    message = refused(capsys, "--cuda-graph", *flags.split())
+    assert "--cuda-graph needs" in message and named in message
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(capsys, tmp_path, small):
@@ -902,7 +913,8 @@ def two_epochs(small, tmp_path_factory):
     """(flags, last checkpoint) of an undisturbed run in this process."""
     out, handler = tmp_path_factory.mktemp("two_epochs"), signal.getsignal(signal.SIGTERM)
     flags = [*SMALL_RUN, "--data", small, "--dropout", 0.2, "--epochs", 2]
-    run(*flags, "--out", out)
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):          # it comes before a_process_of_its_own
+        run(*flags, "--out", out)
     signal.signal(signal.SIGTERM, handler)
     return flags, checkpoint(out)
 

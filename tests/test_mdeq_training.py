@@ -213,6 +213,7 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     ("--batch-size 0", "--batch-size"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--lr abc", "--lr"),
     ("--grad bptt --solver broyden", "--grad bptt"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--grad exact", "--grad"), ("--sync-bn", "--sync-bn"),
+    ("--cuda-graph", "--cuda-graph needs a GPU"),
     ("--train-size 15", "--train-size 15: must be a multiple of the 10"),
     ("--batch-size 101", "there are only 100 training images"),
     ("--test-size 0", "--test-size"), ("--seed -1", "--seed"), ("--seed 4294967296", "--seed"),
@@ -222,6 +223,15 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, narr
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, *TINY_RUN, *flags.split())
     assert not list(tmp_path.iterdir())                                     # nothing was written
+
+
+@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "--solver anderson"),
+                                          ("--sync-bn", "--sync-bn")])
+def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_args(["--cuda-graph"]).cuda_graph
+    message = refused(capsys, "--cuda-graph", *flags.split())
+    assert "--cuda-graph needs" in message and named in message
 
 
 def test_restarts_need_a_checkpoint_to_find(capsys, monkeypatch):
@@ -357,6 +367,36 @@ def test_every_gradient_trains(grad, tmp_path, narrow):
     assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
     assert all(0 < r["loss"] < 10 for r in metrics(tmp_path, "train"))
     assert -1 <= metrics(tmp_path, "cosine")[0]["cosine_upg"] <= 1 and metrics(tmp_path, "radius")[0]["rho_J"] > 0
+
+
+def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, narrow):
+    """--cuda-graph with a stand-in for graphs, which overwrites what it returned before; the last batch is eager."""
+    captures = []
+
+    def captured(training, example):
+        eager, kept = training.forward, None
+        captures.append(tuple(example.shape))
+
+        def forward(x, unroll=0):
+            nonlocal kept
+            logits, residual = eager(x, unroll=unroll)
+            if x.shape != example.shape or unroll:
+                return logits, residual
+            kept = residual if kept is None else kept.copy_(residual)
+            return logits, kept
+
+        training.forward = forward
+
+    monkeypatch.setattr(mdeq_cifar, "captured", captured)
+    flags = [*TINY_RUN, *"--train-size 50 --batch-size 20 --pretrain-steps 1 --grad implicit --out".split()]
+    for graph in (False, True):
+        args = parse_args([*flags, str(tmp_path / str(graph))])
+        args.cuda_graph = graph
+        main(args)
+    eager, graph = (metrics(tmp_path / name, "epoch") for name in ("False", "True"))
+    same = [name for name in eager[0] if name != "seconds"]
+    assert captures == [(20, 3, 16, 16)] and {"train_residual_p50", "backward_residual_p90"} <= set(same)
+    assert [[r[name] for name in same] for r in eager] == [[r[name] for name in same] for r in graph]
 
 
 def test_the_recipe_is_the_papers(tmp_path, narrow):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from common import broyden, cosine_similarity, equilibrium, init_process
+from common import broyden, captured, cosine_similarity, equilibrium, init_process
 
 GRADS = ("upg", "npg", "implicit")
 K, LAM = 3, 0.6
@@ -239,6 +239,37 @@ def test_a_graph_of_the_whole_model_without_a_break_is_refused():
     with pytest.raises(Exception, match="self.moving.any()") as refusal:
         torch.compile(model, backend="eager", fullgraph=True)(u)
     assert isinstance(refusal.value, torch._dynamo.exc.TorchDynamoException)
+
+
+def test_a_captured_model_is_replayed_only_where_it_can_be(monkeypatch):
+    """What `captured` adds to torch's make_graphed_callables, which here is a stand-in; on a GPU: test_gpu.py."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x, unroll=0, name=None):
+            return f"eager {unroll} {name}" if self.norm(x).isfinite().all() else "not finite"
+
+    def capture(model, examples, allow_unused_input):
+        assert allow_unused_input and not torch.is_autocast_cache_enabled()
+        model(*examples)                        # a warm-up, which changes the statistics and draws numbers
+        torch.rand(3)
+        model.forward = lambda x: "replayed"
+
+    fork_rng, devices = torch.random.fork_rng, []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda given: (devices.extend(given), fork_rng([]))[1])
+    torch.manual_seed(0)
+    model, x, state = Net(), torch.randn(4, 3), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    assert captured(model, x) is model and devices == [7]
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_autocast_cache_enabled()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert model(x + 1) == model(x, unroll=0) == model(x, name=None) == "replayed"
+    assert model(x[:2]) == "eager 0 None" and model(x, unroll=2) == "eager 2 None"
+    assert model.eval()(x) == "eager 0 None" and model.train()(x) == "replayed"
 
 
 # --- checkpointing, functional calls, copies -------------------------------------------------------------------------
