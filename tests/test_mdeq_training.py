@@ -387,6 +387,9 @@ def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, narrow):
 
         training.forward = forward
 
+    note, solves = mdeq_cifar.TrainingPass.note, []
+    monkeypatch.setattr(mdeq_cifar.TrainingPass, "note", lambda self, result: (
+        solves.append(result.residual.clone()), note(self, result))[1])
     monkeypatch.setattr(mdeq_cifar, "captured", captured)
     flags = [*TINY_RUN, *"--train-size 50 --batch-size 20 --pretrain-steps 1 --grad implicit --out".split()]
     for graph in (False, True):
@@ -397,6 +400,8 @@ def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, narrow):
     same = [name for name in eager[0] if name != "seconds"]
     assert captures == [(20, 3, 16, 16)] and {"train_residual_p50", "backward_residual_p90"} <= set(same)
     assert [[r[name] for name in same] for r in eager] == [[r[name] for name in same] for r in graph]
+    last = mdeq_cifar.health("backward", solves[-3:], tol=0)        # the last epoch's three
+    assert len(solves) == 2 * 5 and last == {name: graph[-1][name] for name in last}
 
 
 def test_the_recipe_is_the_papers(tmp_path, narrow):
