@@ -22,8 +22,8 @@ Table 3 (Large, 220 epochs, batch 128, augmentation):
 Fig. 2: row 1 with --cosine-every 500.  Fig. 3: --fig3 FOLDER, rows 6 and 7 over k and lam, and the picture.
 App. D.2: --radius-every 500.
 
-Measured: the rows above are not run yet.  README.md has Fig. 3 and UPG, NPG, implicit at small scale on a CPU, and the
-benchmark.
+Measured: the rows above are not run yet.  README.md has step times on one H200 (Tiny's UPG 39 ms with --cuda-graph),
+and Fig. 3 and UPG, NPG, implicit at small scale on a CPU.
 
 Differs from the paper and its release: residuals, and the choice of the best iterate, per image (there: one norm over
 the batch); Broyden's first step has the right sign (theirs is inverted); NPG follows Eq. (17), not Algorithms 2 and 3;

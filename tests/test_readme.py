@@ -40,6 +40,7 @@ SCRIPTS = {module.__name__: module for module in (deq_synthetic, deq_wikitext, i
 
 def test_every_command_of_the_readme_and_the_headers_parses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)              # for --cuda-graph
     torch.save({}, "FILE")                      # --eval reads what --resume names: here an official checkpoint
     text = (README + "".join(module.__doc__ for module in SCRIPTS.values())).replace("\\\n", " ")
     commands = re.findall(rf"(?:python|torchrun(?: +--\S+)+) +({'|'.join(SCRIPTS)})\.py((?: +-[^`#\n;(]*)?)", text)
