@@ -243,6 +243,24 @@ class _Progress:
                             residual <= self.tol)
 
 
+def _pieces(N, D, device):
+    """How many equal pieces to cut the D numbers of N samples into, for their inner products.
+
+    cuBLAS gives a product to one block of threads, and with a small N most of a GPU would idle.
+    """
+    most = 1 if device.type == "cpu" else min(1024 // max(N, 1), D // 4096)
+    return next((i for i in range(most, 1, -1) if D % (4 * i) == 0), 1)
+
+
+def _products(a, b):
+    """(N, i, j): of each sample, the inner products of the rows of a (i, N, D) with those of b (j, N, D)."""
+    (i, N, D), j = a.shape, len(b)
+    pieces = _pieces(N, D, a.device)
+    a, b = a.view(i, N * pieces, D // pieces), b.view(j, N * pieces, D // pieces)
+    products = torch.bmm(a.transpose(0, 1), b.permute(1, 2, 0))
+    return products if pieces == 1 else products.view(N, pieces, i, j).sum(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,17 +335,17 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     x, x_best = run.x0.clone(), run.x0
     N, D = x.shape
     m = min(m, max_iter)
-    fs, gs = x.new_empty(N, m, D), x.new_empty(N, m, D)     # rows are overwritten in turn: order does not matter
+    fs, gs = x.new_empty(m, N, D), x.new_empty(m, N, D)     # rows are overwritten in turn: order does not matter
     gram = x.new_zeros(N, m, m)                                 # gram[i, j] = g_i . g_j
     ones = x.new_ones(N, m)
     while True:
         i = run.evals % m
-        run.evaluate(x, gs[:, i], f_out=fs[:, i])
+        run.evaluate(x, gs[i], f_out=fs[i])
         torch.where(run.improved()[:, None], x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
         n = min(run.evals, m)
-        row = torch.bmm(gs[:, i:i + 1], gs[:, :n].transpose(1, 2))[:, 0]            # (N, n): the one new row
+        row = _products(gs[i:i + 1], gs[:n])[:, 0]                                  # (N, n): the one new row
         gram[:, i, :n] = row
         gram[:, :n, i] = row
         system = gram[:, :n, :n].clone()
@@ -338,9 +356,9 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         plain = (info != 0) | ~alpha.isfinite().all(dim=1)
         alpha = alpha.masked_fill(plain[:, None], 0)
         alpha[:, i] = torch.where(plain, 1.0, alpha[:, i])
-        x_new = torch.bmm(alpha[:, None], fs[:, :n])
+        x_new = torch.bmm(alpha[:, None], fs[:n].transpose(0, 1))
         if beta < 1:
-            x_new.baddbmm_(alpha[:, None], gs[:, :n], alpha=beta - 1)
+            x_new.baddbmm_(alpha[:, None], gs[:n].transpose(0, 1), alpha=beta - 1)
         torch.where(run.moving[:, None], x_new[:, 0], x, out=x)
 
 
@@ -371,10 +389,6 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     m = min(memory or max_iter, max_iter)
     rows = x.new_empty(m + 1, N, D)                 # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
-    # cuBLAS gives a product of two vectors to one block of threads, and a GPU runs more than N of those: so in pieces.
-    most = 1 if run.on_cpu else min(1024 // max(N, 1), D // 4096)
-    pieces = next((i for i in range(most, 1, -1) if D % (4 * i) == 0), 1)
-    chunks = rows.view(m + 1, N * pieces, D // pieces)
     lengths = x.new_zeros(N, m + 1)                 # of the rows
     T = x.new_zeros(N, m + 1, m)
     plain = torch.eye(1, m + 1, dtype=x.dtype, device=x.device)     # the coefficients of s = g
@@ -408,9 +422,8 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             alpha = x.new_zeros(N, 1)
         else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
             # A view of g and s_{n-1}, unless its stride is beyond the int that cuBLAS takes.
-            pair = chunks[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([chunks[0], chunks[n]])
-            products = torch.bmm(pair.transpose(0, 1), chunks[1:n + 1].permute(1, 2, 0))
-            products = products.view(N, pieces, 2, n).sum(1) if pieces > 1 else products            # (N, 2, n)
+            pair = rows[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([g, rows[n]])
+            products = _products(pair, rows[1:n + 1])                                               # (N, 2, n)
             square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
             torch.reciprocal(square.clamp_min(torch.finfo(x.dtype).tiny), out=inverse)  # at rest a step has length 0
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])

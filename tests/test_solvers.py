@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import common
 from common import anderson, broyden, fixed_point
 
 SOLVERS = [fixed_point, anderson, broyden]
@@ -594,6 +595,28 @@ def test_fixed_point_is_equation_12(lam):
     for _ in range(5):
         h = (1 - lam) * h + lam * f(h)
     torch.testing.assert_close(fixed_point(f, h0, max_iter=5, tol=0, lam=lam).h, h)
+
+
+@pytest.mark.parametrize("solver", [anderson, broyden, functools.partial(broyden, memory=3)])
+def test_products_in_pieces_are_the_same_products(solver, monkeypatch):
+    """As on a GPU, where long samples are cut; rounding of float64 only."""
+    f, h0 = tanh_layer()
+    assert h0.dtype == torch.float64 and h0.shape[1] % 4 == 0
+    whole = solver(f, h0, max_iter=9, tol=0)
+    monkeypatch.setattr(common, "_pieces", lambda *_: 4)
+    pieces = solver(f, h0, max_iter=9, tol=0)
+    torch.testing.assert_close(pieces.h, whole.h, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(pieces.trace, whole.trace, rtol=1e-4, atol=1e-13)
+
+
+@pytest.mark.parametrize("N, D", [(16, 188160), (128, 30720), (14, 105000), (32, 4096), (2000, 8192), (1, 2 ** 20),
+                                  (3, 104729), (16, 24582), (0, 8192)])
+def test_only_long_samples_are_cut_on_a_GPU(N, D):
+    """Into equal pieces of at least 4096 numbers and of whole 16 bytes, no more than keep a GPU busy."""
+    n = common._pieces(N, D, torch.device("meta"))
+    assert common._pieces(N, D, torch.device("cpu")) == 1 <= n
+    assert n == 1 or D % (4 * n) == 0 and D // n >= 4096 and n * N <= 1024
+    assert (n > 1) == ((N, D) in [(16, 188160), (128, 30720), (14, 105000), (1, 2 ** 20), (0, 8192)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
