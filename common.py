@@ -27,6 +27,7 @@ with the imports functools, math, torch and those from typing and torch, the lin
 import contextlib
 import datetime
 import functools
+import gc
 import io
 import json
 import math
@@ -652,16 +653,27 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
     """The model, whose training pass is from now on two CUDA graphs, one forward and one backward.
 
     A step of an implicit model is thousands of kernels of some microseconds each: the host takes longer to launch them
-    than the GPU to run them.  A graph launches them all at once.  Wrap in DistributedDataParallel afterwards.
+    than the GPU to run them.  A graph launches them all at once.
 
-    The model's forward pass takes and returns tensors, and never looks at one on the host: `equilibrium` with tol = 0
-    and backward_tol = 0, and broyden or fixed_point.  In evaluation mode, for inputs of other shapes than the examples'
-    and with a true keyword argument it runs as before.  The next call overwrites what the last one returned, and a
-    gradient in .grad that was None before: optimizer.zero_grad(set_to_none=True) after every backward pass.
-    Capturing leaves buffers and random numbers as they were, and an active autocast is captured, too.  Raises torch's
-    RuntimeError, "operation not permitted when stream is capturing", where the model waits for the GPU after all.
+    The model, in training mode, takes and returns tensors and never looks at one on the host: `equilibrium` with
+    tol = 0 and backward_tol = 0, and broyden or fixed_point.  Its Python runs at capture only: what it branches on,
+    prints or keeps (on_backward) stays as it was then, and an autocast around `captured` is in both graphs.  Capturing
+    leaves buffers and random numbers as they were.  A call is a replay in training mode with grad on, for tensors of
+    the examples' shape, dtype and requires_grad and nothing else; others run as before, as do copies of the model.
+
+    One forward pass, then its backward pass, then optimizer.zero_grad(set_to_none=True): the next call overwrites what
+    this one has returned and saved, and what was None in .grad.  Move the model before, and wrap it in
+    DistributedDataParallel afterwards.  Raises ValueError for a model in evaluation mode or captured before, and
+    torch's RuntimeError, "operation not permitted when stream is capturing", where the model waits for the GPU.
     """
-    eager, buffers, shapes = model.forward, [b.clone() for b in model.buffers()], [x.shape for x in examples]
+    _require(model.training, "captured needs a model in training mode: model.train()")
+    _require("forward" not in vars(model), "this model's forward pass has been replaced or captured before")
+
+    def kind(tensors):
+        return [torch.is_tensor(x) and (x.shape, x.dtype, x.requires_grad) for x in tensors]
+
+    eager, buffers, expected = model.forward, [b.clone() for b in model.buffers()], kind(examples)
+    gc.collect()        # a captured model is a cycle: one that is no longer used would still hold its graphs' memory
     # It is captured on a stream of its own, which its gradients then arrive from; torch waits where it must.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     with torch.random.fork_rng([torch.cuda.current_device()]), torch.autocast(
@@ -672,11 +684,12 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
     for buffer, old in zip(model.buffers(), buffers):
         buffer.copy_(old)
 
-    def forward(*inputs, **options):
-        same = model.training and not any(options.values()) and [x.shape for x in inputs] == shapes
+    def forward(eager, *inputs, **options):
+        own = eager.__self__ is model           # and not a copy, whose eager pass is its own
+        same = own and model.training and torch.is_grad_enabled() and not options and kind(inputs) == expected
         return replay(*inputs) if same else eager(*inputs, **options)
 
-    model.forward = forward
+    model.forward = functools.partial(forward, eager)
     return model
 
 
@@ -810,7 +823,7 @@ def flag_checks(parser):
 
 
 def check_run_flags(args, refuse: Callable):
-    """Refuses flags of --out, --resume, --init (where a script has it) and torchrun that cannot work together."""
+    """Refuses flags of --out, --resume, torchrun and, in scripts with it, --init and --cuda-graph that do not fit."""
     refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
     refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
         args.out and args.resume == "auto"),
@@ -818,6 +831,12 @@ def check_run_flags(args, refuse: Callable):
     for flag in ("resume", "init"):                     # now, and not when the data has been read
         path = getattr(args, flag, None)
         refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
+    if getattr(args, "cuda_graph", False):
+        refuse(not torch.cuda.is_available(), "--cuda-graph needs a GPU")
+        refuse(args.tol or args.solver == "anderson" or args.sync_bn, "--cuda-graph needs --tol 0, and neither "
+               "--solver anderson nor --sync-bn: a graph cannot wait for an answer")
+        refuse(getattr(args, "accumulate", 1) > 1,
+               "--cuda-graph needs --accumulate 1: a graph's gradients overwrite those of the micro-batch before")
 
 
 class Process(NamedTuple):
@@ -1149,6 +1168,25 @@ def start_log(args, process: Process, step: int, parameters: int, about_run: str
           f"{about['commit']}; writing to {args.out}\n{about_run}"
           + (f"; continues after step {step}" if step else ""), flush=True)
     return log
+
+
+class TrainingPass(torch.nn.Module):
+    """A model's training pass from tensors to tensors, as CUDA graphs need it: x -> (output, residual (N,) or None).
+
+    model(x, unroll=..., with_result=True, on_backward=...) returns (output, SolverResult or None).  What its backward
+    solve, if it has one, ends at is left in backward_residual (N,).  batch: the largest N.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch: int, device: torch.device):
+        super().__init__()
+        self.model, self.backward_residual = model, torch.full((batch,), math.nan, device=device)
+
+    def forward(self, x, unroll=0):
+        output, result = self.model(x, unroll=unroll, with_result=True, on_backward=self.note)
+        return output, None if result is None else result.residual
+
+    def note(self, result):
+        self.backward_residual[:len(result.residual)].copy_(result.residual)
 
 
 def reset_peak_memory(device: torch.device):

@@ -54,12 +54,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from common import (Meter, MetricsLog, SaveTimer, all_reduce_sum, anderson, broyden, captured, check_run_flags,
-                    check_same_run, choose_out, clock, compiled, cosine_similarity, describe_run, die, equilibrium,
-                    first_then_others, fixed_point, flag_checks, health, init_process, is_ours, load_checkpoint,
-                    load_weights, medians_in_turns, note_differences, open_run, peak_memory, reset_peak_memory,
-                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
-                    solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg, what_broke)
+from common import (Meter, MetricsLog, SaveTimer, TrainingPass, all_reduce_sum, anderson, broyden, captured,
+                    check_run_flags, check_same_run, choose_out, clock, compiled, cosine_similarity, describe_run, die,
+                    equilibrium, first_then_others, fixed_point, flag_checks, health, init_process, is_ours,
+                    load_checkpoint, load_weights, medians_in_turns, note_differences, open_run, peak_memory,
+                    reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    set_rng_states, solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg,
+                    what_broke)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
@@ -113,8 +114,8 @@ def parse_args(argv=None):
     p.add_argument("--amp", action="store_true", help="bf16 autocast; the solver's own vectors stay float32")
     p.add_argument("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
     p.add_argument("--compile", action="store_true", help="torch.compile F and the head")
-    p.add_argument("--cuda-graph", action="store_true", help="launch a training step's kernels as two CUDA graphs: "
-                   "several times faster where a GPU has little to do; needs --tol 0")
+    p.add_argument("--cuda-graph", action="store_true", help="launch the kernels of a training step (pretraining and "
+                   "batches of another size excepted) as two CUDA graphs: faster, see README.md; needs --tol 0")
     p.add_argument("--memory-format", choices=["contiguous", "channels-last"],
                    help="of images, weights and states (default GPU contiguous, CPU channels-last)")
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (GPUs only)")
@@ -176,9 +177,6 @@ def parse_args(argv=None):
     check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
     refuse(args.grad == "bptt" and args.solver != "fixed-point",
            "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
-    refuse(args.cuda_graph and not torch.cuda.is_available(), "--cuda-graph needs a GPU")
-    refuse(args.cuda_graph and (args.tol or args.solver == "anderson" or args.sync_bn),
-           "--cuda-graph needs --tol 0, and neither --solver anderson nor --sync-bn: a graph cannot wait for an answer")
     refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),
            "--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
     return args
@@ -626,7 +624,10 @@ def radii(model, images, args):
 # --- benchmark -------------------------------------------------------------------------------------------------------
 
 def benchmark(model, x, y, args, repeats=3):
-    """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats."""
+    """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats.
+
+    With --cuda-graph all of them hold their memory at once.
+    """
     device, grads = x.device, ("implicit", "upg", "npg")
     optimizer, passes = torch.optim.SGD(model.parameters(), lr=0.0), {}
     model.tol = 0.0                     # all iterations
@@ -693,24 +694,6 @@ def build_model(args, classes, process):
     return model
 
 
-class TrainingPass(nn.Module):
-    """A training step's forward pass from tensors to tensors, as CUDA graphs need it: x -> (logits, residual (N,)).
-
-    The residual is None for unroll > 0.  That of the backward solve of --grad implicit is left in backward_residual.
-    """
-
-    def __init__(self, model, batch, device):
-        super().__init__()
-        self.model, self.backward_residual = model, torch.full((batch,), math.nan, device=device)
-
-    def forward(self, x, unroll=0):
-        logits, result = self.model(x, unroll=unroll, with_result=True, on_backward=self.note)
-        return logits, None if result is None else result.residual
-
-    def note(self, result):
-        self.backward_residual[:len(result.residual)].copy_(result.residual)
-
-
 def training_pass(args, model, batch, side, device):
     """The model's TrainingPass for batches of `batch` images; with --cuda-graph as CUDA graphs."""
     training = TrainingPass(model, batch, device)
@@ -770,6 +753,7 @@ def train(args, process, timer, model, train_set, test_set):
     if args.resume:
         state = restore(args, model, train_set, optimizer, scheduler)
     step, evaluated, best, best_epoch, last = (state[k] for k in ("step", "evaluated", "best", "best_epoch", "last"))
+    # Before the seeds are set and DistributedDataParallel comes: it draws an example, and captures the bare model.
     training = net = training_pass(args, model, args.batch_size // world, train_set.x.shape[-1], device)
     seed_everything(args.seed + rank)
     if args.resume:
@@ -825,7 +809,7 @@ def train(args, process, timer, model, train_set, test_set):
             x, y = prepare(train_set.x[index], args.augment == "yes", memory_format(args)), train_set.y[index]
             unroll = args.pretrain_layers if step < args.pretrain_steps else 0
             with autocast(args, device):
-                logits, residual = net(x, unroll=unroll)
+                logits, residual = net(x, unroll=unroll) if unroll else net(x)
             # DDP averages over processes: this is the mean over the global batch also where it does not divide evenly
             share = world * len(y) / len(batches[b])
             loss = share * F.cross_entropy(logits.float(), y)

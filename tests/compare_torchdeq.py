@@ -340,6 +340,8 @@ def main():
         return print(growth(args.growth[0], int(args.growth[1]), args.forward, torch.device("cpu")))
     if args.ask:
         return print(globals()[args.ask[0]](int(args.ask[1])))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: there is no GPU here")
     if importlib.util.find_spec("torchdeq") is None:
         p.error("torchdeq is not there: pip install --no-deps --target FOLDER torchdeq==0.1.0, then PYTHONPATH=FOLDER")
     if args.behaviour:
@@ -365,7 +367,7 @@ def main():
                     run()
                     times[side].append(1e3 * (clock(device) - start))
             ratio = statistics.median(b / a for a, b, *_ in zip(*times))
-            cells = [f"{statistics.median(t):.4g} ms, {n} calls" for t, n in zip(times, calls)]
+            cells = [f"{statistics.median(t):.1f} ms, {n} calls" for t, n in zip(times, calls)]
             print(f"| {name} | {what} | {cells[0]} | {cells[1]} | {ratio:.2f} |", flush=True)
             if what == "solve":
                 overhead = [statistics.median(t / f * calls[0] / n for t, f in zip(times[side], times[2]))

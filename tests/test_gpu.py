@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import common
 from common import (Meter, Process, anderson, broyden, captured, compiled, cosine_similarity, equilibrium,
                     fixed_point, jacobian_regularization, rng_state, set_rng_state, spectral_radius)
 
@@ -28,7 +29,7 @@ SOLVERS = [fixed_point, anderson, broyden, functools.partial(broyden, memory=4)]
 
 @pytest.fixture
 def no_waiting():
-    """A context in which any operation that makes the host wait for the GPU raises."""
+    """A context in which operations that make the host wait for the GPU raise: nearly all, says torch."""
     class Strict:
         def __enter__(self):
             torch.cuda.synchronize()
@@ -48,10 +49,10 @@ class Cell(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.down, self.up = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 6), nn.Linear(6, 4)
-        self.u = nn.Parameter(torch.randn(5, 4, 8, 8))
+        self.u = nn.Parameter(torch.randn(1, 4, 8, 8))
 
-    def start(self):
-        return torch.zeros_like(self.u), self.u.new_zeros(5, 6)
+    def start(self, N=5):
+        return self.u.new_zeros(N, 4, 8, 8), self.u.new_zeros(N, 6)
 
     def forward(self, h):
         image, vector = h
@@ -185,7 +186,7 @@ class Model(nn.Module):
             image, vector = self.cell(h)
             return image + 0.1 * u, vector
 
-        h, result = equilibrium(f, self.cell.start(), grad=self.grad, solver=self.solver, max_iter=9, tol=0,
+        h, result = equilibrium(f, self.cell.start(len(x)), grad=self.grad, solver=self.solver, max_iter=9, tol=0,
                                 backward_max_iter=9, backward_tol=0)
         return h[0].mean((2, 3)), result.residual
 
@@ -226,22 +227,44 @@ def test_a_captured_model_is_the_eager_one(grad, solver, amp):
                 for a, b in zip(*found):
                     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(graph(x, early=True), eager(x, early=True))
+        for other in (x[:2], x.clone().requires_grad_()):           # eagerly, and a gradient reaches the input
+            out = []
+            for model in (eager, graph, copy.deepcopy(graph)):
+                torch.manual_seed(0)
+                out.append(model(other)[0])
+            for a in out[1:]:
+                torch.testing.assert_close(a, out[0], rtol=1e-2, atol=1e-3)
+        assert torch.autograd.grad(out[1].sum(), other)[0].abs().max() > 0
         out, _ = graph.eval()(x)
         torch.testing.assert_close(out, eager.eval()(x)[0], rtol=1e-2, atol=1e-3)
 
 
-def test_a_captured_model_under_DistributedDataParallel(tmp_path):
+def test_a_captured_model_gives_its_input_a_gradient():
+    torch.manual_seed(1)
+    eager = Model("upg", broyden).to(GPU)
+    graph, encoder, x = copy.deepcopy(eager), nn.Conv2d(3, 4, 1).to(GPU), torch.randn(5, 3, 8, 8, device=GPU)
+    captured(graph, torch.randn(5, 4, 8, 8, device=GPU, requires_grad=True))
+    grads = []
+    for model in (eager, graph):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(model(encoder(x))[0].square().sum(), encoder.weight)[0])
+    assert cosine_similarity(grads[:1], grads[1:]) > 0.999
+
+
+@pytest.mark.parametrize("options", [{}, dict(broadcast_buffers=False, gradient_as_bucket_view=True)])
+def test_a_captured_model_under_DistributedDataParallel(tmp_path, options):
+    """With the settings of both scripts, on one GPU; an eager step between, as for the smaller last batch."""
     import torch.distributed as dist
     dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=GPU)
     try:
         eager = Model("upg", broyden).to(GPU)
         del eager.unused
         graph, x = copy.deepcopy(eager), torch.randn(5, 4, 8, 8, device=GPU)
-        net = nn.parallel.DistributedDataParallel(captured(graph, x), device_ids=[0])
-        for step in range(3):
+        net = nn.parallel.DistributedDataParallel(captured(graph, x), device_ids=[0], **options)
+        for step in range(4):
             for model in (eager, net):
                 torch.manual_seed(step)
-                model(x)[0].square().sum().backward()
+                model(x if step != 1 else x[:2])[0].square().sum().backward()
             for a, b in zip(eager.parameters(), graph.parameters()):
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
                 a.grad = b.grad = None
@@ -251,6 +274,7 @@ def test_a_captured_model_under_DistributedDataParallel(tmp_path):
 
 def test_the_products_of_few_long_samples_are_made_in_pieces():
     """Broyden's, for N = 3 and D = 16384: the CPU's solve."""
+    assert common._pieces(3, 16384, GPU) > 1
     torch.manual_seed(0)
     u = torch.randn(3, 16384, dtype=torch.float64)
     results = [broyden(lambda h: torch.tanh(0.8 * h.roll(1, 1) + u.to(h.device)), torch.zeros_like(u, device=d),
@@ -278,23 +302,26 @@ def test_a_step_of_mdeq_does_not_wait(name, flags, no_waiting):
     optimizer, meter = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), Meter(GPU)
     images, labels = torch.zeros(4, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.arange(4).pin_memory()
 
+    training = module.training_pass(args, model, 4, 64, GPU)
+
     def step():
         x, y = (t.to(GPU, non_blocking=True) for t in (images, labels))
         cifar = name == "mdeq_cifar"
         x = module.prepare(x, True, module.memory_format(args)) if cifar else module.prepare(x, args, GPU)
         with module.autocast(args, GPU):
-            logits, result = model(x, unroll=2 * args.pretrain_steps, with_result=True)
+            logits, residual = training(x, unroll=2 * args.pretrain_steps)
         loss = F.cross_entropy(logits.float(), y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(4, loss=loss, accuracy=100 * (logits.argmax(1) == y).float().mean())
-        return result
+        return residual if residual is None else residual.detach().clone(), training.backward_residual[:4].clone()
 
     step()
     with no_waiting:
-        result = step()
-    assert args.pretrain_steps or result.residual.isfinite().all()
+        residual, backward = step()
+    assert args.pretrain_steps or residual.isfinite().all()
+    assert backward.isfinite().all() == (args.grad == "implicit")
     assert all(p.isfinite().all() for p in model.parameters())
 
 

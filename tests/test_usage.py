@@ -3,6 +3,7 @@
 The expected gradients are written by hand, without common.py.  Other tests of the gradients: test_phantom.py.
 """
 import copy
+import math
 import warnings
 from functools import partial
 
@@ -263,13 +264,25 @@ def test_a_captured_model_is_replayed_only_where_it_can_be(monkeypatch):
     monkeypatch.setattr(torch.random, "fork_rng", lambda given: (devices.extend(given), fork_rng([]))[1])
     torch.manual_seed(0)
     model, x, state = Net(), torch.randn(4, 3), torch.get_rng_state()
-    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="training mode"):
+        captured(model.eval(), x)
+    before = copy.deepcopy(model.train().state_dict())
     assert captured(model, x) is model and devices == [7]
     assert torch.equal(torch.get_rng_state(), state) and torch.is_autocast_cache_enabled()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert model(x + 1) == model(x, unroll=0) == model(x, name=None) == "replayed"
-    assert model(x[:2]) == "eager 0 None" and model(x, unroll=2) == "eager 2 None"
-    assert model.eval()(x) == "eager 0 None" and model.train()(x) == "replayed"
+    assert model(x) == model(x + 1) == "replayed"
+    for other in (x[:2], x.double(), x.clone().requires_grad_()):
+        assert model.to(other.dtype)(other) == "eager 0 None"
+    assert model.float()(x, 3) == "eager 3 None" and model(x, unroll=0) == "eager 0 None"
+    assert model(x, name="a") == "eager 0 a" and model.eval()(x) == "eager 0 None" and model.train()(x) == "replayed"
+    with torch.no_grad():
+        assert model(x) == "eager 0 None"
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.norm.weight.fill_(math.nan)
+    assert other(x) == "not finite" and model(x) == "replayed"                  # a copy has its own weights
+    with pytest.raises(ValueError, match="captured before"):
+        captured(model, x)
 
 
 # --- checkpointing, functional calls, copies -------------------------------------------------------------------------
