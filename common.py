@@ -663,9 +663,11 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
 
     One forward pass, then its backward pass, then optimizer.zero_grad(set_to_none=True): the next call overwrites what
     this one has returned and saved, and what was None in .grad.  Move the model before, and wrap it in
-    DistributedDataParallel afterwards.  Raises ValueError for a model in evaluation mode or captured before, and
-    torch's RuntimeError, "operation not permitted when stream is capturing", where the model waits for the GPU.
+    DistributedDataParallel afterwards.  Raises ValueError without a GPU, for a model in evaluation mode or captured
+    before, and torch's RuntimeError, "operation not permitted when stream is capturing", where it waits for the GPU.
     """
+    _require(isinstance(model, torch.nn.Module), f"captured takes an nn.Module, got {type(model).__name__}")
+    _require(torch.cuda.is_available(), "captured needs a GPU")
     _require(model.training, "captured needs a model in training mode: model.train()")
     _require("forward" not in vars(model), "this model's forward pass has been replaced or captured before")
 
@@ -832,11 +834,11 @@ def check_run_flags(args, refuse: Callable):
         path = getattr(args, flag, None)
         refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
     if getattr(args, "cuda_graph", False):
-        refuse(not torch.cuda.is_available(), "--cuda-graph needs a GPU")
         refuse(args.tol or args.solver == "anderson" or args.sync_bn, "--cuda-graph needs --tol 0, and neither "
                "--solver anderson nor --sync-bn: a graph cannot wait for an answer")
         refuse(getattr(args, "accumulate", 1) > 1,
                "--cuda-graph needs --accumulate 1: a graph's gradients overwrite those of the micro-batch before")
+        refuse(not torch.cuda.is_available(), "--cuda-graph needs a GPU")
 
 
 class Process(NamedTuple):

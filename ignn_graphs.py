@@ -28,7 +28,8 @@ W is projected once per step, all rows in one sort; A V Omega_1^T is computed be
 freed memory is kept for the next step; the folds of COX2 and PROTEINS are divided over processes (on a CPU with
 OMP_NUM_THREADS=1: the matrices are too small for threads).
 
-Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU; PPI is not run.
+Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU, and step times on one H200; PPI is
+not run.
 
 Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds (there:
 shuffled after stratification); residual per graph and relative (there: the largest entry of the batch); W is projected

@@ -259,11 +259,17 @@ def test_a_captured_model_is_replayed_only_where_it_can_be(monkeypatch):
         model.forward = lambda x: "replayed"
 
     fork_rng, devices = torch.random.fork_rng, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
     monkeypatch.setattr(torch.random, "fork_rng", lambda given: (devices.extend(given), fork_rng([]))[1])
     torch.manual_seed(0)
     model, x, state = Net(), torch.randn(4, 3), torch.get_rng_state()
+    with pytest.raises(ValueError, match="needs a GPU"):
+        captured(model, x)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="takes an nn.Module, got function"):
+        captured(lambda h: h, x)
     with pytest.raises(ValueError, match="training mode"):
         captured(model.eval(), x)
     before = copy.deepcopy(model.train().state_dict())
