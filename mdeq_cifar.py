@@ -115,8 +115,8 @@ def parse_args(argv=None):
     p.add_argument("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
     p.add_argument("--compile", action="store_true", help="torch.compile F and the head")
     p.add_argument("--cuda-graph", action="store_true", help="on a GPU: launch the kernels of a training step as two "
-                   "CUDA graphs, up to 2.8 times faster; needs --tol 0, not --solver anderson or --sync-bn; "
-                   "not in pretraining and for batches of another size")
+                   "CUDA graphs, up to 2.8 times faster; needs --tol 0, not --solver anderson or --sync-bn; not in "
+                   "pretraining and for batches of another size")
     p.add_argument("--memory-format", choices=["contiguous", "channels-last"],
                    help="of images, weights and states (default GPU contiguous, CPU channels-last)")
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (GPUs only)")
