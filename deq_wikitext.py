@@ -37,6 +37,7 @@ What makes it faster (--benchmark with the flag measures all but --accumulate):
     always on                   once per forward: effective weights, position keys, keys and values of the memory;
                                 fused attention inside the solver (dropatt 0); targets sorted into clusters on the host
 What costs: a step with the JR term (--jr) calls F once more.
+No --cuda-graph, as mdeq_*.py have: the clusters of the softmax are as large as a batch happens to need.
 
 Measured: step times of all rows on one H200, 109 ms for PostLN UPG at 14 streams; no training to the end.  README.md
 has these, and a small-scale counterpart of Table 3 on real text, on a CPU.
