@@ -26,8 +26,8 @@ Layer (IGNN, Gu et al. 2020), rows are nodes: H* = relu(A H* W^T + A V Omega_1^T
 What makes it faster: batches and their sparse matrices (CSR, with the transpose for the backward pass) are built once;
 W is projected once per step, all rows in one sort; A V Omega_1^T is computed before the solve; graphs stop one by one;
 freed memory is kept for the next step; the folds of COX2 and PROTEINS are divided over processes (on a CPU with
-OMP_NUM_THREADS=1: the matrices are too small for threads).  No --amp, --compile or --cuda-graph as in the other scripts:
-half of the work is sparse products, of graphs of any size, in solves that stop at a tolerance.
+OMP_NUM_THREADS=1: the matrices are too small for threads).  No --amp, --compile or --cuda-graph: batches
+are of any size, and solves stop at a tolerance.
 
 Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU, and step times on one H200; PPI is
 not run.
