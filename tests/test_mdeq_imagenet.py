@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from unittest import mock
 from pathlib import Path
+from unittest import mock
 
 import make_mdeq_example as reference
 import pytest
@@ -622,6 +622,39 @@ def test_every_gradient_trains(grad, more, tmp_path, small):
     (radius,), (epoch,) = metrics(tmp_path, "radius"), metrics(tmp_path, "epoch")
     assert radius["step"] == 3 and radius["rho_J"] > 0 and radius["rho_J_lam"] > 0 and 0 <= radius["rho_J_above_1"] <= 1
     assert epoch["val_images"] == 7 and epoch["val_evals"] == 4 and ("backward_solved" in epoch) == (grad == "implicit")
+
+
+def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, small):
+    """--cuda-graph with a stand-in for graphs, which overwrites what it returned before."""
+    solves, captures = {"train": [], "backward": []}, []
+
+    def captured(training, example):
+        eager, note, kept = training.forward, training.note, []
+        captures.append(tuple(example.shape))
+
+        def forward(x, unroll=0):
+            logits, residual = eager(x, unroll=unroll)
+            if unroll:
+                return logits, residual
+            solves["train"].append(residual.clone())
+            kept.append(kept[0].copy_(residual) if kept else residual)
+            return logits, kept[-1]
+
+        training.forward = forward
+        training.note = lambda result: (solves["backward"].append(result.residual.clone()), note(result))
+
+    monkeypatch.setattr(mdeq_imagenet, "captured", captured)
+    flags = [*SMALL_RUN, "--data", str(small), *"--grad implicit --pretrain-steps 1 --out".split()]
+    for graph in (False, True):
+        args = parse_args([*flags, str(tmp_path / str(graph))])
+        args.cuda_graph = graph
+        main(args)
+    (eager,), (graph,) = (metrics(tmp_path / name, "epoch") for name in ("False", "True"))
+    assert captures == [(8, 3, 32, 32)] and {k: v for k, v in eager.items() if k != "seconds"} == {
+        k: v for k, v in graph.items() if k != "seconds"}
+    for name, found in solves.items():              # each solve's own, not the last one's four times
+        expected = mdeq_imagenet.health(name, found, tol=0)
+        assert len(found) == 4 and expected == {k: graph[k] for k in expected}
 
 
 def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_after(tmp_path, monkeypatch, small):
