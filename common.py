@@ -64,7 +64,24 @@ def _require(ok, message):
 def _check_budget(max_iter, tol, stop_mode):
     _require(isinstance(max_iter, int) and max_iter >= 1, f"max_iter must be an integer >= 1, got {max_iter!r}")
     _require(tol >= 0, f"tol must be >= 0, got {tol!r}")
-    _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
+    if isinstance(stop_mode, str):                          # else a state
+        _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
+
+
+def _range(dtype):
+    return torch.finfo(dtype).tiny, torch.finfo(dtype).max
+
+
+def _norms(x, dtype):
+    """||x_i|| (N,) for x (N, ...), also where the squares of float32 would be 0 or inf, which looks like a solution."""
+    dims = tuple(range(1, x.dim()))
+    if not dims:
+        return x.to(dtype).abs()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():        # there float64 takes several times as long
+        norms = torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
+        if bool(((norms > 1e-15) & (norms < 1e18)).all()):
+            return norms
+    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float64).to(dtype)
 
 
 def _version(x):
@@ -144,6 +161,8 @@ class SolverResult(NamedTuple):
 class _Progress:
     """Evaluates f, and keeps per sample: the trace of its residual, the lowest so far, whether it still moves.
 
+    A sample is a row of the flat state, or the rows offsets[i] to offsets[i + 1].
+
     A sample stops moving when it has converged, or when it is lost: a non-finite residual, or one a million times its
     first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is
     the only host synchronisation: at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where
@@ -166,25 +185,38 @@ class _Progress:
                 raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {N}, got {offsets.tolist()}")
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
+        self.b = self.limit = None
+        if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
+            self.b = self.layout.pack(stop_mode)
+            size = self.per_sample(_norms(self.b, self.b.dtype))
+            # A sample without a b of its own may still be handed something by the others, where f couples them.
+            self.size = torch.where(size > 0, size, _norms(size[None], size.dtype))
         self.trace = self.x0.new_empty(max_iter + 1, N)
         self.lowest = self.x0.new_full((N,), math.inf)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
         self.on_cpu = device.type == "cpu"                  # where looking at a mask costs nothing
         self.evals, self.check_every = 0, 1 if self.on_cpu else 8
-        self.largest = math.sqrt(torch.finfo(self.x0.dtype).max)
 
-    def per_row(self, mask):
-        """A mask of the samples (N,) as one that broadcasts over a state (rows, D)."""
-        return (mask if self.offsets is None else mask[self.sample_of])[:, None]
+    def per_row(self, x):
+        """What is known of each sample (N, ...) for each row of the state (rows, ...)."""
+        return x if self.offsets is None else x[self.sample_of]
 
     def per_sample(self, row_norms):
         """Norms of the samples (N,) from those of the state's rows."""
         if self.offsets is None:
             return row_norms
-        return torch.segment_reduce(row_norms.square(), "sum", offsets=self.offsets, initial=0, unsafe=True).sqrt()
+        squares = row_norms.double().square()
+        return torch.segment_reduce(squares, "sum", offsets=self.offsets, initial=0, unsafe=True).sqrt().to(
+            row_norms.dtype)
 
-    def evaluate(self, x, g, f_out=None):
-        """g <- f(x) - x, all (N, D); f_out <- f(x) where wanted.  Returns ||g|| (N,)."""
+    def products(self, a, b):
+        """(N, i, j): of each sample, the inner products of the states a (i, rows, D) with the states b (j, rows, D)."""
+        products = _products(a, b)
+        return products if self.offsets is None else torch.segment_reduce(products, "sum", offsets=self.offsets,
+                                                                          initial=0, unsafe=True)
+
+    def call(self, x, g, f_out=None):
+        """g <- f(x) - x, all (rows, D); f_out <- f(x) where wanted.  Returns the parts of f(x)."""
         x_parts = self.layout.split(x)
         version = _version(x)
         f_x = self.f(self.layout.state(x_parts))
@@ -197,25 +229,36 @@ class _Progress:
         if f_out is not None:
             for f_part, out in zip(f_parts, self.layout.split(f_out)):
                 out.copy_(f_part)
-        norm = self.per_sample(torch.linalg.vector_norm(g, dim=1))
-        residual = self.trace[self.evals]                   # a view: filled below
+        return f_parts
+
+    def evaluate(self, x, g, f_out=None):
+        """As `call`, and records the residual at x.  Returns ||g|| (N,)."""
+        f_parts = self.call(x, g, f_out)
+        norm = self.per_sample(_norms(g, g.dtype))
+        if self.stop_mode == "rel":
+            sizes = [_norms(p, torch.promote_types(p.dtype, g.dtype)) for p in f_parts]
+            size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0,
+                                                                             dtype=torch.float64)
+            self.size = self.per_sample(size).to(g.dtype)
         if self.stop_mode == "max":
             row_max = torch.linalg.vector_norm(g, math.inf, dim=1)
-            residual.copy_(row_max if self.offsets is None else torch.segment_reduce(
+            self.record(row_max if self.offsets is None else torch.segment_reduce(
                 row_max, "max", offsets=self.offsets, initial=0, unsafe=True))
-        elif self.stop_mode == "rel":
-            sizes = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())), dtype=torch.promote_types(
-                p.dtype, g.dtype)) if p.dim() > 1 else p.to(g.dtype).abs() for p in f_parts]
-            size = self.per_sample(sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
-            # 1e-30 is below any loss's gradient; norm / inf would be 0 and look solved.
-            torch.div(norm, size.clamp(1e-30, self.largest), out=residual)
         else:
-            residual.copy_(norm)
-        if self.evals == 0:
+            self.record(self.relative(norm))
+        if self.limit is None:
             self.limit = 1e6 * norm
-        self.moving &= (residual > self.tol) & (norm < self.limit)      # where the limit is 0, so is the residual
-        self.evals += 1
+        self.moving &= (self.trace[self.evals - 1] > self.tol) & (norm < self.limit)
         return norm
+
+    def relative(self, norm):
+        """The residual (N,) that belongs to ||f(h) - h|| = norm."""
+        # Where norm and size are both 0, so is the residual; norm / inf would be 0 and look solved.
+        return norm if self.stop_mode == "abs" else norm / self.size.clamp(*_range(norm.dtype))
+
+    def record(self, residual):
+        self.trace[self.evals] = residual
+        self.evals += 1
 
     def improved(self):
         """Which samples (N,) the last evaluation found at their lowest residual."""
@@ -231,15 +274,15 @@ class _Progress:
     def hold(self, g):
         """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
         if not (self.on_cpu and bool(self.moving.all())):
-            g.masked_fill_(self.per_row(~self.moving), 0)
+            g.masked_fill_(self.per_row(~self.moving)[:, None], 0)
 
     def finished(self):
         if self.evals > self.max_iter:
             return True
         return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
 
-    def result(self, x_best):
-        residual = self.best()[0]
+    def result(self, x_best, residual=None):
+        residual = self.best()[0] if residual is None else residual
         return SolverResult(self.layout.unpack(x_best), residual, self.evals, self.trace[:self.evals],
                             residual <= self.tol)
 
@@ -310,7 +353,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
         if run.on_cpu and bool((better | (run.lowest <= run.tol)).all()):
             x_best, out = x, x_best     # no copy: each sample has improved at x, or is solved and has not moved since
         else:
-            torch.where(run.per_row(better), x, x_best, out=x_best)
+            torch.where(run.per_row(better)[:, None], x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
         run.hold(g)
@@ -319,7 +362,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
 
 @_solver
 def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
-             m: int = 6, beta: float = 1.0, ridge: float = 1e-4) -> SolverResult:
+             m: int = 6, beta: float = 1.0, ridge: float = 1e-4, offsets: Tensor | None = None) -> SolverResult:
     """Anderson acceleration (type II) over the last m pairs (h_i, f(h_i)), with g_i = f(h_i) - h_i:
 
         h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
@@ -332,21 +375,20 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
     _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
     _require(ridge >= 0, f"ridge must be >= 0, got {ridge!r}")
-    run = _Progress(f, h0, max_iter, tol, stop_mode)
+    run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best = run.x0.clone(), run.x0
-    N, D = x.shape
-    m = min(m, max_iter)
-    fs, gs = x.new_empty(m, N, D), x.new_empty(m, N, D)     # rows are overwritten in turn: order does not matter
+    m, N = min(m, max_iter), len(run.lowest)
+    fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # overwritten in turn: the order does not matter
     gram = x.new_zeros(N, m, m)                                 # gram[i, j] = g_i . g_j
     ones = x.new_ones(N, m)
     while True:
         i = run.evals % m
         run.evaluate(x, gs[i], f_out=fs[i])
-        torch.where(run.improved()[:, None], x, x_best, out=x_best)
+        torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
         n = min(run.evals, m)
-        row = _products(gs[i:i + 1], gs[:n])[:, 0]                                  # (N, n): the one new row
+        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                                  # (N, n): the one new row
         gram[:, i, :n] = row
         gram[:, :n, i] = row
         system = gram[:, :n, :n].clone()
@@ -357,15 +399,21 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         plain = (info != 0) | ~alpha.isfinite().all(dim=1)
         alpha = alpha.masked_fill(plain[:, None], 0)
         alpha[:, i] = torch.where(plain, 1.0, alpha[:, i])
-        x_new = torch.bmm(alpha[:, None], fs[:n].transpose(0, 1))
+        alpha = run.per_row(alpha)[:, None]
+        x_new = torch.bmm(alpha, fs[:n].transpose(0, 1))
         if beta < 1:
-            x_new.baddbmm_(alpha[:, None], gs[:n].transpose(0, 1), alpha=beta - 1)
-        torch.where(run.moving[:, None], x_new[:, 0], x, out=x)
+            x_new.baddbmm_(alpha, gs[:n].transpose(0, 1), alpha=beta - 1)
+        torch.where(run.per_row(run.moving)[:, None], x_new[:, 0], x, out=x)
+
+
+def _check_memory(memory):
+    _require(memory is None or isinstance(memory, int) and memory >= 1,
+             f"memory must be an integer >= 1, got {memory!r}")
 
 
 @_solver
 def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
-            memory: int | None = None) -> SolverResult:
+            memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
     The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the steps
@@ -382,13 +430,11 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 4 states, and one
     more from the first restart on.
     """
-    _require(memory is None or isinstance(memory, int) and memory >= 1,
-             f"memory must be an integer >= 1, got {memory!r}")
-    run = _Progress(f, h0, max_iter, tol, stop_mode)
+    _check_memory(memory)
+    run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, origin, x_best = run.x0.clone(), run.x0, None
-    N, D = x.shape
-    m = min(memory or max_iter, max_iter)
-    rows = x.new_empty(m + 1, N, D)                 # g, s_0, s_1, ...: the only large buffer, allocated once
+    m, N = min(memory or max_iter, max_iter), len(run.lowest)
+    rows = x.new_empty(m + 1, *x.shape)                 # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
     lengths = x.new_zeros(N, m + 1)                 # of the rows
     T = x.new_zeros(N, m + 1, m)
@@ -401,7 +447,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         That is origin + s_0 + ... or x - s_{n-1} - ...: the sum of the steps is not the iterate bit for bit, and the
         longer the way, the larger the difference.  Overwrites `origin`.
         """
-        at = run.best()[1] - first
+        at = run.per_row(run.best()[1] - first)
         before = torch.arange(n, device=x.device) < at[:, None]                                     # (N, n)
         way = torch.linalg.vector_norm(rows[1:n + 1], dim=2).T
         from_x = way.masked_fill(before, 0).sum(1, keepdim=True) < way.masked_fill(~before, 0).sum(1, keepdim=True)
@@ -424,7 +470,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
             # A view of g and s_{n-1}, unless its stride is beyond the int that cuBLAS takes.
             pair = rows[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([g, rows[n]])
-            products = _products(pair, rows[1:n + 1])                                               # (N, 2, n)
+            products = run.products(pair, rows[1:n + 1])                                               # (N, 2, n)
             square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
             torch.reciprocal(square.clamp_min(torch.finfo(x.dtype).tiny), out=inverse)  # at rest a step has length 0
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])
@@ -438,9 +484,99 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         coefficients = torch.where(ok, coefficients, plain[:, :n + 1])
         T[:, :n + 1].masked_fill_(~ok[:, :, None], 0)
         s = rows[n + 1]
-        torch.bmm(coefficients[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
+        torch.bmm(run.per_row(coefficients)[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
         x += s
         n += 1
+
+
+@_solver
+def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
+          memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
+    """GMRES for an affine f(h) = J h + b, so for (I - J) h = b: the backward solve of "implicit".
+
+    After j products with J the residual is the smallest that any polynomial of J can reach with them, per sample, so it
+    never rises.  The others choose one polynomial ("npg" a fixed one) and may leave it larger than at their start.
+    Saad and Schultz, "GMRES: A generalized minimal residual algorithm for solving nonsymmetric linear systems", 1986.
+
+    With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is after j + 1 products.
+    Without it b is not known: the first evaluation is at h0, and "rel" is relative to ||f(h)|| at the last state that
+    was evaluated.  The residual of the recurrence is not the true one once rounding shows, in f or here.  So the last
+    evaluation is at the state found, and its residual decides.  A sample that recurrence alone has called solved goes
+    on from there if the budget allows.  Stops, reports and costs as `fixed_point` does, in calls of f.
+
+    The basis is made orthogonal by modified Gram-Schmidt, which GMRES does not need more than (Paige, Rozloznik and
+    Strakos, 2006), in the form that reads it twice per product as `broyden` does: (I + L)^-1 V^T w, where L is the
+    lower triangle of V^T V, grows by a row per product (Swirydowicz et al., "Low synchronization Gram-Schmidt and
+    generalized minimal residual algorithms", 2021).
+
+    memory: products before a restart (default max_iter).  Memory `memory` + 5 states.  Raises ValueError for an
+    impossible argument and for stop_mode "max", which a recurrence of 2-norms cannot know.
+    """
+    _check_memory(memory)
+    _require(not isinstance(stop_mode, str) or stop_mode != "max", "gmres has no stop_mode 'max': use 'rel' or 'abs'")
+    run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
+    m, N = min(memory or max_iter, max_iter), len(run.lowest)
+    x, x_best, r = run.x0.clone(), run.x0, torch.empty_like(run.x0)
+    # J v = (f(origin + s v) - f(origin)) / s: with s near ||f(origin)||, rounding takes the same digits of both.
+    if run.b is None:
+        run.evaluate(x, r)
+        origin, size = x.clone(), run.per_sample(_norms(r + x, x.dtype))
+        run.improved()
+        if run.finished():
+            return run.result(x_best)
+    else:
+        origin, size = None, run.size
+        x.zero_()
+        r.copy_(run.b)
+    at_origin, s = r.clone() if run.b is None else run.b, size.clamp(1, 1e15)
+    rows = x.new_empty(m + 1, *x.shape)             # s times the basis
+    eps = torch.finfo(x.dtype).eps
+
+    while run.evals < max_iter:                     # a product, and the last evaluation
+        norm = run.per_sample(_norms(r, r.dtype))
+        alive = (run.relative(norm) > tol) & norm.isfinite()
+        rows[0] = r * run.per_row(torch.where(alive, s / norm, 0))[:, None]
+        rows[0].masked_fill_(run.per_row(~alive)[:, None], 0)
+        T, Q = x.new_zeros(N, m, m), x.new_zeros(N, m + 1, m + 1)       # (I + L)^-1; product of the Givens rotations
+        R, t = torch.eye(m, dtype=x.dtype, device=x.device).repeat(N, 1, 1), x.new_zeros(N, m + 1)      # R y = t
+        Q[:, 0, 0], t[:, 0] = 1, norm / s
+        for n in range(min(m, max_iter - run.evals)):
+            v, w = rows[n], rows[n + 1]
+            run.call(v if origin is None else origin + v, w)
+            torch.sub(at_origin, w, out=w)                                              # (I - J) v
+            products = run.products(rows[n:n + 2], rows[:n + 1]) / s.square()[:, None, None]        # (N, 2, n + 1)
+            T[:, n, :n] = -torch.bmm(products[:, :1, :n], T[:, :n, :n])[:, 0]
+            T[:, n, n] = 1
+            c = torch.bmm(T[:, :n + 1, :n + 1], products[:, 1, :, None])[:, :, 0]
+            w[:, None].baddbmm_(run.per_row(c)[:, None], rows[:n + 1].transpose(0, 1), alpha=-1)
+            norm = run.per_sample(_norms(w, w.dtype)) / s
+            # What is left of a product within the span of the basis is rounding.  A sample that has stopped, is lost
+            # or has no direction left gets directions of zero, which change nothing.
+            good = alive & norm.isfinite()
+            left = good & (norm > 10 * eps * torch.hypot(norm, torch.linalg.vector_norm(c, dim=1)))
+            c, norm = torch.where(good[:, None], c, 0), torch.where(left, norm, 0)
+            column = torch.bmm(Q[:, :n + 1, :n + 1], c[:, :, None])[:, :, 0]
+            d = torch.hypot(column[:, n], norm)
+            cos, sin = torch.where(d > 0, column[:, n] / d, 0), torch.where(d > 0, norm / d, 1)
+            R[:, :n, n], R[:, n, n] = column[:, :n], torch.where(d > 0, d, 1)
+            t[:, n + 1], t[:, n] = -sin * t[:, n], cos * t[:, n]
+            Q[:, n + 1, :n + 1], Q[:, n + 1, n + 1] = -sin[:, None] * Q[:, n, :n + 1], cos
+            Q[:, n, :n + 1], Q[:, n, n + 1] = cos[:, None] * Q[:, n, :n + 1], sin
+            residual = run.relative(t[:, n + 1].abs() * s)
+            run.record(residual)
+            alive = left & (residual > tol)
+            w *= run.per_row(torch.where(alive, 1 / norm, 0))[:, None]
+            w.masked_fill_(run.per_row(~alive)[:, None], 0)
+            if tol > 0 and run.evals % run.check_every == 0 and not bool(alive.any()):              # host sync
+                break
+        n += 1
+        y = torch.linalg.solve_triangular(R[:, :n, :n], t[:, :n, None], upper=True)
+        x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
+        run.evaluate(x, r)
+        torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
+        if tol > 0 and run.evals < max_iter and bool((run.lowest <= tol).all()):                    # host sync
+            break
+    return run.result(x_best, run.lowest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,9 +584,9 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
 # ---------------------------------------------------------------------------------------------------------------------
 
 def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: float = 0.5, solver: Callable = broyden,
-                max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel", backward_solver: Callable = broyden,
-                backward_max_iter: int = 40, backward_tol: float = 1e-4,
-                on_backward: Callable | None = None) -> tuple[State, SolverResult]:
+                max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel", backward_solver: Callable = gmres,
+                backward_max_iter: int = 40, backward_tol: float = 1e-4, on_backward: Callable | None = None,
+                offsets: Tensor | None = None) -> tuple[State, SolverResult]:
     """Solve h* = f(h*) without a graph, then attach the gradient `grad` (table at the top of this file).
 
     Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg"; h* itself for
@@ -460,10 +596,10 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     nor on whether the solve has converged: look at result.converged.  Only with "bptt" does a gradient reach h0.
 
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
-    solver, backward_solver: fixed_point, anderson, broyden, or functools.partial of one, binding what is not passed
-    here (m, beta, ridge, memory, lam, offsets).
-    on_backward: called with the SolverResult of the backward solve of "implicit".  That solve stops at a relative
-    residual: an absolute one would depend on the scale of the loss.
+    solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or functools.partial of
+    one, binding what is not passed here (m, beta, ridge, memory, lam).
+    backward_tol, on_backward: of "implicit"; see `implicit`.
+    offsets (N + 1,): sample i is the rows offsets[i] to offsets[i + 1] of the state (graphs), for both solves.
     f is handed float32 states (float64 if h0 is float64), also where h0 is of lower precision: use autocast inside.
     Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each: "upg"
     3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve included.
@@ -482,12 +618,15 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
                              f"{value!r}")
     if grad == "bptt" and torch.is_grad_enabled():
         _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
-        return _bptt(f, h0, max_iter, tol, stop_mode)
+        return _bptt(f, h0, max_iter, tol, stop_mode, offsets)
     if grad in ("upg", "npg"):
         _check_phantom(k, lam)
     elif grad == "implicit":
         _check_budget(backward_max_iter, backward_tol, "rel")
-    result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode)
+    if getattr(solver, "func", solver) is gmres:
+        raise ValueError("solver=gmres is for an affine f, as that of the backward solve: use it as backward_solver")
+    samples = {} if offsets is None else {"offsets": offsets}
+    result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode, **samples)
     torch.clear_autocast_cache()    # weights that autocast has cast and cached without a graph would get no gradient
     if not torch.is_grad_enabled():
         return result.h, result
@@ -496,7 +635,7 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     if grad == "npg":
         return npg(f, result.h, k, lam), result
     return implicit(f, result.h, solver=backward_solver, max_iter=backward_max_iter, tol=backward_tol,
-                    on_backward=on_backward), result
+                    on_backward=on_backward, offsets=offsets), result
 
 
 def _check_phantom(k, lam):
@@ -552,22 +691,39 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     return _attach(f, h_star, neumann)
 
 
-def implicit(f: Callable, h_star: State, *, solver: Callable = broyden, max_iter: int = 40, tol: float = 1e-4,
-             stop_mode: str = "rel", on_backward: Callable | None = None) -> State:
-    """Implicit differentiation, Eq. (4): returns h* with the backward pass  g_hat = J^T g_hat + g,  solved from g.
+def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: int = 40, tol: float = 1e-4,
+             on_backward: Callable | None = None, offsets: Tensor | None = None) -> State:
+    """Implicit differentiation, Eq. (4): returns h* with the backward pass  g_hat = J^T g_hat + g,  g = dL/dh*.
 
-    Exact at an exact fixed point with a converged backward solve; `on_backward` receives that solve's SolverResult, the
-    only sign of one that failed: its best g_hat is used.  One graph of f; at most max_iter + 4 calls of f and VJPs.
-    Raises ValueError for an impossible argument and where f(h) has another shape than h, RuntimeError for a second
-    derivative.
+    Exact at an exact fixed point with a converged backward solve.  `solver` is started at g and stops, keeps its best
+    state and reports by ||g + J^T g_hat - g_hat|| / ||g||, per sample, or over the batch's ||g|| where a sample's is
+    zero.  (Relative to ||g_hat||, as solvers measure, a g_hat that explodes looks solved.)  `on_backward` receives its
+    SolverResult, the only sign of a solve that failed: its best g_hat is used.  A solver of your own is called as
+    solver(f, g, max_iter=, tol=, stop_mode=g), with offsets= if they are given.
+
+    It solves for g times a power of two, so that the scale of the loss matters to no precision.  Where g is not finite,
+    neither is the sample's gradient (torch.amp.GradScaler relies on that).
+
+    One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `equilibrium`.  Raises ValueError for an
+    impossible argument and where f(h) has another shape than h, RuntimeError for a second derivative.
     """
     if not callable(solver):            # not _require, as in `equilibrium`
         raise ValueError(f"solver must be a function, got {solver!r}")
-    _check_budget(max_iter, tol, stop_mode)
+    _check_budget(max_iter, tol, "rel")
+    samples = {} if offsets is None else {"offsets": offsets}
 
     def adjoint(vjp, g):
+        # One factor for the whole batch: where f couples samples, a system scaled per sample is another system.
+        g = [gi.to(torch.promote_types(gi.dtype, torch.float32)) for gi in g]
+        largest = torch.stack([gi.flatten(1).abs().amax(1) for gi in g]).amax(0)        # (N,); NaN stays NaN
+        finite = largest.isfinite()
+        most = -math.frexp(_range(largest.dtype)[0])[1]
+        exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent.clamp(-most, most)
+        g = [torch.ldexp(gi, -exponent) for gi in g]
         result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
-                        stop_mode=stop_mode)
+                        stop_mode=g, **samples)
+        factor = torch.where(finite, torch.ldexp(torch.ones_like(largest), exponent), math.nan)
+        result = result._replace(h=[w * factor.view(-1, *[1] * (w.dim() - 1)) for w in result.h])
         if on_backward is not None:
             on_backward(result)
         return result.h
@@ -695,10 +851,10 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
     return model
 
 
-def _bptt(f, h0, max_iter, tol, stop_mode):
+def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
     """Eq. (9) and (10): max_iter plain steps with the graph on, then an evaluation without for the last residual."""
     with torch.no_grad():
-        run = _Progress(lambda _: states[-1], h0, max_iter, tol, stop_mode)         # it only measures
+        run = _Progress(lambda _: states[-1], h0, max_iter, tol, stop_mode, offsets)    # it only measures
         g = torch.empty_like(run.x0)
 
     def full(h):                # the states' precision, also where f returns a lower one
@@ -834,8 +990,8 @@ def check_run_flags(args, refuse: Callable):
         path = getattr(args, flag, None)
         refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
     if getattr(args, "cuda_graph", False):
-        refuse(args.tol or args.solver == "anderson" or args.sync_bn, "--cuda-graph needs --tol 0, and neither "
-               "--solver anderson nor --sync-bn: a graph cannot wait for an answer")
+        refuse(args.tol or "anderson" in (args.solver, args.backward_solver) or args.sync_bn, "--cuda-graph needs "
+               "--tol 0, and neither anderson nor --sync-bn: a graph cannot wait for an answer")
         refuse(getattr(args, "accumulate", 1) > 1,
                "--cuda-graph needs --accumulate 1: a graph's gradients overwrite those of the micro-batch before")
         refuse(not torch.cuda.is_available(), "--cuda-graph needs a GPU")
@@ -1302,7 +1458,7 @@ def what_broke(loss: float, parameters=()) -> str:
 
 
 def health(name: str, residuals: list[Tensor], tol: float, alone: bool = False) -> dict:
-    """{NAME_residual_p10, _p50, _p90: quantiles of the residuals of many solves, NAME_solved: the share solved}.
+    """{NAME_residual_p10, _p50, _p90: quantiles of the residuals of many solves, NAME_solved, NAME_above_0.1: shares}.
 
     Solved: to tol, or to 1e-3 where tol is 0.  Of all processes, which must all call it, or of this one `alone`.  {}
     where there was no solve.
@@ -1312,7 +1468,8 @@ def health(name: str, residuals: list[Tensor], tol: float, alone: bool = False) 
     if len(r) == 0:
         return {}
     return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
-            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item()}
+            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item(),
+            f"{name}_above_0.1": (r > 0.1).float().mean().item()}
 
 
 def spell_health(record: dict, *names: str) -> str:
