@@ -9,7 +9,7 @@ and the parameters theta closed over).  Finding h* is the solver's job; this fil
     grad        backward pass, with J = df/dh at h*, B = lam J + (1 - lam) I, g = dL/dh        memory (graphs of f)
     "upg"       autograd through k damped steps from h*, Eq. (16), Algorithm 1                  k
     "npg"       g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g, Eq. (17)                           1
-    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1
+    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1 (and the solver's)
     "bptt"      autograd through every iteration of the forward solve, Eq. (10)                 max_iter
 
 A state h is a tensor whose first dimension is the batch N, or a tuple/list of such tensors.  Every decision is taken
@@ -19,10 +19,10 @@ The paper writes Jacobians transposed: its "Jacobian-vector product" with J is P
 Needs torch 2.6 or newer only: copy it into your project; the mathematics ends at "Run helpers".  Or copy a part of it,
 with the imports functools, math, torch and those from typing and torch, the line `State = ...`, and
 
-    a solver    the section before the solvers, and `_solver`
+    a solver    the section before the solvers, and `_solver`; `_check_memory` for broyden and gmres
     upg         `_check_phantom`, `_version`, `_check_unchanged`
     npg         `_check_phantom`, and from `_vjp` to `_Undifferentiable`
-    implicit    from `_vjp` to `_Undifferentiable`, and a solver: `broyden`, or change its default
+    implicit    `_range`, from `_vjp` to `_Undifferentiable`, and a solver: `gmres`, or change its default
 """
 import contextlib
 import datetime
@@ -53,7 +53,7 @@ State = Tensor | Sequence[Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The state as one flat (N, D) tensor, and the bookkeeping that the three solvers share
+# The state as one flat (N, D) tensor, and the bookkeeping that the solvers share
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _require(ok, message):
@@ -327,13 +327,14 @@ def _solver(method):
 
 
 @_solver
-def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
                 lam: float = 1.0, offsets: Tensor | None = None) -> SolverResult:
     """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
 
     Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel"),
     ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the residual of f, not the length of the damped step.
-    "rel" cannot fall where h* = 0: use "abs" there.
+    "rel" cannot fall where h* = 0: use "abs" there.  For an affine f(h) = J h + b, stop_mode may be the state b:
+    ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero).
     max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  Memory 3
     states.  Never raises for a map that does not converge: look at `converged`.  A sample is given up when ||f(h) - h||
     is not finite or a million times its first value.  Raises ValueError for an impossible argument.
@@ -361,16 +362,18 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
 
 
 @_solver
-def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
              m: int = 6, beta: float = 1.0, ridge: float = 1e-4, offsets: Tensor | None = None) -> SolverResult:
     """Anderson acceleration (type II) over the last m pairs (h_i, f(h_i)), with g_i = f(h_i) - h_i:
 
         h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
-        alpha = argmin ||sum_i alpha_i g_i||^2 + ridge s ||alpha||^2  subject to  sum_i alpha_i = 1.
+        alpha = argmin ||sum_i alpha_i g_i||^2 + ridge sum_i alpha_i^2 ||g_i||^2  subject to  sum_i alpha_i = 1.
 
-    s is the mean of the squared residuals ||g_i||^2: an absolute ridge stalls once they have shrunk below it.
-    A sample whose small system cannot be solved uses its newest pair alone.  Stops, reports and costs as `fixed_point`
-    does.  Memory 2 m + 4 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    Each pair has a ridge of its own size.  A common one would be set by the oldest, largest residuals of the window,
+    so that more memory would be slower.  An absolute one stalls once the residuals have shrunk below it.  More than
+    m = 6 saved at most one evaluation on the F of MDEQ, of the Transformer and of tanh layers.  A sample whose small
+    system cannot be solved uses its newest pair alone.  Stops, reports and costs as `fixed_point` does.  Memory
+    2 m + 4 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
     _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
@@ -388,12 +391,11 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         if run.finished():
             return run.result(x_best)
         n = min(run.evals, m)
-        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                                  # (N, n): the one new row
+        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                               # (N, n): the one new row
         gram[:, i, :n] = row
         gram[:, :n, i] = row
         system = gram[:, :n, :n].clone()
-        diagonal = system.diagonal(dim1=1, dim2=2)
-        diagonal += ridge * diagonal.mean(dim=1, keepdim=True)
+        system.diagonal(dim1=1, dim2=2).mul_(1 + ridge)
         alpha, info = torch.linalg.solve_ex(system, ones[:, :n])        # the checked variant would synchronise
         alpha = alpha / alpha.sum(dim=1, keepdim=True)
         plain = (info != 0) | ~alpha.isfinite().all(dim=1)
@@ -412,7 +414,7 @@ def _check_memory(memory):
 
 
 @_solver
-def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
             memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
@@ -553,12 +555,14 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             # What is left of a product within the span of the basis is rounding.  A sample that has stopped, is lost
             # or has no direction left gets directions of zero, which change nothing.
             good = alive & norm.isfinite()
-            left = good & (norm > 10 * eps * torch.hypot(norm, torch.linalg.vector_norm(c, dim=1)))
+            rounding = 10 * eps * torch.hypot(norm, torch.linalg.vector_norm(c, dim=1))
+            left = good & (norm > rounding)
             c, norm = torch.where(good[:, None], c, 0), torch.where(left, norm, 0)
             column = torch.bmm(Q[:, :n + 1, :n + 1], c[:, :, None])[:, :, 0]
             d = torch.hypot(column[:, n], norm)
-            cos, sin = torch.where(d > 0, column[:, n] / d, 0), torch.where(d > 0, norm / d, 1)
-            R[:, :n, n], R[:, n, n] = column[:, :n], torch.where(d > 0, d, 1)
+            turns = good & (d > rounding)                   # else I - J is singular on the span: no progress
+            cos, sin = torch.where(turns, column[:, n] / d, 0), torch.where(turns, norm / d, 1)
+            R[:, :n, n], R[:, n, n] = column[:, :n], torch.where(turns, d, 1)
             t[:, n + 1], t[:, n] = -sin * t[:, n], cos * t[:, n]
             Q[:, n + 1, :n + 1], Q[:, n + 1, n + 1] = -sin[:, None] * Q[:, n, :n + 1], cos
             Q[:, n, :n + 1], Q[:, n, n + 1] = cos[:, None] * Q[:, n, :n + 1], sin
@@ -714,7 +718,6 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
 
     def adjoint(vjp, g):
         # One factor for the whole batch: where f couples samples, a system scaled per sample is another system.
-        g = [gi.to(torch.promote_types(gi.dtype, torch.float32)) for gi in g]
         largest = torch.stack([gi.flatten(1).abs().amax(1) for gi in g]).amax(0)        # (N,); NaN stays NaN
         finite = largest.isfinite()
         most = -math.frexp(_range(largest.dtype)[0])[1]

@@ -1,6 +1,7 @@
 """The gradients UPG, NPG, implicit and BPTT against dense algebra, the engine they live in, and the diagnostics."""
 import functools
 import gc
+import inspect
 import math
 import weakref
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import (adaptive_damping, anderson, broyden, cosine_similarity, equilibrium, fixed_point, implicit,
+from common import (adaptive_damping, anderson, broyden, cosine_similarity, equilibrium, fixed_point, gmres, implicit,
                     jacobian_regularization, npg, spectral_radius, upg)
 
 GRADS = ["upg", "npg", "implicit"]
@@ -105,12 +106,12 @@ def test_phantom_gradients_tend_to_the_exact_one(grad, lam):
     torch.testing.assert_close(pull(out.square().sum(), w, None), expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [fixed_point, anderson, broyden])
+@pytest.mark.parametrize("solver", [fixed_point, anderson, broyden, gmres])
 def test_implicit_is_the_dense_solve(solver):
     f, w, _, h0, h = problem()
     j, p = dense(f, w, h)
     expected = p.T @ torch.linalg.solve(torch.eye(6, dtype=j.dtype) - j.T, 2 * h[0])
-    out, _ = equilibrium(f, h0, grad="implicit", solver=solver, backward_solver=solver, **EXACT)
+    out, _ = equilibrium(f, h0, grad="implicit", backward_solver=solver, **EXACT)
     torch.testing.assert_close(pull(out.square().sum(), w, None), expected, rtol=1e-8, atol=1e-10)
 
 
@@ -475,20 +476,24 @@ def test_the_backward_pass_costs_what_the_docstring_says():
 
 
 def test_the_backward_solve_starts_at_g_and_reports_itself():
+    """At g times a power of two that brings its largest entry to about 1; what on_backward receives is unscaled."""
     f, w, _, h0, h = problem()
     seen, results = [], []
 
     def solver(f_b, start, **kwargs):
-        seen.append([p.clone() for p in start])
+        seen.append((start[0].clone(), kwargs))
         return broyden(f_b, start, **kwargs)
 
-    g = torch.randn_like(h)
-    out = implicit(f, h, solver=solver, max_iter=4, tol=0, stop_mode="abs", on_backward=results.append)
+    g = 1e-6 * torch.randn_like(h)
+    out = implicit(f, h, solver=solver, max_iter=4, tol=0, on_backward=results.append)
     out.backward(g)
-    torch.testing.assert_close(seen[0][0], g)
+    start, kwargs = seen[0]
+    scale = (start / g).unique()
+    assert len(scale) == 1 and scale.log2().frac() == 0 and 0.5 <= start.abs().max() < 1
+    assert torch.equal(kwargs["stop_mode"][0], start) and set(kwargs) == {"max_iter", "tol", "stop_mode"}
     j, _ = dense(f, w, h)
     g_hat = results[0].h[0][0]
-    torch.testing.assert_close(results[0].residual[0], (j.T @ g_hat + g[0] - g_hat).norm())
+    torch.testing.assert_close(results[0].residual[0], (j.T @ g_hat + g[0] - g_hat).norm() / g.norm())
     assert results[0].n_evals == 5
 
 
@@ -646,7 +651,163 @@ def test_the_backward_solves_stop_does_not_depend_on_the_scale_of_the_loss():
         torch.testing.assert_close(grads[0], grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kwargs", [dict(solver="broyden"), dict(max_iter=0), dict(tol=-1.0), dict(stop_mode="l2")])
+BACKWARD = [gmres, functools.partial(gmres, memory=8), broyden, anderson, fixed_point]
+
+
+def matrix(rho, N=4, D=60, seed=0):
+    """A J that is not normal, of that spectral radius, and a dL/dh for each of N samples."""
+    g = torch.Generator().manual_seed(seed)
+    J = torch.randn(D, D, generator=g, dtype=torch.float64)
+    return J * (rho / torch.linalg.eigvals(J).abs().max()), torch.randn(N, D, generator=g, dtype=torch.float64)
+
+
+def backward(J, g, offsets=None, **options):
+    """g_hat of implicit for f(h) = h J^T + u (with offsets J h + u), which is dL/du, and the SolverResult."""
+    u, results = torch.zeros_like(g, requires_grad=True), []
+
+    def f(h):
+        return u + (h @ J.T if offsets is None else J @ h)
+
+    h = implicit(f, torch.randn_like(g), on_backward=results.append, offsets=offsets, **options)
+    return torch.autograd.grad(h, u, g)[0], results[0]
+
+
+def exact_of(J, g):
+    return torch.linalg.solve(torch.eye(len(J), dtype=torch.float64) - J.double().T, g.double().T).T
+
+
+@pytest.mark.parametrize("solver", BACKWARD)
+@pytest.mark.parametrize("rho", [0.9, 1.2, 3.0])
+def test_the_backward_residual_is_that_of_the_gradient_that_is_used(solver, rho):
+    """Over ||g||.  Over ||g_hat|| a g_hat that explodes looks solved: Broyden claimed 0.4 of it here, and used it."""
+    J, g = matrix(rho)
+    g_hat, result = backward(J, g, solver=solver, max_iter=30, tol=0)
+    true = (g + g_hat @ J - g_hat).norm(dim=1) / g.norm(dim=1)
+    torch.testing.assert_close(result.residual, true, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(result.h[0], g_hat)
+    assert (result.residual <= result.trace[0] * (1 + 1e-9)).all()         # no worse than the start
+    if getattr(solver, "func", solver) is gmres:
+        assert (result.trace.diff(dim=0) <= 1e-9).all() and (result.trace <= 1).all()
+
+
+@pytest.mark.parametrize("solver", BACKWARD)
+def test_a_solved_backward_solve_is_the_exact_gradient(solver):
+    """Where rho(J) is below 1 and the residual at most 1e-3."""
+    J, g = matrix(0.9)
+    g_hat, result = backward(J, g, solver=solver, max_iter=300, tol=1e-3)
+    assert result.converged.all() and (result.residual <= 1e-3).all()
+    assert (torch.cosine_similarity(g_hat, exact_of(J, g)) > 0.999).all()
+
+
+@pytest.mark.parametrize("solver", BACKWARD)
+def test_the_gradient_does_not_depend_on_the_scale_of_the_loss(solver):
+    """A power of two changes not even the last bit; float32 squares of 1e-24 are 0 and of 1e24 inf."""
+    J, g = matrix(0.8)
+    J, g = J.float(), g.float()
+    one, result = backward(J, g, solver=solver, max_iter=60, tol=1e-5)
+    assert result.converged.all()
+    for exponent in (-80, -40, 80):
+        scaled, again = backward(J, torch.ldexp(g, torch.tensor(exponent)), solver=solver, max_iter=60, tol=1e-5)
+        assert torch.equal(torch.ldexp(scaled, torch.tensor(-exponent)), one)
+        assert torch.equal(again.residual, result.residual)
+    for scale in (1e-24, 1e24):
+        scaled, _ = backward(J, scale * g, solver=solver, max_iter=60, tol=1e-5)
+        torch.testing.assert_close(scaled / scale, one, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", BACKWARD)
+@pytest.mark.parametrize("tol", [0, 1e-6])
+def test_a_sample_without_a_gradient_gets_zeros(solver, tol):
+    J, g = matrix(0.8)
+    g[1] = 0
+    g_hat, result = backward(J, g, solver=solver, max_iter=100, tol=tol)
+    assert (g_hat[1] == 0).all() and result.residual[1] == 0 and result.converged[1]
+    torch.testing.assert_close(g_hat, exact_of(J, g), rtol=1e-3, atol=1e-4)
+    g_hat, result = backward(J, 0 * g, solver=solver, max_iter=100, tol=tol)
+    assert (g_hat == 0).all() and result.converged.all()
+
+
+def test_a_gradient_that_others_hand_on_is_measured_by_the_batchs():
+    """Sample 1 has no dL/dh of its own, but f couples it with sample 0, as BatchNorm does: 0 is no yardstick for it."""
+    u, results = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True), []
+    mix = torch.tensor([[0.2, 0.5], [0.3, 0.1]], dtype=torch.float64)           # f(h) = mix h + u
+    h = implicit(lambda h: mix @ h + u, torch.zeros(2, 1, dtype=torch.float64), solver=fixed_point, max_iter=6, tol=0,
+                 on_backward=results.append)
+    g = torch.tensor([[2.0], [0.0]], dtype=torch.float64)
+    g_hat = torch.autograd.grad(h, u, g)[0]
+    torch.testing.assert_close(results[0].residual, (g + mix.T @ g_hat - g_hat).abs()[:, 0] / 2)
+    torch.testing.assert_close(g_hat, torch.linalg.solve(torch.eye(2) - mix.T, g), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("solver", BACKWARD)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_stays_so_in_its_sample(solver, bad):
+    """GradScaler looks for it in the parameters' gradients.  All of the sample's, since a ReLU would hide one.
+
+    The factor of the batch is that of the others: without it their float32 squares would be 0.
+    """
+    J, g = matrix(0.8)
+    J, g = J.float(), 1e-30 * g.float()
+    clean, _ = backward(J, g, solver=solver, max_iter=20, tol=0)
+    g[2, 3] = bad
+    g_hat, result = backward(J, g, solver=solver, max_iter=20, tol=0)
+    assert not g_hat[2].isfinite().any() and result.residual[2] == math.inf
+    others = [0, 1, 3]
+    torch.testing.assert_close(g_hat[others], clean[others], rtol=1e-5, atol=1e-35)
+
+
+@pytest.mark.parametrize("solver", [gmres, broyden, anderson, fixed_point])
+def test_offsets_reach_both_solves(solver):
+    """Samples of 5, 1 and 6 rows that f couples: one factor for all, and the stop of each sample by its own rows.
+
+    A system scaled row by row would be another one.
+    """
+    g = torch.Generator().manual_seed(0)
+    J = torch.block_diag(*(0.4 * torch.randn(n, n, generator=g, dtype=torch.float64) / n ** 0.5 for n in (5, 1, 6)))
+    offsets = torch.tensor([0, 5, 6, 12])
+    dL = torch.randn(12, 3, generator=g, dtype=torch.float64) * torch.logspace(-6, 0, 12)[:, None]
+    g_hat, result = backward(J, dL, offsets, solver=solver, max_iter=300, tol=1e-10)
+    expected = torch.linalg.solve(torch.eye(12, dtype=torch.float64) - J.T, dL)
+    assert result.residual.shape == (3,) and result.converged.all()
+    for start, stop in ((0, 5), (5, 6), (6, 12)):
+        error = (g_hat - expected)[start:stop].norm() / expected[start:stop].norm()
+        assert error < 1e-8
+    u = torch.randn(12, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    results = []
+    h, forward = equilibrium(lambda h: J @ h + u, torch.zeros(12, 3, dtype=torch.float64), grad="implicit",
+                             solver=broyden if solver is gmres else solver, backward_solver=solver, max_iter=300,
+                             backward_max_iter=300, tol=1e-10, backward_tol=1e-10, offsets=offsets,
+                             on_backward=results.append)
+    h.sum().backward()
+    assert forward.residual.shape == results[0].residual.shape == (3,)
+    torch.testing.assert_close(u.grad, torch.linalg.solve(torch.eye(12).double() - J.T, torch.ones_like(u)))
+    with pytest.raises(ValueError, match="offsets"):
+        equilibrium(lambda h: J @ h + u, torch.zeros(12, 3, dtype=torch.float64), offsets=torch.tensor([0, 5]))
+
+
+def test_the_gradient_of_a_half_precision_state_is_solved_in_float32():
+    """f's products are in float16, where 65504 is the largest number: a loss scale of 2^16 must not reach them."""
+    w = (0.3 * torch.eye(4)).half()
+    u, results = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True), []
+    h = implicit(lambda h: h @ w + u, torch.zeros(2, 4, dtype=torch.float16), on_backward=results.append, tol=1e-3)
+    grad, = torch.autograd.grad(h, u, torch.full((2, 4), 4e4, dtype=torch.float16))
+    assert results[0].h[0].dtype == torch.float32 and results[0].converged.all()
+    torch.testing.assert_close(results[0].h[0], torch.full((2, 4), 4e4 / 0.7), rtol=2e-3, atol=0)
+    torch.testing.assert_close(grad.float(), torch.full((2, 4), 4e4 / 0.7), rtol=2e-3, atol=0)
+
+
+def test_the_default_backward_solver_is_gmres():
+    for function, name in ((equilibrium, "backward_solver"), (implicit, "solver")):
+        assert inspect.signature(function).parameters[name].default is gmres
+
+
+@pytest.mark.parametrize("solver", [gmres, functools.partial(gmres, memory=5)])
+def test_gmres_is_no_solver_for_the_state(solver):
+    with pytest.raises(ValueError, match="use it as backward_solver"):
+        equilibrium(lambda h: pytest.fail("f was called"), torch.zeros(1, 2), solver=solver)
+
+
+@pytest.mark.parametrize("kwargs", [dict(solver="broyden"), dict(max_iter=0), dict(tol=-1.0)])
 def test_implicit_refuses_at_once_what_would_fail_in_the_backward_pass(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         implicit(torch.cos, torch.zeros(1, 2), **kwargs)
