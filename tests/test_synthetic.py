@@ -1,5 +1,6 @@
 """deq_synthetic.py: the paper's theorems, as its own functions measure them."""
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,19 +34,43 @@ def test_fig1_the_cosine_grows_with_k_and_falls_with_damping(activation):
     assert max(abs(mean["upg", lam, k] - mean["npg", lam, k]) for _, lam, k in mean) < 1e-4       # h* is accurate
 
 
-def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded():
+@pytest.fixture(scope="module")
+def fig4():
+    line = {}
+    for r in rows("fig4"):
+        line.setdefault((r["lip"], r["grad"]), []).append(r)
+    return line
+
+
+def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded(fig4):
     """App. D.4: Broyden's cosine falls at L_h = 0.9999 and its norm passes the exact one's at 0.9; the phantom's never.
 
     Where its norm peaks at 0.9999 rounding decides, and with it the number of threads."""
-    line = {}
-    for r in rows("fig4"):
-        if r["grad"] in ("broyden", "phantom"):
-            line.setdefault((r["lip"], r["grad"]), []).append(r)
+    line = {at: r for at, r in fig4.items() if at[1] in ("broyden", "phantom")}
     assert all(len(line[0.9999, grad]) == 30 for grad in ("broyden", "phantom"))
     fall = {at: max(a["cosine"] - b["cosine"] for a, b in zip(r, r[1:])) for at, r in line.items()}
     largest = {at: max(row["l1"] for row in r) for at, r in line.items()}
     assert fall[0.9999, "broyden"] > 0.05 and largest[0.9, "broyden"] > 1.1
     assert all(fall[at] < 1e-4 and largest[at] < 1 + 1e-3 for at in line if at[1] == "phantom")
+
+
+def test_fig4_broydens_climbing_true_residual_is_not_the_gradients(fig4):
+    """GMRES on the same systems: its true residual never rises, its norm and its cosine do not overshoot.
+
+    Broyden's climbs at L_h = 0.9999 while the paper's relative error falls: medians of the last ten iterations, since
+    rounding decides its path."""
+    for lip in (0.9, 0.99, 0.999, 0.9999):
+        gmres = fig4[lip, "gmres"]
+        assert len(gmres) == 30
+        assert gmres[1]["cosine"] == pytest.approx(gmres[0]["cosine"], abs=1e-6)        # one product: a multiple of g
+        for a, b in zip(gmres, gmres[1:]):
+            assert b["objective"] <= a["objective"] + 1e-6 * gmres[0]["objective"]
+            assert b["cosine"] >= a["cosine"] - 1e-4 and b["l1"] < 1 + 1e-3
+    broyden, gmres = (fig4[0.999, grad][-1] for grad in ("broyden", "gmres"))
+    assert gmres["objective"] < 0.1 * broyden["objective"] and gmres["cosine"] > 0.99
+    first, *later = fig4[0.9999, "broyden"]
+    late = {key: statistics.median(r[key] / first[key] for r in later[-10:]) for key in ("objective", "relative_error")}
+    assert late["objective"] > 3 and late["relative_error"] < 0.1
 
 
 def test_the_weight_is_symmetric_with_the_given_norm_and_a_positive_top_eigenvalue():
