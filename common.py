@@ -718,10 +718,12 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
 
     def adjoint(vjp, g):
         # One factor for the whole batch: where f couples samples, a system scaled per sample is another system.
-        largest = torch.stack([gi.flatten(1).abs().amax(1) for gi in g]).amax(0)        # (N,); NaN stays NaN
+        largest = torch.stack([gi[:, None].flatten(1).abs().amax(1) for gi in g]).amax(0)       # (N,); NaN stays NaN
+        largest = largest.to(torch.promote_types(largest.dtype, torch.float32))         # CUDA's frexp has no bfloat16
         finite = largest.isfinite()
         most = -math.frexp(_range(largest.dtype)[0])[1]
-        exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent.clamp(-most, most)
+        batch_largest = torch.where(finite, largest, 0).amax() if len(largest) else largest.sum()
+        exponent = torch.frexp(batch_largest).exponent.clamp(-most, most)
         g = [torch.ldexp(gi, -exponent) for gi in g]
         result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
                         stop_mode=g, **samples)

@@ -885,3 +885,15 @@ def test_the_spectral_radius_of_an_exploded_jacobian_is_not_zero():
     for scale in (1e3, 1e20, 1e30):
         rho = spectral_radius(lambda h: scale * h, torch.zeros(2, 4), n_iter=10)
         torch.testing.assert_close(rho, torch.full((2,), scale), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("solver", BACKWARD)
+def test_states_of_one_number_per_sample_of_two_precisions_and_of_no_samples(solver):
+    """Two parts, one of them float64 and (N,); and an empty batch, as the last of a data set may be."""
+    for N in (2, 0):
+        u, v = torch.zeros(N, 3, requires_grad=True), torch.zeros(N, dtype=torch.float64, requires_grad=True)
+        h = implicit(lambda h: (0.5 * h[0] + u, 0.2 * h[1] + h[0].sum(1) + v), (u.detach(), v.detach()), solver=solver,
+                     max_iter=60, tol=1e-12)
+        (h[0].sum() + h[1].sum()).backward()
+        torch.testing.assert_close(v.grad, torch.full((N,), 1.25, dtype=torch.float64))
+        torch.testing.assert_close(u.grad, torch.full((N, 3), 2 * (1 + 1.25)))
