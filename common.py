@@ -271,10 +271,10 @@ class _Progress:
         """The lowest residual of every sample and the evaluation that found it, both (N,); inf and 0 if none did."""
         return self.trace[:self.evals].nan_to_num(nan=math.inf, posinf=math.inf).min(dim=0)
 
-    def hold(self, g):
+    def hold(self, g, moving):
         """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
-        if not (self.on_cpu and bool(self.moving.all())):
-            g.masked_fill_(self.per_row(~self.moving)[:, None], 0)
+        if not (self.on_cpu and bool(moving.all())):
+            g.masked_fill_(self.per_row(~moving)[:, None], 0)
 
     def finished(self):
         if self.evals > self.max_iter:
@@ -357,7 +357,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
             torch.where(run.per_row(better)[:, None], x, x_best, out=x_best)
         if run.finished():
             return run.result(x_best)
-        run.hold(g)
+        run.hold(g, run.moving)
         x = torch.add(x, g, alpha=lam, out=out)
 
 
@@ -466,7 +466,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             x_best = best_state()
             origin.copy_(x)
             first, n = run.evals - 1, 0
-        run.hold(g)
+        run.hold(g, run.moving)
         if n == 0:
             alpha = x.new_zeros(N, 1)
         else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
@@ -537,12 +537,14 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     while run.evals < max_iter:                     # a product, and the last evaluation
         norm = run.per_sample(_norms(r, r.dtype))
         alive = (run.relative(norm) > tol) & norm.isfinite()
-        rows[0] = r * run.per_row(torch.where(alive, s / norm, 0))[:, None]
-        rows[0].masked_fill_(run.per_row(~alive)[:, None], 0)
-        T, Q = x.new_zeros(N, m, m), x.new_zeros(N, m + 1, m + 1)       # (I + L)^-1; product of the Givens rotations
-        R, t = torch.eye(m, dtype=x.dtype, device=x.device).repeat(N, 1, 1), x.new_zeros(N, m + 1)      # R y = t
-        Q[:, 0, 0], t[:, 0] = 1, norm / s
+        torch.mul(r, run.per_row(s / norm)[:, None], out=rows[0])
+        run.hold(rows[0], alive)
+        # (I + L)^-1; the product of the Givens rotations; R y = t.  They grow: max_iter may be hundreds, N thousands.
+        T, Q, R = x.new_zeros(3, N, min(m, 32) + 1, min(m, 32) + 1)
+        Q[:, 0, 0], t = 1, [norm / s]
         for n in range(min(m, max_iter - run.evals)):
+            if n + 1 == T.shape[1]:
+                T, Q, R = torch.nn.functional.pad(torch.stack([T, Q, R]), (0, n, 0, n))
             v, w = rows[n], rows[n + 1]
             run.call(v if origin is None else origin + v, w)
             torch.sub(at_origin, w, out=w)                                              # (I - J) v
@@ -563,18 +565,18 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             turns = good & (d > rounding)                   # else I - J is singular on the span: no progress
             cos, sin = torch.where(turns, column[:, n] / d, 0), torch.where(turns, norm / d, 1)
             R[:, :n, n], R[:, n, n] = column[:, :n], torch.where(turns, d, 1)
-            t[:, n + 1], t[:, n] = -sin * t[:, n], cos * t[:, n]
+            t[n:] = [cos * t[n], -sin * t[n]]
             Q[:, n + 1, :n + 1], Q[:, n + 1, n + 1] = -sin[:, None] * Q[:, n, :n + 1], cos
             Q[:, n, :n + 1], Q[:, n, n + 1] = cos[:, None] * Q[:, n, :n + 1], sin
-            residual = run.relative(t[:, n + 1].abs() * s)
+            residual = run.relative(t[n + 1].abs() * s)
             run.record(residual)
             alive = left & (residual > tol)
-            w *= run.per_row(torch.where(alive, 1 / norm, 0))[:, None]
-            w.masked_fill_(run.per_row(~alive)[:, None], 0)
+            w /= run.per_row(norm)[:, None]
+            run.hold(w, alive)
             if tol > 0 and run.evals % run.check_every == 0 and not bool(alive.any()):              # host sync
                 break
         n += 1
-        y = torch.linalg.solve_triangular(R[:, :n, :n], t[:, :n, None], upper=True)
+        y = torch.linalg.solve_triangular(R[:, :n, :n], torch.stack(t[:n], dim=1)[:, :, None], upper=True)
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
         torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
