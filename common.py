@@ -22,7 +22,7 @@ with the imports functools, math, torch and those from typing and torch, the lin
     a solver    the section before the solvers, and `_solver`; `_check_memory` for broyden and gmres
     upg         `_check_phantom`, `_version`, `_check_unchanged`
     npg         `_check_phantom`, and from `_vjp` to `_Undifferentiable`
-    implicit    `_range`, from `_vjp` to `_Undifferentiable`, and a solver: `gmres`, or change its default
+    implicit    from `_vjp` to `_Undifferentiable`, and a solver: `gmres`, or change its default
 """
 import contextlib
 import datetime
@@ -64,12 +64,13 @@ def _require(ok, message):
 def _check_budget(max_iter, tol, stop_mode):
     _require(isinstance(max_iter, int) and max_iter >= 1, f"max_iter must be an integer >= 1, got {max_iter!r}")
     _require(tol >= 0, f"tol must be >= 0, got {tol!r}")
-    if isinstance(stop_mode, str):                          # else a state
+    if stop_mode is None or isinstance(stop_mode, str):                             # else a state
         _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
 
 
-def _range(dtype):
-    return torch.finfo(dtype).tiny, torch.finfo(dtype).max
+def _wide(x):
+    """float64, but for MPS, which has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _norms(x, dtype):
@@ -81,7 +82,7 @@ def _norms(x, dtype):
         norms = torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
         if bool(((norms > 1e-15) & (norms < 1e18)).all()):
             return norms
-    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float64).to(dtype)
+    return torch.linalg.vector_norm(x, dim=dims, dtype=_wide(x)).to(dtype)
 
 
 def _version(x):
@@ -205,7 +206,7 @@ class _Progress:
         """Norms of the samples (N,) from those of the state's rows."""
         if self.offsets is None:
             return row_norms
-        squares = row_norms.double().square()
+        squares = row_norms.to(_wide(row_norms)).square()
         return torch.segment_reduce(squares, "sum", offsets=self.offsets, initial=0, unsafe=True).sqrt().to(
             row_norms.dtype)
 
@@ -235,10 +236,11 @@ class _Progress:
         """As `call`, and records the residual at x.  Returns ||g|| (N,)."""
         f_parts = self.call(x, g, f_out)
         norm = self.per_sample(_norms(g, g.dtype))
+        if self.b is not None:      # where I - J is singular a huge x hides it: f(x) - x is known to a digit of x only
+            norm = torch.maximum(norm, torch.finfo(x.dtype).eps * self.per_sample(_norms(x, x.dtype)))
         if self.stop_mode == "rel":
             sizes = [_norms(p, torch.promote_types(p.dtype, g.dtype)) for p in f_parts]
-            size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0,
-                                                                             dtype=torch.float64)
+            size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0, dtype=_wide(g))
             self.size = self.per_sample(size).to(g.dtype)
         if self.stop_mode == "max":
             row_max = torch.linalg.vector_norm(g, math.inf, dim=1)
@@ -253,8 +255,10 @@ class _Progress:
 
     def relative(self, norm):
         """The residual (N,) that belongs to ||f(h) - h|| = norm."""
+        if isinstance(self.stop_mode, str) and self.stop_mode == "abs":
+            return norm
         # Where norm and size are both 0, so is the residual; norm / inf would be 0 and look solved.
-        return norm if self.stop_mode == "abs" else norm / self.size.clamp(*_range(norm.dtype))
+        return torch.where(norm == 0, 0, norm / self.size.clamp(max=torch.finfo(norm.dtype).max))
 
     def record(self, residual):
         self.trace[self.evals] = residual
@@ -336,8 +340,9 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     "rel" cannot fall where h* = 0: use "abs" there.  For an affine f(h) = J h + b, stop_mode may be the state b:
     ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero).
     max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  Memory 3
-    states.  Never raises for a map that does not converge: look at `converged`.  A sample is given up when ||f(h) - h||
-    is not finite or a million times its first value.  Raises ValueError for an impossible argument.
+    states, with every solver one more for b.  Never raises for a map that does not converge: look at `converged`.  A
+    sample is given up when ||f(h) - h|| is not finite or a million times its first value.  Raises ValueError for an
+    impossible argument.
 
     f must neither change its argument nor keep it: it is a view of the solver's own vectors (not contiguous where h0
     has several parts), float32, or float64 if a part of h0 is.  ValueError where f changes it in place.
@@ -373,7 +378,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     so that more memory would be slower.  An absolute one stalls once the residuals have shrunk below it.  More than
     m = 6 saved at most one evaluation on the F of MDEQ, of the Transformer and of tanh layers.  A sample whose small
     system cannot be solved uses its newest pair alone.  Stops, reports and costs as `fixed_point` does.  Memory
-    2 m + 4 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    2 m + 5 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
     _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
@@ -429,7 +434,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
 
     memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting
     the oldest pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample
-    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 4 states, and one
+    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 5 states, and one
     more from the first restart on.
     """
     _check_memory(memory)
@@ -498,24 +503,29 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
 
     After j products with J the residual is the smallest that any polynomial of J can reach with them, per sample, so it
     never rises.  The others choose one polynomial ("npg" a fixed one) and may leave it larger than at their start.
-    Saad and Schultz, "GMRES: A generalized minimal residual algorithm for solving nonsymmetric linear systems", 1986.
+    Where f couples samples (BatchNorm, a graph without offsets) no sample's residual is its own, and nothing of this
+    holds: use offsets, or another solver.  Saad and Schultz, "GMRES: A generalized minimal residual algorithm for
+    solving nonsymmetric linear systems", 1986.
 
     With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is after j + 1 products.
     Without it b is not known: the first evaluation is at h0, and "rel" is relative to ||f(h)|| at the last state that
     was evaluated.  The residual of the recurrence is not the true one once rounding shows, in f or here.  So the last
-    evaluation is at the state found, and its residual decides.  A sample that recurrence alone has called solved goes
-    on from there if the budget allows.  Stops, reports and costs as `fixed_point` does, in calls of f.
+    evaluation is at the state found, and its residual decides.  A sample that the recurrence alone has called solved
+    goes on from there if the budget allows and the last state was better than the one before.  Stops, reports and costs
+    as `fixed_point` does, in calls of f.
 
     The basis is made orthogonal by modified Gram-Schmidt, which GMRES does not need more than (Paige, Rozloznik and
     Strakos, 2006), in the form that reads it twice per product as `broyden` does: (I + L)^-1 V^T w, where L is the
     lower triangle of V^T V, grows by a row per product (Swirydowicz et al., "Low synchronization Gram-Schmidt and
     generalized minimal residual algorithms", 2021).
 
-    memory: products before a restart (default max_iter).  Memory `memory` + 5 states.  Raises ValueError for an
-    impossible argument and for stop_mode "max", which a recurrence of 2-norms cannot know.
+    memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and
+    3 `memory`^2 numbers per sample.  Raises ValueError for an impossible argument and for stop_mode "max", which a
+    recurrence of 2-norms cannot know.
     """
     _check_memory(memory)
-    _require(not isinstance(stop_mode, str) or stop_mode != "max", "gmres has no stop_mode 'max': use 'rel' or 'abs'")
+    if isinstance(stop_mode, str) and stop_mode == "max":
+        raise ValueError("gmres has no stop_mode 'max': use 'rel' or 'abs'")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     m, N = min(memory or max_iter, max_iter), len(run.lowest)
     x, x_best, r = run.x0.clone(), run.x0, torch.empty_like(run.x0)
@@ -523,28 +533,32 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     if run.b is None:
         run.evaluate(x, r)
         origin, size = x.clone(), run.per_sample(_norms(r + x, x.dtype))
-        run.improved()
+        start, going = run.lowest, run.improved()
         if run.finished():
             return run.result(x_best)
-    else:
+    else:                       # from zero, whose residual is known
         origin, size = None, run.size
         x.zero_()
         r.copy_(run.b)
+        norm = run.per_sample(_norms(r, r.dtype))
+        going = norm.isfinite()
+        run.lowest = start = torch.where(going, run.relative(norm), math.inf)
+        x_best.masked_fill_(run.per_row(going)[:, None], 0)
     at_origin, s = r.clone() if run.b is None else run.b, size.clamp(1, 1e15)
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
     eps = torch.finfo(x.dtype).eps
 
     while run.evals < max_iter:                     # a product, and the last evaluation
         norm = run.per_sample(_norms(r, r.dtype))
-        alive = (run.relative(norm) > tol) & norm.isfinite()
-        torch.mul(r, run.per_row(s / norm)[:, None], out=rows[0])
+        alive = going & (run.relative(norm) > tol)
+        torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
         run.hold(rows[0], alive)
         # (I + L)^-1; the product of the Givens rotations; R y = t.  They grow: max_iter may be hundreds, N thousands.
-        T, Q, R = x.new_zeros(3, N, min(m, 32) + 1, min(m, 32) + 1)
-        Q[:, 0, 0], t = 1, [norm / s]
+        T, Q, R = x.new_zeros(3, N, min(m, 16) + 1, min(m, 16) + 1)
+        Q[:, 0, 0], t, residuals = 1, [norm / s], [norm / s]
         for n in range(min(m, max_iter - run.evals)):
             if n + 1 == T.shape[1]:
-                T, Q, R = torch.nn.functional.pad(torch.stack([T, Q, R]), (0, n, 0, n))
+                T, Q, R = torch.nn.functional.pad(torch.stack([T, Q, R]), (0, 16, 0, 16))
             v, w = rows[n], rows[n + 1]
             run.call(v if origin is None else origin + v, w)
             torch.sub(at_origin, w, out=w)                                              # (I - J) v
@@ -568,21 +582,29 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             t[n:] = [cos * t[n], -sin * t[n]]
             Q[:, n + 1, :n + 1], Q[:, n + 1, n + 1] = -sin[:, None] * Q[:, n, :n + 1], cos
             Q[:, n, :n + 1], Q[:, n, n + 1] = cos[:, None] * Q[:, n, :n + 1], sin
-            residual = run.relative(t[n + 1].abs() * s)
-            run.record(residual)
-            alive = left & (residual > tol)
+            residuals.append(t[n + 1].abs())
+            run.record(run.relative(residuals[-1] * s))
+            alive = left & (run.trace[run.evals - 1] > tol)
             w /= run.per_row(norm)[:, None]
             run.hold(w, alive)
             if tol > 0 and run.evals % run.check_every == 0 and not bool(alive.any()):              # host sync
                 break
         n += 1
-        y = torch.linalg.solve_triangular(R[:, :n, :n], torch.stack(t[:n], dim=1)[:, :, None], upper=True)
+        # y from the first 0, 1, ..., n directions: where I - J is nearly singular, the last of them may be rounding
+        # that is blown up, and cost more digits than the residual gains.
+        y = torch.stack(t[:n], dim=1)[:, :, None].expand(-1, -1, n).triu()
+        y = torch.nn.functional.pad(torch.linalg.solve_triangular(R[:, :n, :n], y, upper=True), (1, 0))
+        cost = torch.stack(residuals, dim=1) + 10 * eps * torch.linalg.vector_norm(y, dim=1)
+        best = cost.nan_to_num(nan=math.inf).argmin(dim=1)
+        y = y.gather(2, best[:, None, None].expand(-1, n, 1))
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
-        torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
-        if tol > 0 and run.evals < max_iter and bool((run.lowest <= tol).all()):                    # host sync
+        going = run.improved()
+        torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
+        if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):         # host sync
             break
-    return run.result(x_best, run.lowest)
+    found = (run.lowest < start) | run.trace[run.evals - 1].isfinite()
+    return run.result(x_best, torch.where(found, run.lowest, math.inf))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,10 +633,11 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve included.
 
     If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
-    backward_tol = 0.  If it contains torch.utils.checkpoint, give that use_reentrant=False: the other kind loses a part
-    of "upg" in silence and cannot do "npg" and "implicit".  A checkpoint around `equilibrium` needs the same for "upg":
-    the other kind's forward pass has no graph and returns h*, not h_k.  Do not change the returned state in place.
-    Raises ValueError for an impossible argument, RuntimeError for a second derivative through "npg" or "implicit".
+    backward_tol = 0, and, as it couples samples, another backward_solver than gmres.  If it contains
+    torch.utils.checkpoint, give that use_reentrant=False: the other kind loses a part of "upg" in silence and cannot do
+    "npg" and "implicit".  A checkpoint around `equilibrium` needs the same for "upg": the other kind's forward pass has
+    no graph and returns h*, not h_k.  Do not change the returned state in place. Raises ValueError for an impossible
+    argument, RuntimeError for a second derivative through "npg" or "implicit".
     """
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
@@ -705,10 +728,11 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
     state and reports by ||g + J^T g_hat - g_hat|| / ||g||, per sample, or over the batch's ||g|| where a sample's is
     zero.  (Relative to ||g_hat||, as solvers measure, a g_hat that explodes looks solved.)  `on_backward` receives its
     SolverResult, the only sign of a solve that failed: its best g_hat is used.  A solver of your own is called as
-    solver(f, g, max_iter=, tol=, stop_mode=g), with offsets= if they are given.
+    solver(f, g, max_iter=, tol=, stop_mode=g), with offsets= if they are given, and returns a SolverResult.
 
     It solves for g times a power of two, so that the scale of the loss matters to no precision.  Where g is not finite,
-    neither is the sample's gradient (torch.amp.GradScaler relies on that).
+    neither is the sample's gradient (torch.amp.GradScaler relies on that).  Where f couples samples (BatchNorm), use
+    another solver than gmres, or, for rows of one graph, offsets.
 
     One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `equilibrium`.  Raises ValueError for an
     impossible argument and where f(h) has another shape than h, RuntimeError for a second derivative.
@@ -719,17 +743,21 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
     samples = {} if offsets is None else {"offsets": offsets}
 
     def adjoint(vjp, g):
-        # One factor for the whole batch: where f couples samples, a system scaled per sample is another system.
-        largest = torch.stack([gi[:, None].flatten(1).abs().amax(1) for gi in g]).amax(0)       # (N,); NaN stays NaN
-        largest = largest.to(torch.promote_types(largest.dtype, torch.float32))         # CUDA's frexp has no bfloat16
+        g = [gi.to(torch.promote_types(gi.dtype, torch.float32)) for gi in g]
+        largest = [gi[:, None].flatten(1).abs().amax(1) for gi in g if gi.numel()]      # NaN stays NaN
+        if not largest:
+            return g
+        largest = torch.stack(largest).amax(0)                                          # (rows,)
         finite = largest.isfinite()
-        most = -math.frexp(_range(largest.dtype)[0])[1]
-        batch_largest = torch.where(finite, largest, 0).amax() if len(largest) else largest.sum()
-        exponent = torch.frexp(batch_largest).exponent.clamp(-most, most)
-        g = [torch.ldexp(gi, -exponent) for gi in g]
+        if offsets is not None:                                 # of all rows of the sample
+            bad = torch.segment_reduce((~finite).float(), "sum", offsets=offsets, initial=0, unsafe=True)
+            finite = torch.repeat_interleave(bad == 0, offsets.diff(), output_size=len(finite))
+        # One factor for the whole batch: where f couples samples, a system scaled per sample is another system.
+        exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent.clamp(-125, 125).to(largest.dtype)
+        g = [gi * torch.exp2(-exponent) for gi in g]
         result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
                         stop_mode=g, **samples)
-        factor = torch.where(finite, torch.ldexp(torch.ones_like(largest), exponent), math.nan)
+        factor = torch.where(finite, torch.exp2(exponent), math.nan)
         result = result._replace(h=[w * factor.view(-1, *[1] * (w.dim() - 1)) for w in result.h])
         if on_backward is not None:
             on_backward(result)

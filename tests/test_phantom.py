@@ -748,10 +748,12 @@ def test_a_gradient_that_is_not_finite_stays_so_in_its_sample(solver, bad):
     """
     J, g = matrix(0.8)
     J, g = J.float(), 1e-30 * g.float()
+    g[1] = 0
     clean, _ = backward(J, g, solver=solver, max_iter=20, tol=0)
     g[2, 3] = bad
     g_hat, result = backward(J, g, solver=solver, max_iter=20, tol=0)
     assert not g_hat[2].isfinite().any() and result.residual[2] == math.inf
+    assert result.residual[1] == 0
     others = [0, 1, 3]
     torch.testing.assert_close(g_hat[others], clean[others], rtol=1e-5, atol=1e-35)
 
@@ -772,6 +774,8 @@ def test_offsets_reach_both_solves(solver):
     for start, stop in ((0, 5), (5, 6), (6, 12)):
         error = (g_hat - expected)[start:stop].norm() / expected[start:stop].norm()
         assert error < 1e-8
+    dL[7, 1] = math.nan             # all of its sample's gradient
+    assert backward(J, dL, offsets, solver=solver)[0].isfinite().all(1).tolist() == [True] * 6 + [False] * 6
     u = torch.randn(12, 3, generator=g, dtype=torch.float64, requires_grad=True)
     results = []
     h, forward = equilibrium(lambda h: J @ h + u, torch.zeros(12, 3, dtype=torch.float64), grad="implicit",
@@ -792,6 +796,10 @@ def test_the_gradient_of_a_half_precision_state_is_solved_in_float32():
     h = implicit(lambda h: h @ w + u, torch.zeros(2, 4, dtype=torch.float16), on_backward=results.append, tol=1e-3)
     grad, = torch.autograd.grad(h, u, torch.full((2, 4), 4e4, dtype=torch.float16))
     assert results[0].h[0].dtype == torch.float32 and results[0].converged.all()
+    tiny = torch.tensor([[4e4], [2.0 ** -20]]).expand(2, 4).half()          # would be 0 if float16 were scaled
+    h = implicit(lambda h: h @ w + u, torch.zeros(2, 4, dtype=torch.float16), on_backward=results.append, tol=1e-3)
+    torch.autograd.grad(h, u, tiny)
+    assert results[1].residual[1] > 0
     torch.testing.assert_close(results[0].h[0], torch.full((2, 4), 4e4 / 0.7), rtol=2e-3, atol=0)
     torch.testing.assert_close(grad.float(), torch.full((2, 4), 4e4 / 0.7), rtol=2e-3, atol=0)
 
@@ -897,3 +905,7 @@ def test_states_of_one_number_per_sample_of_two_precisions_and_of_no_samples(sol
         (h[0].sum() + h[1].sum()).backward()
         torch.testing.assert_close(v.grad, torch.full((N,), 1.25, dtype=torch.float64))
         torch.testing.assert_close(u.grad, torch.full((N, 3), 2 * (1 + 1.25)))
+    u = torch.zeros(2, 3, requires_grad=True)
+    h = implicit(lambda h: (0.5 * h[0] + u, h[1]), (torch.zeros(2, 3), torch.zeros(2, 0)), solver=solver)
+    h[0].sum().backward()           # a part without numbers
+    torch.testing.assert_close(u.grad, torch.full((2, 3), 2.0), rtol=1e-3, atol=0)
