@@ -1257,6 +1257,9 @@ def check_same_run(path, saved: dict, args, free, flag: str = "--resume",
     if unknown:
         die(f"{flag} {path} is of another script, or of another version of this one: there is no "
             f"--{unknown[0].replace('_', '-')} here")
+    missing = [name for name in vars(args) if name not in saved and name not in free]
+    if missing:
+        die(f"{flag} {path} is of another version of this script, which had no --{missing[0].replace('_', '-')}")
     differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
               for name, value in saved.items() if name not in free and value != getattr(args, name)]
     if differ:

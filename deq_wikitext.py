@@ -5,7 +5,7 @@
     python deq_wikitext.py --accumulate 4                           # one GPU: the same streams in 4 micro-batches
     python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480    # ours with its own flags, or an official one
     python deq_wikitext.py --generate "The game was" --resume FILE         # continues it; toy text: "w5 w17"
-    python deq_wikitext.py --benchmark --batch-size 14              # step time and memory of Table 3's rows
+    python deq_wikitext.py --benchmark --batch-size 14 --backward-solver broyden   # step time, memory of Table 3's rows
 
 Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, the content
 of the archive wikitext-103-v1.zip; or the same three as train.txt, valid.txt and test.txt.  --eval and --generate read
@@ -14,14 +14,16 @@ its row's model flags (--norm above all: the files do not differ in it).
 
 Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed to the first row;
 torchrun --nproc_per_node=4 deq_wikitext.py with
-    paper 24.0  1.0x  --grad implicit
+    paper 24.0  1.0x  --grad implicit --backward-solver broyden
           25.7  1.7x  (none)
-          24.5  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --grad implicit --max-iter 14
-                      --backward-max-iter 14 --jitter 2 --jr 2.0 --jr-freq 0.4 --jr-increment 30000
+          24.5  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --grad implicit
+                      --backward-solver broyden --max-iter 14 --backward-max-iter 14 --jitter 2 --jr 2.0 --jr-freq 0.4
+                      --jr-increment 30000
           24.4  2.2x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 14 --jitter 2 --jr 0.1
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
           fails -     --grad npg                          # App. D.3: --jr helps, or, without a number, the next row
           -     -     --grad npg --lam auto               # lam = 1 / rho(J)
+The paper's backward solver is Broyden's method, the default here is GMRES.
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
     22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln
@@ -79,12 +81,13 @@ from tqdm import tqdm
 
 from common import (Meter, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_run_flags,
                     check_same_run, choose_out, clock, compiled, describe_run, die, equilibrium, first_then_others,
-                    fixed_point, flag_checks, gather_objects, health, init_process, is_ours, jacobian_regularization,
-                    load_checkpoint, load_weights, medians_in_turns, note_differences, open_run, rng_state, rng_states,
-                    save_checkpoint, seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius,
-                    spell_health, start_log, timed_step, upg, what_broke)
+                    fixed_point, flag_checks, gather_objects, gmres, health, init_process, is_ours,
+                    jacobian_regularization, load_checkpoint, load_weights, medians_in_turns, note_differences,
+                    open_run, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
+                    solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
+BACKWARD_SOLVERS = {"gmres": gmres, **SOLVERS}
 DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
     "d_model": (700, 64), "n_head": (10, 4), "d_inner": (48000, 256), "cutoffs": ([20000, 40000, 200000], [200, 800]),
     "dropout": (0.05, 0.0), "solver": ("broyden", "broyden"), "max_iter": (30, 12), "backward_max_iter": (35, 12),
@@ -134,7 +137,9 @@ def parse_args(argv=None):
     add("--grad", "how the gradient is computed", choices=["upg", "npg", "implicit", "bptt"], default="upg")
     add("--k", "steps of the phantom gradient", type=int, default=5)
     add("--lam", "damping of the phantom gradient; or 'auto': 1 / rho(J), each 100 steps, App. D.3", default="0.8")
-    add("--solver", "forward and backward", choices=list(SOLVERS))
+    add("--solver", "finds the equilibrium", choices=list(SOLVERS))
+    add("--backward-solver", "solves for the gradient of --grad implicit; the paper's is broyden",
+        choices=list(BACKWARD_SOLVERS), default="gmres")
     add("--max-iter", "steps of the forward solver; 0: none, for UPG", type=int)
     add("--jitter", "in training up to so many steps fewer, drawn for each batch", type=int, default=0)
     add("--backward-max-iter", "steps of the backward solver of --grad implicit", type=int)
@@ -537,7 +542,7 @@ class DEQTransformer(nn.Module):
                  d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
                  ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
                  dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False, grad="upg", k=5, lam=0.8,
-                 solver=broyden, max_iter=30, tol=1e-3, backward_max_iter=35):
+                 solver=broyden, max_iter=30, tol=1e-3, backward_solver=gmres, backward_max_iter=35):
         super().__init__()
         d_embed = d_embed or d_model
         if d_model % n_head or d_model % 2:
@@ -554,7 +559,7 @@ class DEQTransformer(nn.Module):
         self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
         self.checkpoint_blocks = checkpoint_blocks
         self.grad, self.k, self.lam, self.solver, self.max_iter = grad, k, lam, solver, max_iter
-        self.tol, self.backward_max_iter = tol, backward_max_iter
+        self.tol, self.backward_solver, self.backward_max_iter = tol, backward_solver, backward_max_iter
 
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
@@ -712,7 +717,7 @@ class DEQTransformer(nn.Module):
             h = upg(f, h0, k=self.k, lam=self.lam)
         else:
             h, result = equilibrium(f, h0, grad=self.grad, k=self.k, lam=self.lam, solver=self.solver,
-                                    max_iter=max_iter, tol=self.tol, backward_solver=self.solver,
+                                    max_iter=max_iter, tol=self.tol, backward_solver=self.backward_solver,
                                     backward_max_iter=self.backward_max_iter, backward_tol=self.tol,
                                     on_backward=on_backward)
             if regularize:
@@ -944,7 +949,7 @@ def benchmark(model, args, device, repeats=3):
     """Times training steps of Table 3's rows in turns, and the solver's overhead: medians over the repeats.
 
     A row with JR is the mean of steps with and without the term, weighted by --jr-freq.  All rows have the --mem-len,
-    --dropout and --dropatt of the command and no jitter: only gradient, JR and iterations differ.
+    --dropout, --dropatt and --backward-solver of the command and no jitter: only gradient, JR and iterations differ.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     model.train()
@@ -989,8 +994,8 @@ def benchmark(model, args, device, repeats=3):
     ratio, f_ms = median.pop("overhead")
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, memory "
-          f"{M}, dropatt {args.dropatt}, no jitter, {args.solver}, k = {model.k}; {about['device']}, torch "
-          f"{about['torch']}, commit {about['commit']}")
+          f"{M}, dropatt {args.dropatt}, no jitter, {args.solver} forward, {args.backward_solver} backward, k = "
+          f"{model.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
     print("row                forward ms  backward ms  step ms  peak GB  tokens/s  backward    step (first row / this)")
     base = median["PostLN implicit"]
     for row, (forward, backward, whole, gb) in median.items():
@@ -1011,6 +1016,7 @@ def build_model(args, n_token, process):
     same = ("d_model d_embed n_head d_inner div_val n_blocks preln_residual ln_affine attn_out_ln init_before_norm "
             "local_size mem_len dropout dropatt output_dropout checkpoint_blocks grad k max_iter tol backward_max_iter")
     model = DEQTransformer(n_token, args.cutoffs, pre_ln=args.norm == "pre", solver=SOLVERS[args.solver],
+                           backward_solver=BACKWARD_SOLVERS[args.backward_solver],
                            init_std=0.01 * math.sqrt(700 / args.d_model), lam=1.0 if args.lam == "auto" else args.lam,
                            **{name: getattr(args, name) for name in same.split()}).to(process.device)
     if args.compile:

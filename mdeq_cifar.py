@@ -60,8 +60,8 @@ from common import (Meter, MetricsLog, SaveTimer, TrainingPass, all_reduce_sum, 
                     equilibrium, first_then_others, fixed_point, flag_checks, gmres, health, implicit, init_process,
                     is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, npg, open_run,
                     peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
-                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg,
-                    what_broke)
+                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log, timed_step,
+                    upg, what_broke)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 
@@ -691,9 +691,8 @@ def benchmark(model, x, y, args, repeats=3):
                                "overhead": overhead}, repeats)
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, images {tuple(x.shape)}, {args.solver}: "
-          f"{model.max_iter} forward, {args.backward_solver}: {model.backward_max_iter} backward iterations, k = {args.k}; "
-          f"{about['device']}, "
-          f"torch {about['torch']}, commit {about['commit']}")
+          f"{model.max_iter} forward, {args.backward_solver}: {model.backward_max_iter} backward iterations, "
+          f"k = {args.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
     print("gradient   forward ms  backward ms  step ms  peak GB  images/s  backward    step  (ratios: implicit / this)")
     base = median["implicit"]
     for grad in grads:

@@ -17,9 +17,11 @@ SIGTERM, to all processes, saves and ends them with code 0; torchrun itself pass
 what is left after 30 seconds.
 
 Table 3 (16,808,936 parameters, 100 epochs, batches of 128): torchrun --nproc_per_node=8 mdeq_imagenet.py with
-    paper 75.3 %   --grad implicit --pretrain-steps 500000         # the exact gradient, 27 backward iterations
+    paper 75.3 %   --grad implicit --backward-solver broyden --pretrain-steps 500000
           75.2 %   --pretrain-steps 500000                         # App. D.3, setting 1: UPG after pretraining
           75.7 %   (none)                                          # App. D.3, setting 2: UPG from the first step on
+The first row has the exact gradient, by the paper's backward solver: 27 steps of Broyden's method.  The default here is
+GMRES.
 App. D.3's spectral radii: --radius-every 10000, or --eval.
 
 What makes it faster (--benchmark with the flag measures the first five; README.md has what was measured):
@@ -73,12 +75,13 @@ from tqdm import tqdm
 
 from common import (Meter, SaveTimer, TrainingPass, all_reduce_sum, anderson, broyden, captured, check_run_flags,
                     check_same_run, choose_out, clock, compiled, describe_run, die, equilibrium, fixed_point,
-                    flag_checks, health, init_process, is_ours, load_checkpoint, load_weights, medians_in_turns,
+                    flag_checks, gmres, health, init_process, is_ours, load_checkpoint, load_weights, medians_in_turns,
                     note_differences, open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
                     seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health,
                     start_log, timed_step, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
+BACKWARD_SOLVERS = {"gmres": gmres, **SOLVERS}
 
 
 def parse_args(argv=None):
@@ -109,7 +112,9 @@ def parse_args(argv=None):
                    help="how the gradient is computed (default upg)")
     p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
     p.add_argument("--lam", type=float, default=0.6, help="damping of the phantom gradient, in (0, 1] (default 0.6)")
-    p.add_argument("--solver", choices=list(SOLVERS), default="broyden", help="forward and backward (default broyden)")
+    p.add_argument("--solver", choices=list(SOLVERS), default="broyden", help="finds the equilibrium (default broyden)")
+    p.add_argument("--backward-solver", choices=list(BACKWARD_SOLVERS), default="gmres",
+                   help="solves for the gradient of --grad implicit; the paper's is broyden (default gmres)")
     p.add_argument("--max-iter", type=int, default=26, help="steps of the forward solver (default 26)")
     p.add_argument("--backward-max-iter", type=int, default=27,
                    help="steps of the backward solver of --grad implicit (default 27)")
@@ -131,7 +136,7 @@ def parse_args(argv=None):
     p.add_argument("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
     p.add_argument("--compile", action="store_true", help="torch.compile F and the head")
     p.add_argument("--cuda-graph", action="store_true", help="on a GPU: launch the kernels of a training step as two "
-                   "CUDA graphs, up to 2.8 times faster; needs --tol 0 and --accumulate 1, not --solver anderson or "
+                   "CUDA graphs, up to 2.8 times faster; needs --tol 0 and --accumulate 1, not anderson or "
                    "--sync-bn; not in pretraining and for batches of another size")
     p.add_argument("--memory-format", choices=["contiguous", "channels-last"],
                    help="of images, weights and states (default GPU contiguous, CPU channels-last)")
@@ -450,13 +455,13 @@ class MDEQ(nn.Module):
 
     def __init__(self, channels=(32, 64, 128, 256), head_channels=(24, 48, 96, 192), final_channels=2048,
                  num_classes=1000, dropout=0.0, groups=8, expansion=5, grad="upg", k=5, lam=0.6, solver=broyden,
-                 max_iter=26, tol=0.0, stop_mode="rel", backward_max_iter=27):
+                 max_iter=26, tol=0.0, stop_mode="rel", backward_solver=gmres, backward_max_iter=27):
         super().__init__()
         n, c0 = len(channels), channels[0]
         self.channels, self.dropout = tuple(channels), dropout
         self.grad, self.k, self.lam = grad, k, lam
         self.solver, self.max_iter, self.tol, self.stop_mode = solver, max_iter, tol, stop_mode
-        self.backward_max_iter = backward_max_iter
+        self.backward_solver, self.backward_max_iter = backward_solver, backward_max_iter
 
         self.stem = nn.Sequential(conv(3, c0, stride=2), nn.BatchNorm2d(c0), nn.ReLU(inplace=True),
                                   conv(c0, c0, stride=2), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
@@ -554,8 +559,9 @@ class MDEQ(nn.Module):
         else:
             h, result = equilibrium(f, h0, grad=self.grad, k=self.k, lam=self.lam, solver=self.solver,
                                     max_iter=self.max_iter, tol=self.tol, stop_mode=self.stop_mode,
-                                    backward_solver=self.solver, backward_max_iter=self.backward_max_iter,
-                                    backward_tol=self.tol, on_backward=on_backward)
+                                    backward_solver=self.backward_solver,
+                                    backward_max_iter=self.backward_max_iter, backward_tol=self.tol,
+                                    on_backward=on_backward)
         logits = self.head(h)
         return (logits, result) if with_result else logits
 
@@ -723,8 +729,8 @@ def benchmark(model, x, y, args, repeats=3):
                                "overhead": overhead}, repeats)
     about = describe_run(device, 1)
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, images {tuple(x.shape)}, {args.solver}: "
-          f"{model.max_iter} forward, {model.backward_max_iter} backward iterations, k = {args.k}; {about['device']}, "
-          f"torch {about['torch']}, commit {about['commit']}")
+          f"{model.max_iter} forward, {args.backward_solver}: {model.backward_max_iter} backward iterations, "
+          f"k = {args.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
     print("gradient   forward ms  backward ms  step ms  peak GB  images/s  backward    step  (ratios: implicit / this)")
     base = median["implicit"]
     for grad in grads:
@@ -742,7 +748,7 @@ def benchmark(model, x, y, args, repeats=3):
 def build_model(args, classes, process):
     model = MDEQ(args.channels, args.head_channels, args.final_channels, classes, args.dropout, grad=args.grad,
                  k=args.k, lam=args.lam, solver=SOLVERS[args.solver], max_iter=args.max_iter, tol=args.tol,
-                 backward_max_iter=args.backward_max_iter)
+                 backward_solver=BACKWARD_SOLVERS[args.backward_solver], backward_max_iter=args.backward_max_iter)
     model = model.to(process.device, memory_format=memory_format(args))
     # A 1 x 1 kernel is in both formats.  With other strides than its gradient's, DistributedDataParallel copies it.
     for p in model.parameters():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import common
 from common import (Meter, Process, anderson, broyden, captured, compiled, cosine_similarity, equilibrium,
-                    fixed_point, jacobian_regularization, rng_state, set_rng_state, spectral_radius)
+                    fixed_point, gmres, jacobian_regularization, rng_state, set_rng_state, spectral_radius)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,24 +87,39 @@ def test_a_solve_with_a_tolerance_looks_at_every_eighth_evaluation():
     assert b.converged.all() and a.n_evals <= b.n_evals < a.n_evals + 8 and b.n_evals % 8 == 0
 
 
-def test_samples_of_different_length_equal_the_CPUs():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_samples_of_different_length_equal_the_CPUs(solver):
     torch.manual_seed(0)
     w, u = 0.1 * torch.randn(8, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
     offsets = torch.tensor([0, 3, 3, 11, 20])
     for mode in ("rel", "abs", "max"):
-        a, b = (fixed_point(lambda h: torch.tanh(h @ w.to(d) + u.to(d)), torch.zeros_like(u, device=d), max_iter=20,
-                            tol=1e-5, stop_mode=mode, offsets=offsets.to(d)) for d in ("cpu", GPU))
+        a, b = (solver(lambda h: torch.tanh(h @ w.to(d) + u.to(d)), torch.zeros_like(u, device=d), max_iter=20,
+                       tol=1e-5, stop_mode=mode, offsets=offsets.to(d)) for d in ("cpu", GPU))
         torch.testing.assert_close(b.h.cpu(), a.h, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(b.residual.cpu(), a.residual, rtol=1e-8, atol=1e-14)
 
 
-@pytest.mark.parametrize("grad", ["upg", "npg", "implicit", "bptt"])
-def test_a_gradient_equals_the_CPUs_and_does_not_wait(grad, no_waiting):
+@pytest.mark.parametrize("solver", [*SOLVERS, gmres])
+def test_a_backward_solve_of_samples_of_different_length_equals_the_CPUs(solver):
+    """The tolerance is met between two looks of the GPU, at every eighth evaluation: what has stopped stays."""
+    torch.manual_seed(0)
+    w, g = 0.1 * torch.randn(8, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
+    offsets = torch.tensor([0, 3, 3, 11, 20])
+    a, b = (solver(lambda v: v @ w.to(d) + g.to(d), g.to(d), max_iter=20, tol=1e-5, stop_mode=g.to(d),
+                   offsets=offsets.to(d)) for d in ("cpu", GPU))
+    torch.testing.assert_close(b.h.cpu(), a.h, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(b.residual.cpu(), a.residual, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("grad, backward_solver", [("upg", None), ("npg", None), ("bptt", None), ("implicit", gmres),
+                                                   ("implicit", broyden), ("implicit", anderson)])
+def test_a_gradient_equals_the_CPUs_and_does_not_wait(grad, backward_solver, no_waiting):
     found = []
     for cell in both():
         def step():
             h, _ = equilibrium(cell, cell.start(), grad=grad, solver=fixed_point if grad == "bptt" else broyden,
-                               max_iter=30, tol=0, backward_max_iter=30, backward_tol=0)
+                               max_iter=30, tol=0, backward_solver=backward_solver or gmres, backward_max_iter=30,
+                               backward_tol=0)
             sum(p.square().sum() for p in h).backward()
 
         step()
@@ -172,9 +187,10 @@ def test_a_compiled_f_has_the_gradient_of_the_eager_one(grad, amp):
 class Model(nn.Module):
     """A classifier around the cell, with BatchNorm and dropout."""
 
-    def __init__(self, grad, solver):
+    def __init__(self, grad, solver, backward_solver=gmres):
         super().__init__()
         self.cell, self.norm, self.grad, self.solver = Cell(), nn.BatchNorm2d(4), grad, solver
+        self.backward_solver = backward_solver
         self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, x, early=False):
@@ -187,16 +203,17 @@ class Model(nn.Module):
             return image + 0.1 * u, vector
 
         h, result = equilibrium(f, self.cell.start(len(x)), grad=self.grad, solver=self.solver, max_iter=9, tol=0,
-                                backward_max_iter=9, backward_tol=0)
+                                backward_solver=self.backward_solver, backward_max_iter=9, backward_tol=0)
         return h[0].mean((2, 3)), result.residual
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("grad, solver", [("upg", broyden), ("npg", broyden), ("implicit", broyden),
-                                          ("upg", fixed_point), ("bptt", fixed_point)])
-def test_a_captured_model_is_the_eager_one(grad, solver, amp):
+@pytest.mark.parametrize("grad, solvers", [("upg", [broyden]), ("npg", [broyden]), ("implicit", [broyden, gmres]),
+                                           ("implicit", [broyden, broyden]), ("upg", [fixed_point]),
+                                           ("bptt", [fixed_point])])
+def test_a_captured_model_is_the_eager_one(grad, solvers, amp):
     """Its results, its gradients, BatchNorm's statistics and the random numbers, step after step; other shapes too."""
-    eager = Model(grad, solver).to(GPU)
+    eager = Model(grad, *solvers).to(GPU)
     graph = copy.deepcopy(eager)
     torch.manual_seed(1)
     examples = torch.randn(5, 4, 8, 8, device=GPU)
@@ -293,7 +310,8 @@ def test_the_random_numbers_of_the_GPU_go_on_from_a_checkpoint():
 # --- the scripts' steps ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", ["", "--memory-format channels-last --amp", "--grad npg",
-                                   "--grad implicit --dropout 0.2", "--pretrain-steps 1"])
+                                   "--grad implicit --dropout 0.2", "--grad implicit --backward-solver broyden",
+                                   "--pretrain-steps 1"])
 @pytest.mark.parametrize("name", ["mdeq_cifar", "mdeq_imagenet"])
 def test_a_step_of_mdeq_does_not_wait(name, flags, no_waiting):
     module = pytest.importorskip(name)
@@ -349,7 +367,8 @@ def test_a_step_of_the_transformer_does_not_wait(flags, no_waiting):
     assert out.nll.isfinite().all() and out.memory.h.shape[1] == 9
 
 
-@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("fixed-point", "npg"), ("broyden", "implicit")])
+@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("fixed-point", "npg"), ("broyden", "implicit"),
+                                          ("fixed-point", "implicit --backward-solver broyden")])
 def test_a_step_of_ignn_equals_the_CPUs_and_does_not_wait(solver, grad, no_waiting):
     module = pytest.importorskip("ignn_graphs")
     data = pytest.importorskip("torch_geometric.data")

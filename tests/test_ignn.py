@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,9 @@ from torch_geometric.data import Data
 from torch_geometric.utils import to_undirected
 
 import ignn_graphs
-from common import Process, fixed_point, init_process
-from ignn_graphs import (GraphIGNN, NodeIGNN, Solve, evaluate_graphs, load_official, main, make_batch,
-                         official_count, parse_args, project_rows, stratified_folds)
+from common import Process, anderson, broyden, fixed_point, init_process
+from ignn_graphs import (BACKWARD_SOLVERS, GraphIGNN, NodeIGNN, Solve, evaluate_graphs, load_official, main, make_batch,
+                         official_count, padded, parse_args, project_rows, stratified_folds)
 
 ROOT = Path(ignn_graphs.__file__).parent
 SCRIPT = ROOT / "ignn_graphs.py"
@@ -281,15 +282,16 @@ def graph_model(weights, **solve):
     return model
 
 
-@pytest.mark.parametrize("options", [dict(grad="implicit"), *(dict(grad=grad, k=k, lam=lam) for grad in ("upg", "npg")
-                                                              for k, lam in ((5, 0.5), (5, 0.8), (5, 1.0), (1, 1.0)))])
+@pytest.mark.parametrize("options", [*(dict(grad="implicit", backward_solver=name) for name in BACKWARD_SOLVERS),
+                                     *(dict(grad=grad, k=k, lam=lam) for grad in ("upg", "npg")
+                                       for k, lam in ((5, 0.5), (5, 0.8), (5, 1.0), (1, 1.0)))])
 def test_graph_model_and_its_gradients_are_the_dense_formulas(options):
     """float64; outputs 1e-9, gradients 1e-7 of the largest entry.  NPG equals UPG at an exact fixed point."""
     graphs = some_graphs(5)
     weights = project_official(official_graph_weights())
     for w in weights.values():
         w.requires_grad_()
-    dense = {**options, "grad": "exact" if options["grad"] == "implicit" else "upg"}
+    dense = {"grad": "exact"} if options["grad"] == "implicit" else {**options, "grad": "upg"}
     expected = dense_graph_model(weights, graphs, **dense)
     y = torch.cat([graph.y for graph in graphs])
     F.nll_loss(expected, y).backward()
@@ -396,6 +398,44 @@ def test_a_batch_gives_the_same_answers_as_its_graphs_alone(solver):
         alone = torch.cat([model(make_batch([graph], "cpu", dtype=torch.float64), log=logs) for graph in graphs])
     assert (together - alone).abs().max() < 1e-12
     assert len({r.n_evals for _, r in logs}) > 1
+
+
+@pytest.mark.parametrize("solver", BACKWARD_SOLVERS)
+def test_a_batch_has_the_gradient_of_its_graphs_alone(solver):
+    """The same for the backward solves, which stop at a residual relative to each graph's own dL/dH*."""
+    graphs, logs = some_graphs(7, seed=1), []
+    torch.manual_seed(0)
+    model = GraphIGNN(4, 3, hidden=8, solve=Solve(grad="implicit", backward_solver=solver, backward_tol=1e-3)).double()
+
+    def gradient(graphs, log=None):
+        batch = make_batch(graphs, "cpu", dtype=torch.float64)
+        weights = 10.0 ** -batch.y.double()                     # losses of very different size
+        loss = (weights * F.nll_loss(model.eval()(batch, log=log), batch.y, reduction="none")).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    together, alone = gradient(graphs), sum(gradient([graph], logs) for graph in graphs)
+    assert relative(together, alone) < 1e-10
+    evals = {r.n_evals for which, r in logs if which == "backward"}
+    assert len(evals) > 1 and all(r.converged.all() for which, r in logs if which == "backward")
+
+
+@pytest.mark.parametrize("solver", [anderson, broyden])
+def test_padding_gives_what_offsets_give(solver):
+    """The forward solve, and a backward solve whose third graph has no gradient of its own: all but rounding."""
+    batch, rng = make_batch(some_graphs(5), "cpu", dtype=torch.float64), torch.Generator().manual_seed(0)
+    W = project_rows(torch.randn(8, 8, generator=rng, dtype=torch.float64), 0.9)
+    A, b = batch.adjacency.matrix, torch.randn(len(batch.x), 8, generator=rng, dtype=torch.float64)
+    g = b.clone()
+    g[batch.offsets[2]:batch.offsets[3]] = 0
+    for f, h0, stop_mode in ((lambda h: torch.tanh(A @ h @ W.T + b), torch.zeros_like(b), "rel"),
+                             (lambda w: [A @ w[0] @ W + g], [g], [g])):
+        with_padding, with_offsets = (solve(f, h0, max_iter=40, tol=1e-6, stop_mode=stop_mode) for solve in (
+            padded(solver, batch), partial(solver, offsets=batch.offsets)))
+        assert type(with_padding.h) is type(h0) and with_padding.n_evals == with_offsets.n_evals < 41
+        assert with_padding.converged.all() and with_padding.converged.shape == (5,)
+        first, second = ((r.h if torch.is_tensor(h0) else r.h[0]) for r in (with_padding, with_offsets))
+        assert relative(first, second) < 1e-10
+        assert relative(with_padding.trace, with_offsets.trace) < 1e-10
 
 
 @pytest.mark.parametrize("stop_mode", ["rel", "abs", "max"])
@@ -822,7 +862,7 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     ("--dataset COX2 --hops 3", "--hops is of chains"), ("--dataset COX2 --ppi-model zoo", "--ppi-model is of PPI"),
     ("--dataset PPI --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
     ("--dataset COX2 --benchmark --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
-    ("--dataset COX2 --table4 --grad npg", "--table4 sets --grad"),
+    ("--dataset COX2 --table4 --grad npg", "--table4 sets --grad"), ("--backward-solver newton", "--backward-solver"),
     ("--table4", "--table4 is of COX2"), ("--eval", "--eval needs --resume FILE"),
     ("--dataset COX2 --eval --resume auto", "--eval needs --resume FILE"), ("--resume auto", "needs|--out DIR"),
     ("--benchmark --table4 --dataset COX2", "--benchmark"), ("--hops 0", "--hops must be at least 1"),
@@ -971,7 +1011,9 @@ def test_the_training_recipe_is_the_official_one(tu, tmp_path):
     """Adam 0.001, halved for epoch 51; fixed batches; another method begins with the same weights on the same folds."""
     args = parse_args(["--dataset", "COX2"])
     assert (args.lr, args.epochs, args.batch_size, args.hidden, args.kappa, args.dropout, args.folds, args.max_iter,
-            args.seed, args.grad, args.k, args.lam) == (0.001, 200, 128, 64, 0.9, 0.5, 10, 300, 42, "upg", 5, 0.5)
+            args.seed, args.grad, args.k, args.lam, args.backward_solver) == (
+        0.001, 200, 128, 64, 0.9, 0.5, 10, 300, 42, "upg", 5, 0.5, "fixed-point")
+    assert parse_args(["--dataset", "chains"]).backward_solver == "gmres"
     literal = parse_args(["--dataset", "PPI", "--ppi-model", "literal"])
     assert (literal.lr, literal.epochs, literal.batch_size, literal.hidden, literal.kappa, literal.clip, literal.tol,
             literal.stop_mode, literal.solver) == (0.005, 1000, 1, 256, 0.98, 0.0, 3e-6, "max", "fixed-point")
@@ -1091,6 +1133,29 @@ def test_table4_prints_four_methods_beside_the_paper(tu, tmp_path, capsys):
         [last[fold]["test"][-1] for fold in "012"], abs=0.01)
 
 
+@pytest.mark.parametrize("name", BACKWARD_SOLVERS)
+def test_the_backward_solver_of_the_command_solves_for_the_gradient_alone(name, tu, tmp_path, monkeypatch):
+    """Three layers, a budget that is always spent; also of the implicit method of --table4, and of no other there."""
+    found = []
+
+    def watched(other, solver_for):
+        def solve(batch, f, h0, **options):
+            result = solver_for(batch)(f, h0, **options)
+            found.append((other, result.n_evals, len(result.residual)))
+            return result
+
+        return lambda batch: partial(solve, batch)
+
+    for other, solver_for in BACKWARD_SOLVERS.items():
+        monkeypatch.setitem(BACKWARD_SOLVERS, other, watched(other, solver_for))
+    flags = [*SMALL, *"--folds 2 --epochs 1 --batch-size 12 --tol 0 --max-iter 3 --backward-tol 0 --backward-max-iter 5"
+             .split(), "--backward-solver", name, "--data", tu]
+    run(*flags, "--grad", "implicit", "--out", tmp_path / "one")
+    assert found == [(name, 6, 12)] * 6                         # two folds, a step each
+    run(*flags, "--table4", "--out", tmp_path / "table")
+    assert found == [(name, 6, 12)] * 12
+
+
 def test_sigterm_between_two_trainings_is_not_lost(tmp_path, capsys, monkeypatch):
     """Sent while the batches of the second method are made: it saves after its first epoch, and all ends."""
     def make(*args, **kwargs):
@@ -1115,6 +1180,7 @@ def test_the_benchmark_runs(flags, capsys):
     run(*flags, "--hidden", 8, "--benchmark")
     text = capsys.readouterr().out
     assert all(f"\n{grad}" in text for grad in ("implicit", "upg", "npg")) and "solver overhead" in text
+    assert f"backward {'fixed-point' if 'COX2' in flags else 'gmres'} to 0.0" in text
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

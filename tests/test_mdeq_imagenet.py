@@ -156,8 +156,9 @@ def test_without_flags_the_model_is_the_papers():
 def test_without_flags_the_recipe_is_the_papers(tmp_path, small):
     """Setting 2 of App. D.3: UPG A_{5,0.6} at once, Broyden 26, SGD 0.05, Nesterov 0.9, 5e-5, cosine to 1e-6."""
     args = parse_args([])
-    assert (args.grad, args.k, args.lam, args.solver, args.max_iter, args.backward_max_iter, args.tol,
-            args.pretrain_steps, args.pretrain_layers) == ("upg", 5, 0.6, "broyden", 26, 27, 0.0, 0, 5)
+    assert (args.grad, args.k, args.lam, args.solver, args.max_iter, args.tol, args.pretrain_steps,
+            args.pretrain_layers) == ("upg", 5, 0.6, "broyden", 26, 0.0, 0, 5)
+    assert (args.backward_solver, args.backward_max_iter) == ("gmres", 27)
     assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.dropout, args.crop, args.resize) == (
         100, 128, 0.05, 5e-5, 0.0, 224, 256)
     run(*SMALL_RUN, "--data", small, "--out", tmp_path)
@@ -457,7 +458,7 @@ def test_workers_never_keep_a_process_from_ending(last, codes, printed, ends):
     ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),
     ("--seed 4294967296", "--seed"), ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"),
     ("--weight-decay nan", "--weight-decay"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
-    ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"),
+    ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"), ("--backward-solver newton", "--backward-solver"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--eval --resume auto --out x", "--eval needs"), ("--benchmark --eval --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--sync-bn", "--sync-bn"), ("--benchmark --resume x", "--benchmark"),
@@ -473,7 +474,8 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, smal
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]              # nothing was written
 
 
-@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "--solver anderson"),
+@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "neither anderson"),
+                                          ("--backward-solver anderson", "neither anderson"),
                                           ("--sync-bn", "--sync-bn"), ("--accumulate 2", "--accumulate 1")])
 def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -622,6 +624,18 @@ def test_every_gradient_trains(grad, more, tmp_path, small):
     (radius,), (epoch,) = metrics(tmp_path, "radius"), metrics(tmp_path, "epoch")
     assert radius["step"] == 3 and radius["rho_J"] > 0 and radius["rho_J_lam"] > 0 and 0 <= radius["rho_J_above_1"] <= 1
     assert epoch["val_images"] == 7 and epoch["val_evals"] == 4 and ("backward_solved" in epoch) == (grad == "implicit")
+
+
+@pytest.mark.parametrize("name", mdeq_imagenet.BACKWARD_SOLVERS)
+def test_the_backward_solver_of_the_command_solves_for_the_gradient_alone(name, tmp_path, monkeypatch, small):
+    """Five steps, five backward solves of the whole budget: --backward-max-iter and one more call, also with GMRES."""
+    found = []
+    for other, solver in mdeq_imagenet.BACKWARD_SOLVERS.items():
+        monkeypatch.setitem(mdeq_imagenet.BACKWARD_SOLVERS, other, lambda *a, other=other, solver=solver, **options: (
+            found.append((other, solver(*a, **options))), found[-1][1])[1])
+    run(*SMALL_RUN, "--data", small, *"--grad implicit --backward-max-iter 4 --backward-solver".split(), name, "--out",
+        tmp_path)
+    assert [(other, result.n_evals) for other, result in found] == [(name, 5)] * 5
 
 
 def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, small):

@@ -208,7 +208,7 @@ def test_decoded_images_are_cached_until_a_file_changes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, named", [
     ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam 1.5", "--lam"), ("--lam nan", "--lam"),
-    ("--solver newton", "--solver"),
+    ("--solver newton", "--solver"), ("--backward-solver newton", "--backward-solver"),
     ("--max-iter 0", "--max-iter"), ("--backward-max-iter 0", "--backward-max-iter"), ("--epochs 0", "--epochs"),
     ("--batch-size 0", "--batch-size"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"), ("--lr abc", "--lr"),
     ("--grad bptt --solver broyden", "--grad bptt"), ("--eval", "--resume"), ("--resume auto", "--out"),
@@ -225,7 +225,8 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, narr
     assert not list(tmp_path.iterdir())                                     # nothing was written
 
 
-@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "--solver anderson"),
+@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "neither anderson"),
+                                          ("--backward-solver anderson", "neither anderson"),
                                           ("--sync-bn", "--sync-bn")])
 def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -359,14 +360,29 @@ def test_a_short_run_learns_what_a_linear_classifier_cannot(tmp_path, narrow):
 
 
 @pytest.mark.parametrize("grad", ["npg", "implicit", "bptt"])
-def test_every_gradient_trains(grad, tmp_path, narrow):
+def test_every_gradient_trains(grad, tmp_path, narrow, capsys):
     """A few steps of Adam with pretraining, dropout, augmentation, cosines and radii switched on."""
     solver = ["--solver", "fixed-point"] if grad == "bptt" else []
     run(*TINY_RUN, *solver, *"--train-size 50 --optimizer adam --pretrain-steps 2 --dropout 0.1 --augment yes".split(),
         *"--cosine-every 4 --radius-every 5 --epochs 1".split(), "--grad", grad, "--out", tmp_path)
     assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
     assert all(0 < r["loss"] < 10 for r in metrics(tmp_path, "train"))
-    assert -1 <= metrics(tmp_path, "cosine")[0]["cosine_upg"] <= 1 and metrics(tmp_path, "radius")[0]["rho_J"] > 0
+    (cosines,) = metrics(tmp_path, "cosine")
+    assert all(-1 <= cosines[f"cosine_{name}"] <= 1 for name in ("upg", "npg", "gmres"))
+    assert mdeq_cifar.spell_cosines(4, cosines, k=2) in capsys.readouterr().out
+    assert metrics(tmp_path, "radius")[0]["rho_J"] > 0
+
+
+@pytest.mark.parametrize("name", mdeq_cifar.BACKWARD_SOLVERS)
+def test_the_backward_solver_of_the_command_solves_for_the_gradient_alone(name, tmp_path, monkeypatch, narrow):
+    """Five steps, five backward solves of the whole budget: --backward-max-iter and one more call, also with GMRES."""
+    found = []
+    for other, solver in mdeq_cifar.BACKWARD_SOLVERS.items():
+        monkeypatch.setitem(mdeq_cifar.BACKWARD_SOLVERS, other, lambda *a, other=other, solver=solver, **options: (
+            found.append((other, solver(*a, **options))), found[-1][1])[1])
+    run(*TINY_RUN, *"--train-size 50 --epochs 1 --grad implicit --backward-max-iter 4 --backward-solver".split(), name,
+        "--out", tmp_path)
+    assert [(other, result.n_evals) for other, result in found] == [(name, 5)] * 5
 
 
 def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, narrow):
@@ -458,24 +474,71 @@ def test_cosines_and_radii_do_not_change_a_run(tmp_path, narrow):
     assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"])
 
 
-def test_cosines_are_of_the_gradients_of_the_parameters_of_F(narrow):
-    """Each phantom gradient beside the exact one, as an ordinary backward pass leaves them in the parameters."""
-    args = parse_args([*TINY_RUN, "--k", "3"])
+def small_model(max_iter, scale=0.5):
+    """(model, images, labels, arguments) in float64; scale: of gains in F, which contracts with 0.5, not with 20."""
     torch.manual_seed(0)
-    model, images = mdeq_cifar.build_model(args, 10, Process(0, 1, torch.device("cpu"))), toy_images(8, seed=3)
-    x, grads = prepare(images.x, False, mdeq_cifar.memory_format(args)), {}
-    got = mdeq_cifar.gradient_cosines(model, x, images.y, args)
+    model = MDEQ(channels=(8, 8), head_channels=(4, 4), final_channels=16, k=3, max_iter=max_iter).double()
+    for block, norm in zip(model.blocks, model.post_gn):
+        for p, value in ((block.gn1.weight, 0.6 * scale), (block.gn1.bias, 1.0), (norm.weight, scale)):
+            torch.nn.init.constant_(p, value)
+    return model, torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.arange(3), parse_args([*TINY_RUN, "--k", "3"])
+
+
+def gradient_of_f(model, x, y, **settings):
+    """What an ordinary backward pass with these settings of the model leaves in the parameters of F."""
+    for name, value in settings.items():
+        setattr(model, name, value)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
     others = ("stem", "injection", "bottlenecks", "down", "final", "classifier")
-    for grad in ("implicit", "upg", "npg"):
-        model.grad = grad
-        model.zero_grad()
-        F.cross_entropy(model(x), images.y).backward()
-        grads[grad] = torch.cat([p.grad.double().flatten() for n, p in model.named_parameters()
-                                 if not n.startswith(others)])
-    for grad in ("upg", "npg"):
-        cosine = F.cosine_similarity(grads[grad], grads["implicit"], dim=0).item()
-        assert got[f"cosine_{grad}"] == pytest.approx(cosine, rel=1e-6)
-    assert abs(got["cosine_upg"] - got["cosine_npg"]) > 1e-3
+    return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if not name.startswith(others)])
+
+
+def exact_gradient_of_f(model, x, y):
+    """The same by (I - J^T)^-1 with the dense Jacobian of each image, at the state that the solver has found."""
+    with torch.no_grad():
+        u, weights = model.inject(x), model.weights()
+        h = model.solver(lambda h: model.f(h, u, weights), model.zeros(u, x.dtype), max_iter=model.max_iter, tol=0).h
+    h = [part.requires_grad_() for part in h]
+
+    def flat(parts):
+        return torch.cat([part.flatten(1) for part in parts], dim=1)                                # (N, D)
+
+    g = flat(torch.autograd.grad(F.cross_entropy(model.head(h), y), h))
+    f_h = flat(model.f(tuple(h), u))
+    # One image's row says nothing of the others: row i of each Jacobian at once.
+    J = torch.stack([flat(torch.autograd.grad(f_h[:, i].sum(), h, retain_graph=True)) for i in range(f_h.shape[1])], 1)
+    g_hat = torch.linalg.solve(torch.eye(J.shape[1]).double() - J.mT, g)
+    return torch.cat([p.flatten() for p in torch.autograd.grad(f_h, mdeq_cifar.f_parameters(model), g_hat)])
+
+
+@pytest.mark.parametrize("max_iter, solved", [(30, True), (3, False)])
+def test_cosines_are_of_the_gradients_of_the_parameters_of_F(max_iter, solved):
+    """Each beside the dense solution at the same state.  A backward residual of 1e-3 turns the exact one by so much.
+
+    At a fixed point UPG is NPG; away from it all three differ.
+    """
+    model, x, y, args = small_model(max_iter)
+    got, exact = mdeq_cifar.gradient_cosines(model, x, y, args), exact_gradient_of_f(model, x, y)
+    others = {"upg": dict(grad="upg"), "npg": dict(grad="npg"),
+              "gmres": dict(grad="implicit", backward_solver=mdeq_cifar.gmres, backward_max_iter=3)}
+    expected = {name: F.cosine_similarity(gradient_of_f(model, x, y, **settings), exact, dim=0).item()
+                for name, settings in others.items()}
+    assert all(abs(got[f"cosine_{name}"] - expected[name]) < 1e-3 for name in others), (got, expected)
+    assert len({round(value, 2) for value in expected.values()}) == 3 - solved and max(expected.values()) < 0.95
+    assert got["cosine_backward_residual"] <= 1e-3 and (got["cosine_forward_residual"] <= 1e-3) == solved
+    assert got["cosine_exact"] == solved
+    assert ("exact (" in mdeq_cifar.spell_cosines(7, got, k=3)) != solved
+
+
+def test_a_gradient_that_is_not_exact_is_not_called_so():
+    """A Jacobian for which 200 products do not suffice."""
+    got = mdeq_cifar.gradient_cosines(*small_model(max_iter=30, scale=20.0))
+    assert got["cosine_backward_residual"] > 1e-3 and got["cosine_exact"] == 0
+    line = mdeq_cifar.spell_cosines(7, got, k=3)
+    assert line.startswith("step 7: cosine to the exact gradient: UPG ")
+    assert f"GMRES 3 {got['cosine_gmres']:.4f}" in line
+    assert line.endswith("exact (both at most 1e-3) for only 0 % of the images")
 
 
 def test_radii_are_means_at_the_equilibria_of_images_of_all_classes(monkeypatch, narrow):

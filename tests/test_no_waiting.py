@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import (Meter, Process, anderson, broyden, cosine_similarity, equilibrium, fixed_point,
+from common import (Meter, Process, anderson, broyden, cosine_similarity, equilibrium, fixed_point, gmres,
                     jacobian_regularization, spectral_radius)
 
 META = torch.device("meta")
 PROCESS = Process(0, 1, META)
-SOLVERS = [fixed_point, anderson, broyden]
+SOLVERS = [fixed_point, anderson, broyden, gmres]
 
 
 class OneDevice(TorchDispatchMode):
@@ -79,14 +79,20 @@ def test_reading_mixing_and_blocking_raise():
         x + torch.ones(())
 
 
-@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+def cases(*solvers):
+    """(solver, stop mode) of what they can do; "b" stands for the state b of an affine f."""
+    return [(solver, mode) for solver in solvers for mode in ("rel", "abs", "max", "b")
+            if mode != "max" or getattr(solver, "func", solver) is not gmres]
+
+
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("solver", [*SOLVERS, functools.partial(broyden, memory=3),
-                                    functools.partial(anderson, beta=0.5)])
+@pytest.mark.parametrize("solver, mode", cases(*SOLVERS, functools.partial(broyden, memory=3),
+                                               functools.partial(gmres, memory=4),
+                                               functools.partial(anderson, beta=0.5)))
 def test_a_solve_with_a_fixed_budget(solver, parts, mode):
     f, h0, _ = cell(parts)
     with OneDevice():
-        result = solver(f, h0, max_iter=9, tol=0, stop_mode=mode)
+        result = solver(f, h0, max_iter=9, tol=0, stop_mode=h0 if mode == "b" else mode)
     assert result.n_evals == 10
     assert all(t.device == META for t in (result.residual, result.trace, result.converged))
 
@@ -107,12 +113,13 @@ def test_the_memory_of_a_solve_may_be_larger_than_an_int(solver):
         assert solver(lambda h: h / 2, torch.empty(2, 2 ** 29, device=META), max_iter=6, tol=0).n_evals == 7
 
 
-@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
-def test_a_solve_of_samples_of_different_length(mode):
+@pytest.mark.parametrize("solver, mode", cases(*SOLVERS))
+def test_a_solve_of_samples_of_different_length(solver, mode):
     f, h0, _ = cell(1)
     offsets = torch.empty(3, dtype=torch.long, device=META)
     with OneDevice():
-        assert fixed_point(f, h0, max_iter=9, tol=0, stop_mode=mode, offsets=offsets).residual.shape == (2,)
+        result = solver(f, h0, max_iter=9, tol=0, stop_mode=h0 if mode == "b" else mode, offsets=offsets)
+    assert result.residual.shape == (2,)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -156,7 +163,7 @@ def test_diagnostics_and_meter():
 
 
 @pytest.mark.parametrize("flags", ["--memory-format channels-last", "--grad npg", "--grad implicit --dropout 0.2",
-                                   "--pretrain-steps 1"])
+                                   "--grad implicit --backward-solver broyden", "--pretrain-steps 1"])
 @pytest.mark.parametrize("name", ["mdeq_cifar", "mdeq_imagenet"])
 def test_a_step_and_an_evaluation_of_mdeq(name, flags):
     module = script(name)
@@ -200,7 +207,8 @@ def test_a_step_and_an_evaluation_of_the_transformer_with_ids_on_the_host(flags)
     assert all_have_gradients(model) and memory.h.shape[1] == 9
 
 
-@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("anderson", "npg"), ("broyden", "implicit")])
+@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("anderson", "npg"), ("broyden", "implicit"), *(
+    ("fixed-point", f"implicit --backward-solver {name}") for name in ("fixed-point", "anderson", "broyden"))])
 def test_a_step_of_ignn(solver, grad, monkeypatch):
     """Sparse matrices replaced by dense ones: there are none on the meta device."""
     module = script("ignn_graphs")

@@ -58,6 +58,8 @@ def test_the_rows_of_a_headers_table_parse_and_differ(script, row, count):
     rows = re.findall(row, text, re.MULTILINE)
     parsed = [str(script.parse_args([] if row == "(none)" else shlex.split(row))) for row in rows]
     assert len(parsed) == len(set(parsed)) == count
+    exact = [row for row in rows if "--grad implicit" in row]               # the paper's, by its backward solver
+    assert exact and all("--backward-solver broyden" in row for row in exact)
 
 
 def test_no_placeholder_is_left():

@@ -410,6 +410,7 @@ def test_residual_statistics_are_nearest_ranks_of_all_solves(monkeypatch):
     """Ten values in any order, of two processes; the limit of torch.quantile, 16 million, is none here."""
     parts = [torch.tensor([0.5, 0.1, math.inf, 0.4]), torch.tensor([1e-4, 0.2]), torch.tensor([0.3, 0.7, 0.6, 0.8])]
     expected = dict(x_residual_p10=0.1, x_residual_p50=0.4, x_residual_p90=0.8, x_solved=0.3)
+    expected["x_above_0.1"] = 0.8
     assert health("x", parts, 0.2) == pytest.approx(expected)
     assert health("x", parts, 0.0)["x_solved"] == pytest.approx(0.1)
     assert health("x", [torch.zeros(2 ** 24 + 2)], 0.0)["x_residual_p90"] == 0
@@ -667,3 +668,12 @@ def test_all_processes_write_to_the_default_folder_of_the_first(monkeypatch, sig
     monkeypatch.setattr(script, train, lambda args, *_, **__: found.append(args.out))
     script.main(script.parse_args(flags.split()))
     assert len(found) == 1 and found[0].startswith("first/runs/")
+
+
+def test_a_checkpoint_from_before_a_flag_is_not_continued_with_its_default(capsys):
+    """It was trained by something else: implicit differentiation by Broyden, before there was --backward-solver."""
+    args = SimpleNamespace(lr=0.1, backward_solver="gmres")
+    common.check_same_run("old.pt", {"lr": 0.1}, args, free={"backward_solver"})
+    with pytest.raises(SystemExit):
+        common.check_same_run("old.pt", {"lr": 0.1}, args, free=())
+    assert "old.pt is of another version of this script, which had no --backward-solver" in capsys.readouterr().err

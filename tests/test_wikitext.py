@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import deq_wikitext
-from common import Process, anderson, broyden, fixed_point, implicit, jacobian_regularization, npg, spectral_radius, upg
+from common import (Process, anderson, broyden, fixed_point, gmres, implicit, jacobian_regularization, npg,
+                    spectral_radius, upg)
 from deq_wikitext import (BlockMasks, DEQTransformer, Masks, Memory, checksum, evaluate, grouped_by_head, load_official,
                           load_text, official_names, official_state_dict, parse_args, streams, toy_text)
 
@@ -433,11 +434,11 @@ def test_output_and_embedding_masks_act_outside_F(monkeypatch):
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("variant", ["PostLN", "PreLN"])
-def test_the_exact_gradient_is_that_of_the_fixed_point(variant):
+@pytest.mark.parametrize("variant, backward_solver", [("PostLN", gmres), ("PreLN", gmres), ("PostLN", broyden)])
+def test_the_exact_gradient_is_that_of_the_fixed_point(variant, backward_solver):
     """Central differences of the loss at h* in float64, along random directions of all parameters."""
     model = build(**VARIANTS[variant], grad="implicit", solver=fixed_point, max_iter=400, tol=1e-13,
-                  backward_max_iter=400)
+                  backward_solver=backward_solver, backward_max_iter=400)
     first, segment = segments(model, 2)
     with torch.no_grad():
         memory = model(*first).memory

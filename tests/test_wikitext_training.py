@@ -116,6 +116,18 @@ def test_every_way_of_training_learns(flags, tmp_path, small):
     assert 1 < test["test_perplexity"] < 100 and valid["best_step"] == test["of_step"] == 54
 
 
+@pytest.mark.parametrize("name", deq_wikitext.BACKWARD_SOLVERS)
+def test_the_backward_solver_of_the_command_solves_for_the_gradient_alone(name, tmp_path, monkeypatch, small):
+    """Six steps, six backward solves of the whole budget: --backward-max-iter and one more call, also with GMRES."""
+    found = []
+    for other, solver in deq_wikitext.BACKWARD_SOLVERS.items():
+        monkeypatch.setitem(deq_wikitext.BACKWARD_SOLVERS, other, lambda *a, other=other, solver=solver, **options: (
+            found.append((other, solver(*a, **options))), found[-1][1])[1])
+    run(*RUN, "--data", small, "--out", tmp_path,
+        *"--grad implicit --tol 0 --backward-max-iter 3 --backward-solver".split(), name)
+    assert [(other, result.n_evals) for other, result in found] == [(name, 4)] * 6
+
+
 def test_the_rate_rises_and_falls_as_the_recipe_says(tmp_path, monkeypatch, small):
     """Step s: s / warm-up, then (1 + cos(pi s / steps)) / 2 over all steps, warm-up included; the first is not full."""
     used, real = [], torch.optim.Adam.step
@@ -305,7 +317,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--max-iter 0 --jr 1", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
     ("--jr-freq 0", "--jr-freq"), ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip -1", "--clip"),
     ("--accumulate 3", "--batch-size 4"), ("--seed 9223372036854775808", "--seed"), ("--jr-increment -1", "--jr-incr"),
-    ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--generate x", "--resume"),
+    ("--grad bptt", "--solver fixed-point"), ("--backward-solver newton", "--backward-solver"),
+    ("--eval", "--resume"), ("--generate x", "--resume"),
     ("--eval-max-iter 0", "--eval-max-iter"), ("--eval --resume auto --out x", "--resume"), ("--resume auto", "--out"),
     ("--benchmark --eval --resume x", "--benchmark"), ("--benchmark --resume x", "--benchmark"),
     ("--init x --eval --resume y", "--init"), ("--save-every nan", "--save-every"),
@@ -627,3 +640,4 @@ def test_the_benchmark_measures_every_row(capsys):
         assert all(float(x.rstrip("x")) > 0 for x in line[len(row):].split() if x != "nan")
         assert line.endswith(" 1.00x   1.00x") or row != "PostLN implicit"
     assert "solver overhead" in printed and "NPG peak memory" in printed
+    assert "broyden forward, gmres backward" in printed
