@@ -514,10 +514,10 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     goes on from there if the budget allows and the last state was better than the one before.  Stops, reports and costs
     as `fixed_point` does, in calls of f.
 
-    The basis is made orthogonal by modified Gram-Schmidt, which GMRES does not need more than (Paige, Rozloznik and
-    Strakos, 2006), in the form that reads it twice per product as `broyden` does: (I + L)^-1 V^T w, where L is the
-    lower triangle of V^T V, grows by a row per product (Swirydowicz et al., "Low synchronization Gram-Schmidt and
-    generalized minimal residual algorithms", 2021).
+    The basis is made orthogonal by modified Gram-Schmidt (enough for GMRES: Paige, Rozloznik and Strakos, 2006), in the
+    form that reads it twice per product as `broyden` does: (I + L)^-1 V^T w, where L is the lower triangle of V^T V,
+    grows by a row per product (Swirydowicz et al., "Low synchronization Gram-Schmidt and generalized minimal residual
+    algorithms", 2021).  Twice where little is left of a product.
 
     memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and
     3 `memory`^2 numbers per sample.  Raises ValueError for an impossible argument and for stop_mode "max", which a
@@ -564,10 +564,15 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             torch.sub(at_origin, w, out=w)                                              # (I - J) v
             products = run.products(rows[n:n + 2], rows[:n + 1]) / s.square()[:, None, None]        # (N, 2, n + 1)
             T[:, n, :n] = -torch.bmm(products[:, :1, :n], T[:, :n, :n])[:, 0]
-            T[:, n, n] = 1
-            c = torch.bmm(T[:, :n + 1, :n + 1], products[:, 1, :, None])[:, :, 0]
-            w[:, None].baddbmm_(run.per_row(c)[:, None], rows[:n + 1].transpose(0, 1), alpha=-1)
-            norm = run.per_sample(_norms(w, w.dtype)) / s
+            T[:, n, n], c = 1, 0
+            for twice in (False, True):
+                more = torch.bmm(T[:, :n + 1, :n + 1], products[:, -1, :, None])[:, :, 0]
+                w[:, None].baddbmm_(run.per_row(more)[:, None], rows[:n + 1].transpose(0, 1), alpha=-1)
+                norm, c = run.per_sample(_norms(w, w.dtype)) / s, c + more
+                # Where little is left of w, rounding of the products is much of it: once more, on a GPU always.
+                if twice or run.on_cpu and bool((~alive | (norm > 0.1 * torch.linalg.vector_norm(c, dim=1))).all()):
+                    break
+                products = run.products(w[None], rows[:n + 1]) / s.square()[:, None, None]
             # What is left of a product within the span of the basis is rounding.  A sample that has stopped, is lost
             # or has no direction left gets directions of zero, which change nothing.
             good = alive & norm.isfinite()
