@@ -9,7 +9,7 @@ and the parameters theta closed over).  Finding h* is the solver's job; this fil
     grad        backward pass, with J = df/dh at h*, B = lam J + (1 - lam) I, g = dL/dh        memory (graphs of f)
     "upg"       autograd through k damped steps from h*, Eq. (16), Algorithm 1                  k
     "npg"       g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g, Eq. (17)                           1
-    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1 (and the solver's)
+    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1 (plus its states)
     "bptt"      autograd through every iteration of the forward solve, Eq. (10)                 max_iter
 
 A state h is a tensor whose first dimension is the batch N, or a tuple/list of such tensors.  Every decision is taken
@@ -74,15 +74,21 @@ def _wide(x):
 
 
 def _norms(x, dtype):
-    """||x_i|| (N,) for x (N, ...), also where the squares of float32 would be 0 or inf, which looks like a solution."""
+    """||x_i|| (N,) for x (N, ...), also if its square under- or overflows in float32: a 0 would look like a solution.
+
+    On a CPU such a norm is taken in float64.  Elsewhere the largest number stands in for it: to look at the norms would
+    be to wait, and float64 for all of them a copy.
+    """
     dims = tuple(range(1, x.dim()))
     if not dims:
         return x.to(dtype).abs()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():        # there float64 takes several times as long
-        norms = torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
-        if bool(((norms > 1e-15) & (norms < 1e18)).all()):
-            return norms
-    return torch.linalg.vector_norm(x, dim=dims, dtype=_wide(x)).to(dtype)
+    norms = torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
+    safe = (norms > 1e-15) & (norms < 1e18)                 # False for NaN
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(safe, norms, torch.linalg.vector_norm(x, math.inf, dim=dims, dtype=dtype))
+    if not bool(safe.all()):
+        norms[~safe] = torch.linalg.vector_norm(x[~safe], dim=dims, dtype=torch.float64).to(dtype)
+    return norms
 
 
 def _version(x):
@@ -152,7 +158,7 @@ class _Layout:
 
 class SolverResult(NamedTuple):
     """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples."""
-    h: State                # same structure as h0; per sample the state with the lowest residual, h0 if none is finite
+    h: State                # as h0; per sample of the lowest residual, h0 (gmres with b: zero) if none is finite
     residual: Tensor        # (N,) its residual; inf where f was never finite
     n_evals: int            # calls of f
     trace: Tensor           # (n_evals, N) residual at every evaluation; a sample that stopped repeats its last one
@@ -166,8 +172,8 @@ class _Progress:
 
     A sample stops moving when it has converged, or when it is lost: a non-finite residual, or one a million times its
     first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is
-    the only host synchronisation: at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where
-    the budget is the stop.
+    the only host synchronisation (gmres has one like it, and one at a restart): at every evaluation on a CPU, at every
+    8th on a GPU, and never with tol = 0, where the budget is the stop.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
@@ -190,7 +196,7 @@ class _Progress:
         if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
             self.b = self.layout.pack(stop_mode)
             size = self.per_sample(_norms(self.b, self.b.dtype))
-            # A sample without a b of its own may still be handed something by the others, where f couples them.
+            # A sample with b = 0 is measured by the batch's b, since f may couple it with the others.
             self.size = torch.where(size > 0, size, _norms(size[None], size.dtype))
         self.trace = self.x0.new_empty(max_iter + 1, N)
         self.lowest = self.x0.new_full((N,), math.inf)
@@ -199,7 +205,7 @@ class _Progress:
         self.evals, self.check_every = 0, 1 if self.on_cpu else 8
 
     def per_row(self, x):
-        """What is known of each sample (N, ...) for each row of the state (rows, ...)."""
+        """Repeats what belongs to the samples (N, ...) for each of their rows (rows, ...)."""
         return x if self.offsets is None else x[self.sample_of]
 
     def per_sample(self, row_norms):
@@ -233,10 +239,10 @@ class _Progress:
         return f_parts
 
     def evaluate(self, x, g, f_out=None):
-        """As `call`, and records the residual at x.  Returns ||g|| (N,)."""
+        """As `call`, and records the residual at x.  Returns ||g|| (N,), with a b at least its rounding."""
         f_parts = self.call(x, g, f_out)
         norm = self.per_sample(_norms(g, g.dtype))
-        if self.b is not None:      # where I - J is singular a huge x hides it: f(x) - x is known to a digit of x only
+        if self.b is not None:      # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
             norm = torch.maximum(norm, torch.finfo(x.dtype).eps * self.per_sample(_norms(x, x.dtype)))
         if self.stop_mode == "rel":
             sizes = [_norms(p, torch.promote_types(p.dtype, g.dtype)) for p in f_parts]
@@ -502,25 +508,23 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     """GMRES for an affine f(h) = J h + b, so for (I - J) h = b: the backward solve of "implicit".
 
     After j products with J the residual is the smallest that any polynomial of J can reach with them, per sample, so it
-    never rises.  The others choose one polynomial ("npg" a fixed one) and may leave it larger than at their start.
-    Where f couples samples (BatchNorm, a graph without offsets) no sample's residual is its own, and nothing of this
-    holds: use offsets, or another solver.  Saad and Schultz, "GMRES: A generalized minimal residual algorithm for
-    solving nonsymmetric linear systems", 1986.
+    never rises.  The other solvers do not minimise: their residual may end larger than it began.  If f couples samples
+    (BatchNorm, a graph without offsets), GMRES per sample is wrong: use offsets, or another solver.  Saad and Schultz,
+    "GMRES: A generalized minimal residual algorithm for solving nonsymmetric linear systems", 1986.
 
     With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is after j + 1 products.
     Without it b is not known: the first evaluation is at h0, and "rel" is relative to ||f(h)|| at the last state that
     was evaluated.  The residual of the recurrence is not the true one once rounding shows, in f or here.  So the last
-    evaluation is at the state found, and its residual decides.  A sample that the recurrence alone has called solved
-    goes on from there if the budget allows and the last state was better than the one before.  Stops, reports and costs
-    as `fixed_point` does, in calls of f.
+    evaluation is at the state found, and its residual decides.  If it is above tol, the sample starts afresh from there
+    as long as budget is left and the state improves.  Stops, reports and costs as `fixed_point` does, in calls of f.
 
     The basis is made orthogonal by modified Gram-Schmidt (enough for GMRES: Paige, Rozloznik and Strakos, 2006), in the
     form that reads it twice per product as `broyden` does: (I + L)^-1 V^T w, where L is the lower triangle of V^T V,
     grows by a row per product (Swirydowicz et al., "Low synchronization Gram-Schmidt and generalized minimal residual
-    algorithms", 2021).  Twice where little is left of a product.
+    algorithms", 2021).  If little is left of a product, and always on a GPU, it does so again.
 
-    memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and
-    3 `memory`^2 numbers per sample.  Raises ValueError for an impossible argument and for stop_mode "max", which a
+    memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and up
+    to 10 `memory`^2 numbers per sample.  Raises ValueError for an impossible argument and for stop_mode "max", which a
     recurrence of 2-norms cannot know.
     """
     _check_memory(memory)
@@ -529,7 +533,8 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     m, N = min(memory or max_iter, max_iter), len(run.lowest)
     x, x_best, r = run.x0.clone(), run.x0, torch.empty_like(run.x0)
-    # J v = (f(origin + s v) - f(origin)) / s: with s near ||f(origin)||, rounding takes the same digits of both.
+    # J v = (f(origin + s v) - f(origin)) / s with s about ||f(origin)||: a much smaller s v would drown in the rounding
+    # of f(origin + s v), a much larger one would drown f(origin).
     if run.b is None:
         run.evaluate(x, r)
         origin, size = x.clone(), run.per_sample(_norms(r + x, x.dtype))
@@ -544,9 +549,10 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         going = norm.isfinite()
         run.lowest = start = torch.where(going, run.relative(norm), math.inf)
         x_best.masked_fill_(run.per_row(going)[:, None], 0)
-    at_origin, s = r.clone() if run.b is None else run.b, size.clamp(1, 1e15)
+    at_origin = r.clone() if run.b is None else run.b
+    s = size.clamp(1, 1e15)                         # s^2 within float32
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
-    eps = torch.finfo(x.dtype).eps
+    eps, seen = torch.finfo(x.dtype).eps, torch.zeros_like(going)
 
     while run.evals < max_iter:                     # a product, and the last evaluation
         norm = run.per_sample(_norms(r, r.dtype))
@@ -564,18 +570,24 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             torch.sub(at_origin, w, out=w)                                              # (I - J) v
             products = run.products(rows[n:n + 2], rows[:n + 1]) / s.square()[:, None, None]        # (N, 2, n + 1)
             T[:, n, :n] = -torch.bmm(products[:, :1, :n], T[:, :n, :n])[:, 0]
-            T[:, n, n], c = 1, 0
-            for twice in (False, True):
+            T[:, n, n] = 1
+            c = 0
+            for last in (False, True):
                 more = torch.bmm(T[:, :n + 1, :n + 1], products[:, -1, :, None])[:, :, 0]
                 w[:, None].baddbmm_(run.per_row(more)[:, None], rows[:n + 1].transpose(0, 1), alpha=-1)
-                norm, c = run.per_sample(_norms(w, w.dtype)) / s, c + more
-                # Where little is left of w, rounding of the products is much of it: once more, on a GPU always.
-                if twice or run.on_cpu and bool((~alive | (norm > 0.1 * torch.linalg.vector_norm(c, dim=1))).all()):
-                    break
+                c = c + more
+                # If little is left of w, the rounding of the products is much of it: once more.  A GPU always does so,
+                # since to ask would be to wait.
+                if last or run.on_cpu:
+                    norm = run.per_sample(_norms(w, w.dtype)) / s
+                    if last or bool((~alive | (norm > 0.1 * torch.linalg.vector_norm(c, dim=1))).all()):
+                        break
                 products = run.products(w[None], rows[:n + 1]) / s.square()[:, None, None]
-            # What is left of a product within the span of the basis is rounding.  A sample that has stopped, is lost
-            # or has no direction left gets directions of zero, which change nothing.
+            # If a product lies in the span of the basis, what is left of it is rounding: below 10 eps of its length it
+            # counts as zero.  A sample that has stopped, is lost or has no direction left gets directions of zero,
+            # which change nothing.
             good = alive & norm.isfinite()
+            seen = seen | good
             rounding = 10 * eps * torch.hypot(norm, torch.linalg.vector_norm(c, dim=1))
             left = good & (norm > rounding)
             c, norm = torch.where(good[:, None], c, 0), torch.where(left, norm, 0)
@@ -608,7 +620,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
         if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):         # host sync
             break
-    found = (run.lowest < start) | run.trace[run.evals - 1].isfinite()
+    found = seen | (run.lowest < start) | run.trace[run.evals - 1].isfinite()       # else f was never finite
     return run.result(x_best, torch.where(found, run.lowest, math.inf))
 
 
@@ -631,7 +643,7 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
     solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or functools.partial of
     one, binding what is not passed here (m, beta, ridge, memory, lam).
-    backward_tol, on_backward: of "implicit"; see `implicit`.
+    backward_tol, on_backward: only for "implicit"; see there.
     offsets (N + 1,): sample i is the rows offsets[i] to offsets[i + 1] of the state (graphs), for both solves.
     f is handed float32 states (float64 if h0 is float64), also where h0 is of lower precision: use autocast inside.
     Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each: "upg"
@@ -729,15 +741,15 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
              on_backward: Callable | None = None, offsets: Tensor | None = None) -> State:
     """Implicit differentiation, Eq. (4): returns h* with the backward pass  g_hat = J^T g_hat + g,  g = dL/dh*.
 
-    Exact at an exact fixed point with a converged backward solve.  `solver` is started at g and stops, keeps its best
-    state and reports by ||g + J^T g_hat - g_hat|| / ||g||, per sample, or over the batch's ||g|| where a sample's is
-    zero.  (Relative to ||g_hat||, as solvers measure, a g_hat that explodes looks solved.)  `on_backward` receives its
-    SolverResult, the only sign of a solve that failed: its best g_hat is used.  A solver of your own is called as
-    solver(f, g, max_iter=, tol=, stop_mode=g), with offsets= if they are given, and returns a SolverResult.
+    Exact at an exact fixed point with a converged backward solve.  `solver` is started at g (gmres at zero), and stops,
+    keeps its best state and reports by ||g + J^T g_hat - g_hat|| / ||g||, per sample, or over the batch's ||g|| where a
+    sample's is zero.  (Relative to ||g_hat||, as solvers measure, a g_hat that explodes looks solved.)  `on_backward`
+    receives its SolverResult, the only sign of a solve that failed: its best g_hat is used.  A solver of your own is
+    called as solver(f, g, max_iter=, tol=, stop_mode=g), with offsets= if they are given, and returns a SolverResult.
 
-    It solves for g times a power of two, so that the scale of the loss matters to no precision.  Where g is not finite,
-    neither is the sample's gradient (torch.amp.GradScaler relies on that).  Where f couples samples (BatchNorm), use
-    another solver than gmres, or, for rows of one graph, offsets.
+    g is multiplied by a power of two before the solve, and g_hat divided by it, so that the scale of the loss cannot
+    under- or overflow it.  If g is not finite, neither is the sample's gradient (torch.amp.GradScaler relies on that).
+    If f couples samples (BatchNorm), use another solver than gmres, or, for the rows of a graph, offsets.
 
     One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `equilibrium`.  Raises ValueError for an
     impossible argument and where f(h) has another shape than h, RuntimeError for a second derivative.
@@ -852,7 +864,7 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
     than the GPU to run them.  A graph launches them all at once.
 
     The model, in training mode, takes and returns tensors and never looks at one on the host: `equilibrium` with
-    tol = 0 and backward_tol = 0, and broyden or fixed_point.  Its Python runs at capture only: what it branches on,
+    tol = 0 and backward_tol = 0, and any solver but anderson.  Its Python runs at capture only: what it branches on,
     prints or keeps (on_backward) stays as it was then, and an autocast around `captured` is in both graphs.  Capturing
     leaves buffers and random numbers as they were.  A call is a replay in training mode with grad on, for tensors of
     the examples' shape, dtype and requires_grad and nothing else; others run as before, as do copies of the model.

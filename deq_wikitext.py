@@ -23,7 +23,7 @@ torchrun --nproc_per_node=4 deq_wikitext.py with
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
           fails -     --grad npg                          # App. D.3: --jr helps, or, without a number, the next row
           -     -     --grad npg --lam auto               # lam = 1 / rho(J)
-The paper's backward solver is Broyden's method, the default here is GMRES.
+The paper solves backwards by Broyden's method; the default here is GMRES.
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
     22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln

@@ -2,16 +2,16 @@
 
     python ignn_graphs.py --dataset chains                      # generated, no download; implicit beside 4 hops
     python ignn_graphs.py --dataset COX2                        # UPG A_{5,0.5}, 10 stratified folds, 200 epochs
-    python ignn_graphs.py --dataset PROTEINS --table4 --backward-solver fixed-point     # four methods; prints the table
-    torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4 --backward-solver fixed-point    # folds divided
+    python ignn_graphs.py --dataset PROTEINS --table4           # four methods, same folds and weights; prints the table
+    torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4          # the folds divided over two processes
     python ignn_graphs.py --dataset PPI --ppi-model literal --epochs 1000       # Table 4's PPI rows: the paper's model
     python ignn_graphs.py --dataset PPI-synthetic --ppi-model robust            # generated look-alike of PPI
     python ignn_graphs.py --dataset COX2 --benchmark            # step time and memory of the three gradients
 
 Data: --data DIR (default data): PyG downloads COX2, PROTEINS and PPI, or finds them unpacked in DIR/NAME/raw/.
 
-Table 4: --table4 for COX2, PROTEINS and PPI, the same folds and weights for all methods; or one row.  The paper's
-backward solver is the plain iteration.  That is the default here, too, but for chains and PPI's own model: GMRES.
+Table 4: --table4 for COX2, PROTEINS and PPI, or one row.  The paper solves backwards by plain iteration, which is the
+default here, too, except for chains and --ppi-model robust and zoo: GMRES.
     paper COX2 84.1 ± 2.9  PROTEINS 78.6 ± 4.1  PPI 97.6        --grad implicit --backward-solver fixed-point
                83.9 ± 3.0           78.4 ± 4.2      98.2        --grad upg --lam 0.5
                83.9 ± 2.7           78.6 ± 4.2      97.4        --grad upg --lam 0.8
@@ -117,8 +117,8 @@ def parse_args(argv=None):
     p.add_argument("--solver", choices=["fixed-point", "anderson", "broyden"], help="finds the equilibrium (default "
                    "fixed-point for COX2, PROTEINS and --ppi-model literal, else anderson)")
     p.add_argument("--backward-solver", choices=["gmres", "fixed-point", "anderson", "broyden"],
-                   help="solves for the gradient of --grad implicit; the paper's is fixed-point (default where --solver's "
-                   "is, since F contracts fast there; else gmres)")
+                   help="solves for the gradient of --grad implicit; the paper's is fixed-point (default fixed-point "
+                   "for COX2, PROTEINS and --ppi-model literal, whose F contracts fast, else gmres)")
     p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
     p.add_argument("--lam", type=float, default=0.5, help="damping of the phantom gradient, in (0, 1] (default 0.5)")
     p.add_argument("--max-iter", type=int, default=300, help="steps of the forward solver (default 300)")
@@ -503,9 +503,8 @@ def propagate(A, h):
 def padded(solver, batch):
     """common.anderson or common.broyden for a batch: its graphs are the samples, padded to the longest with zeros.
 
-    Few iterations where the contraction is slow, as with kappa = 0.98.  Their own offsets give the same, but take 1.2
-    to 1.5 times as long on a CPU (COX2, chains, PPI), and half as long for a batch with one large graph, as PROTEINS
-    has, which is mostly padding.
+    Few iterations where the contraction is slow, as with kappa = 0.98.  offsets=batch.offsets gives the same without
+    padding, but takes about 1.3 times as long on a CPU, unless one large graph makes the batch mostly padding.
     """
     graphs, longest = len(batch.offsets) - 1, batch.longest
 

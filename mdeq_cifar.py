@@ -7,7 +7,7 @@
     python mdeq_cifar.py --eval --resume FILE                    # our checkpoints and the official ones
 
 Table 1 (Tiny, 50 epochs, batch 128, no augmentation): every row is a command, python mdeq_cifar.py with these flags.
-The paper's accuracies stand before them.  Its backward solver is Broyden's method, the default here is GMRES.
+First the paper's accuracy (%).  The paper solves backwards by Broyden's method; the default here is GMRES.
     1  85.0 +- 0.2  --grad implicit --backward-solver broyden --optimizer adam --dropout 0.25 --pretrain-steps 3000
     2  82.3 +- 1.3  --grad implicit --backward-solver broyden --optimizer adam --dropout 0.25
     3  83.7 +- 0.1  --grad implicit --backward-solver broyden --optimizer adam --pretrain-steps 3000
@@ -60,8 +60,8 @@ from common import (Meter, MetricsLog, SaveTimer, TrainingPass, all_reduce_sum, 
                     equilibrium, first_then_others, fixed_point, flag_checks, gmres, health, implicit, init_process,
                     is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, npg, open_run,
                     peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
-                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log, timed_step,
-                    upg, what_broke)
+                    set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log,
+                    timed_step, upg, what_broke)
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}
 

@@ -20,8 +20,7 @@ Table 3 (16,808,936 parameters, 100 epochs, batches of 128): torchrun --nproc_pe
     paper 75.3 %   --grad implicit --backward-solver broyden --pretrain-steps 500000
           75.2 %   --pretrain-steps 500000                         # App. D.3, setting 1: UPG after pretraining
           75.7 %   (none)                                          # App. D.3, setting 2: UPG from the first step on
-The first row has the exact gradient, by the paper's backward solver: 27 steps of Broyden's method.  The default here is
-GMRES.
+The paper solves backwards by Broyden's method; the default here is GMRES.
 App. D.3's spectral radii: --radius-every 10000, or --eval.
 
 What makes it faster (--benchmark with the flag measures the first five; README.md has what was measured):

@@ -998,6 +998,9 @@ def test_gmres_keeps_what_it_has_where_a_product_is_not_finite():
     result, clean = (gmres(one, b, max_iter=10, tol=0, stop_mode=b) for one in (fails, f))
     torch.testing.assert_close(result.residual[1], clean.trace[2, 1])
     torch.testing.assert_close(result.h[[0, 2]], clean.h[[0, 2]])
+    calls.clear()
+    result = gmres(fails, b, max_iter=3, tol=0, stop_mode=b)            # the last evaluation is the fourth call
+    assert result.residual[1] == 1 and (result.h[1] == 0).all() and (result.residual[[0, 2]] < 1).all()
 
 
 def test_gmres_reports_the_residual_of_its_state_where_the_recurrence_is_wrong():
