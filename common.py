@@ -68,6 +68,16 @@ def _check_budget(max_iter, tol, stop_mode):
         _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
 
 
+def _check_offsets(offsets, rows):
+    if not (torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
+            and len(offsets) >= 1):
+        raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
+    # On a GPU, to look would be to wait.  Not _require: it would write all the offsets out at every call.
+    if offsets.device.type == "cpu" and not (int(offsets[0]) == 0 and int(offsets[-1]) == rows
+                                             and bool((offsets.diff() >= 0).all())):
+        raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {rows}, got {offsets.tolist()}")
+
+
 def _wide(x):
     """float64, but for MPS, which has none."""
     return torch.float32 if x.device.type == "mps" else torch.float64
@@ -183,13 +193,7 @@ class _Progress:
         self.x0 = self.layout.pack(h0)
         N, device = self.layout.N, self.x0.device
         if offsets is not None:
-            if not (torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
-                    and len(offsets) >= 1):
-                raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
-            # On a GPU, to look would be to wait.  Not _require: it would write all the offsets out at every call.
-            if device.type == "cpu" and not (int(offsets[0]) == 0 and int(offsets[-1]) == N
-                                             and bool((offsets.diff() >= 0).all())):
-                raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {N}, got {offsets.tolist()}")
+            _check_offsets(offsets, N)
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
         self.b = self.limit = None
@@ -660,8 +664,8 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
     for name, value in (("solver", solver), ("backward_solver", backward_solver)):
         if not callable(value):         # not _require: it would write out what a partial holds, and wait for a GPU
-            raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, got "
-                             f"{value!r}")
+            raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, "
+                             f"backwards also gmres, got {value!r}")
     if grad == "bptt" and torch.is_grad_enabled():
         _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
         return _bptt(f, h0, max_iter, tol, stop_mode, offsets)
@@ -758,6 +762,8 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
         raise ValueError(f"solver must be a function, got {solver!r}")
     _check_budget(max_iter, tol, "rel")
     samples = {} if offsets is None else {"offsets": offsets}
+    if offsets is not None:
+        _check_offsets(offsets, len(h_star if torch.is_tensor(h_star) else h_star[0]))
 
     def adjoint(vjp, g):
         g = [gi.to(torch.promote_types(gi.dtype, torch.float32)) for gi in g]

@@ -108,7 +108,7 @@ def fig1(args):
     h, result = equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=100)
     exact = gradient(h)
     h_star = h.detach()
-    # Broyden, as in the paper, and not the default GMRES: the claim is of 20 of its iterations.
+    # Broyden and not the default GMRES: the paper's claim is about 20 Broyden iterations.
     by_implicit = gradient(implicit(f, h_star, solver=broyden, max_iter=20, tol=0))
     agreement = pair_cosines(exact, by_implicit, pairs)
     print(f"\nFig. 1.  L_h = {args.lip}, {args.activation}, {pairs} pairs of {N} x {D}; after 100 iterations the "
@@ -150,10 +150,10 @@ def fig4(args, iterations=30):
     Rows: lip, grad, iteration, objective ||(I - J^T) g_hat - g||, relative error objective / ||g_hat||, cosine to the
     exact gradient, L1 norm of g_hat over that of the exact gradient (`l1`): means over the N rows.
 
-    What belongs to the method: the paper's Fig. 4 is of Broyden.  Its objective, the true residual, may climb while its
-    relative error falls, as that is divided by the norm of an iterate that explodes.  GMRES minimises the objective,
-    which never rises.  What belongs to the exact gradient, however it is found: its norm grows with 1 / (1 - L_h), and
-    the objective says little of the cosine to it.
+    The oscillation comes from Broyden's method, which the paper's Fig. 4 shows, not from the exact gradient.  Broyden's
+    objective, the true residual, may climb while its relative error falls, since that is divided by the norm of an
+    iterate that explodes.  GMRES minimises the objective, which never rises on the same systems.  The norm does come
+    from the exact gradient: it grows like 1 / (1 - L_h).  And the objective says little of the cosine to it.
 
     Iteration t is the state after t - 1 products with J^T, which at t = 1 is g for all.
     """
@@ -228,9 +228,9 @@ def fig4(args, iterations=30):
         print(f"{name:8s}{falls:20s} {exceeds}")
     ends = {(name, key): "{:.1e} to {:.1e}".format(*(stats[name][t][key] for t in (0, -1)))
             for name in METHODS for key in ("objective", "relative_error")}
-    print(f"Of the method, at L_h = {lip:g}: Broyden's objective goes from {ends['broyden', 'objective']}, its "
+    print(f"From the method, at L_h = {lip:g}: Broyden's objective goes from {ends['broyden', 'objective']}, its "
           f"relative error, which is\ndivided by the norm of the iterate, from {ends['broyden', 'relative_error']}; "
-          f"GMRES's objective from {ends['gmres', 'objective']}.\nOf the exact gradient: its L1 norm, "
+          f"GMRES's objective from {ends['gmres', 'objective']}.\nFrom the exact gradient: its L1 norm, "
           f"{rows[0]['exact_l1']:.2g} at L_h = {rows[0]['lip']:g} and {rows[-1]['exact_l1']:.2g} at {lip:g}.")
     return rows
 
@@ -332,7 +332,7 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
         h = fixed_point(f, torch.zeros_like(u[index]), max_iter=60, tol=1e-7).h
         return torch.autograd.grad((attach(f, h) - y[index]).square().sum(1).mean() / 2, w)[0]
 
-    exact = partial(implicit, solver=gmres, max_iter=2 * size, tol=1e-10)      # `size` products, but for rounding
+    exact = partial(implicit, solver=gmres, max_iter=2 * size, tol=1e-10)      # `size` products, more against rounding
     everything = torch.arange(samples)
 
     def pulled(g, epsilon):                 # shortened by epsilon, at most to zero: the worst error of that length

@@ -601,12 +601,14 @@ def gradient_cosines(model, x, y, args):
         f = functools.partial(model.f, u=u, weights=model.weights(), masks=model.masks(h0))
         forward = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol)
         torch.clear_autocast_cache()
-        states = {"exact": implicit(f, forward.h, solver=functools.partial(gmres, memory=50), max_iter=199, tol=1e-3,
-                                    on_backward=backward.append),
-                  "upg": upg(f, forward.h, args.k, args.lam), "npg": npg(f, forward.h, args.k, args.lam),
-                  "gmres": implicit(f, forward.h, solver=gmres, max_iter=args.k, tol=0)}
-        grads = {name: torch.autograd.grad(F.cross_entropy(model.head(h).float(), y), f_parameters(model),
-                                           retain_graph=True) for name, h in states.items()}
+        exact = functools.partial(implicit, solver=functools.partial(gmres, memory=50), max_iter=199, tol=1e-3,
+                                  on_backward=backward.append)
+        attach = {"exact": exact, "upg": functools.partial(upg, k=args.k, lam=args.lam),
+                  "npg": functools.partial(npg, k=args.k, lam=args.lam),
+                  "gmres": functools.partial(implicit, solver=gmres, max_iter=args.k, tol=0)}
+        # retain_graph: that of the effective weights and of u serves all of them.
+        grads = {name: torch.autograd.grad(F.cross_entropy(model.head(gradient(f, forward.h)).float(), y),
+                                           f_parameters(model), retain_graph=True) for name, gradient in attach.items()}
     set_rng_state(rng)
     for buffer, old in zip(model.buffers(), buffers):       # BatchNorm has counted this batch more than once
         buffer.copy_(old)
@@ -614,12 +616,12 @@ def gradient_cosines(model, x, y, args):
                for name in ("upg", "npg", "gmres")},
             "cosine_forward_residual": forward.residual.median().item(),
             "cosine_backward_residual": backward[0].residual.median().item(),
-            "cosine_exact": ((forward.residual <= 1e-3) & backward[0].converged).float().mean().item()}
+            "cosine_verified": ((forward.residual <= 1e-3) & backward[0].converged).float().mean().item()}
 
 
 def spell_cosines(step, found, k):
-    """One line of what `gradient_cosines` found; says so where the exact gradient was not reached."""
-    verified = found["cosine_exact"]
+    """One line of what `gradient_cosines` found; says so if the exact gradient was not reached."""
+    verified = found["cosine_verified"]
     return (f"step {step}: cosine to the exact gradient: UPG {found['cosine_upg']:.4f}, NPG {found['cosine_npg']:.4f}, "
             f"GMRES {k} {found['cosine_gmres']:.4f}; median residual forward {found['cosine_forward_residual']:.0e}, "
             f"backward {found['cosine_backward_residual']:.0e}"

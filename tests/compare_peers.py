@@ -21,7 +21,7 @@ nothing.  The growth of memory is the peak of the memory in use during one solve
 resident set (Linux), in a process of its own for each side, or allocated on the GPU.
 
 Forward solves are by Broyden's method with full memory.  So are the backward solves beside torchdeq, which has no
-GMRES; beside silva they are by GMRES, its default, with equal VJPs.  Its "phantom" is Eq. (16), "neumann" Eq. (17).
+GMRES; beside silva they are by GMRES, its default, with equal VJPs.  Silva's "phantom" is Eq. (16), "neumann" Eq. (17).
 
 "backward solve" is the linear system (I - J^T) w = g of implicit differentiation alone, J = df/dh at our h* and g = h*,
 with VJPs of one graph of f.  The residual is ||g + J^T w - w|| / ||g||, over the batch.

@@ -692,7 +692,7 @@ def test_the_backward_residual_is_that_of_the_gradient_that_is_used(solver, rho)
 
 @pytest.mark.parametrize("solver", BACKWARD)
 def test_a_solved_backward_solve_is_the_exact_gradient(solver):
-    """Where rho(J) is below 1 and the residual at most 1e-3."""
+    """If rho(J) is below 1 and the residual at most 1e-3."""
     J, g = matrix(0.9)
     g_hat, result = backward(J, g, solver=solver, max_iter=300, tol=1e-3)
     assert result.converged.all() and (result.residual <= 1e-3).all()
@@ -727,8 +727,8 @@ def test_a_sample_without_a_gradient_gets_zeros(solver, tol):
     assert (g_hat == 0).all() and result.converged.all()
 
 
-def test_a_gradient_that_others_hand_on_is_measured_by_the_batchs():
-    """Sample 1 has no dL/dh of its own, but f couples it with sample 0, as BatchNorm does: 0 is no yardstick for it."""
+def test_a_zero_gradient_is_measured_by_the_batchs_norm():
+    """Sample 1 has no dL/dh of its own, but f couples it with sample 0, as BatchNorm does."""
     u, results = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True), []
     mix = torch.tensor([[0.2, 0.5], [0.3, 0.1]], dtype=torch.float64)           # f(h) = mix h + u
     h = implicit(lambda h: mix @ h + u, torch.zeros(2, 1, dtype=torch.float64), solver=fixed_point, max_iter=6, tol=0,
@@ -785,8 +785,10 @@ def test_offsets_reach_both_solves(solver):
     h.sum().backward()
     assert forward.residual.shape == results[0].residual.shape == (3,)
     torch.testing.assert_close(u.grad, torch.linalg.solve(torch.eye(12).double() - J.T, torch.ones_like(u)))
-    with pytest.raises(ValueError, match="offsets"):
-        equilibrium(lambda h: J @ h + u, torch.zeros(12, 3, dtype=torch.float64), offsets=torch.tensor([0, 5]))
+    for wrong in (torch.tensor([0, 5]), [0, 12], torch.tensor([0.0, 12.0])):
+        for call in (equilibrium, implicit):
+            with pytest.raises(ValueError, match="offsets must"):
+                call(lambda h: J @ h + u, torch.zeros(12, 3, dtype=torch.float64), offsets=wrong)
 
 
 def test_the_gradient_of_a_half_precision_state_is_solved_in_float32():
