@@ -61,10 +61,10 @@ def _require(ok, message):
         raise ValueError(message)
 
 
-def _check_budget(max_iter, tol, stop_mode):
-    _require(isinstance(max_iter, int) and max_iter >= 1, f"max_iter must be an integer >= 1, got {max_iter!r}")
-    _require(tol >= 0, f"tol must be >= 0, got {tol!r}")
-    if stop_mode is None or isinstance(stop_mode, str):                             # else a state
+def _check_budget(max_iter, tol, stop_mode, which=""):
+    _require(isinstance(max_iter, int) and max_iter >= 1, f"{which}max_iter must be an integer >= 1, got {max_iter!r}")
+    _require(tol >= 0, f"{which}tol must be >= 0, got {tol!r}")
+    if not isinstance(stop_mode, (Tensor, tuple, list)):        # a state
         _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
 
 
@@ -198,6 +198,7 @@ class _Progress:
             N = len(offsets) - 1
         self.b = self.limit = None
         if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
+            _require(_Layout(stop_mode).shapes == self.layout.shapes, "stop_mode, a state, must be of the shape of h0")
             self.b = self.layout.pack(stop_mode)
             size = self.per_sample(_norms(self.b, self.b.dtype))
             # A sample with b = 0 is measured by the batch's b, since f may couple it with the others.
@@ -672,7 +673,7 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     if grad in ("upg", "npg"):
         _check_phantom(k, lam)
     elif grad == "implicit":
-        _check_budget(backward_max_iter, backward_tol, "rel")
+        _check_budget(backward_max_iter, backward_tol, "rel", "backward_")
     if getattr(solver, "func", solver) is gmres:
         raise ValueError("solver=gmres is for an affine f, as that of the backward solve: use it as backward_solver")
     samples = {} if offsets is None else {"offsets": offsets}
@@ -937,10 +938,11 @@ def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
 def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 100) -> Tensor:
     """Spectral radius per sample (N,) of lam J + (1 - lam) I at h, J = df/dh, by the power method with VJPs.
 
-    Estimates it as a mean of the growth of log ||v|| over the last half of the iterations, weighted by a triangle,
-    which takes out what oscillates.  That is also right for a complex pair, where a Rayleigh quotient gives
-    rho cos(angle).  Error O(1 / n_iter) for a J that is not normal, and while its largest eigenvalues are close: some
-    per cent at 50.  Costs one call of f and n_iter VJPs.  v is of torch's own random numbers.
+    A row of h is a sample: give the rows that f couples, as those of a graph, as one row.  Estimates it as a mean of
+    the growth of log ||v|| over the last half of the iterations, weighted by a triangle, which takes out what
+    oscillates.  That is also right for a complex pair, where a Rayleigh quotient gives rho cos(angle).  Error O(1 /
+    n_iter) for a J that is not normal, and while its largest eigenvalues are close: some per cent at 50.  Costs one
+    call of f and n_iter VJPs.  v is of torch's own random numbers.
     """
     _require(isinstance(n_iter, int) and n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")

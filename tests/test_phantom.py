@@ -502,7 +502,8 @@ def test_the_backward_solve_starts_at_g_and_reports_itself():
     (dict(lam=0), "lam must be"), (dict(lam=1.1), "lam must be"), (dict(solver="broyden"), "solver must be"),
     (dict(backward_solver="x"), "backward_solver must be"), (dict(grad="bptt", solver=broyden), "solver=fixed_point"),
     (dict(max_iter=0), "max_iter"), (dict(tol=-1), "tol"), (dict(stop_mode="l2"), "stop_mode"),
-    (dict(grad="implicit", backward_max_iter=0), "max_iter"), (dict(grad="implicit", backward_tol=-1), "tol")])
+    (dict(grad="implicit", backward_max_iter=0), "backward_max_iter"),
+    (dict(grad="implicit", backward_tol=-1), "backward_tol")])
 def test_impossible_arguments_are_named(kwargs, message):
     """Before f is called: a solve may take long."""
     with pytest.raises(ValueError, match=message):

@@ -1118,7 +1118,8 @@ def test_gmres_under_autocast_keeps_its_own_products_in_float32():
 
 @pytest.mark.parametrize("kwargs, message", [(dict(memory=0), "memory"), (dict(stop_mode="max"), "'max'"),
                                              (dict(stop_mode="l2"), "stop_mode"), (dict(max_iter=0), "max_iter"),
-                                             (dict(stop_mode=None), "stop_mode"), (dict(tol=-1), "tol"),
+                                             (dict(stop_mode=None), "stop_mode"), (dict(stop_mode=3), "stop_mode"),
+                                             (dict(tol=-1), "tol"),
                                              (dict(stop_mode=torch.zeros(2, 3)), "shape of h0")])
 def test_gmres_names_its_impossible_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
