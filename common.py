@@ -776,7 +776,7 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
         if offsets is not None:                                 # of all rows of the sample
             bad = torch.segment_reduce((~finite).float(), "sum", offsets=offsets, initial=0, unsafe=True)
             finite = torch.repeat_interleave(bad == 0, offsets.diff(), output_size=len(finite))
-        # One factor for the whole batch: where f couples samples, a system scaled per sample is another system.
+        # One factor for the whole batch: if f couples samples, a system scaled per sample is another system.
         exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent.clamp(-125, 125).to(largest.dtype)
         g = [gi * torch.exp2(-exponent) for gi in g]
         result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
