@@ -12,17 +12,18 @@ and the parameters theta closed over).  Finding h* is the solver's job; this fil
     "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1 (plus its states)
     "bptt"      autograd through every iteration of the forward solve, Eq. (10)                 max_iter
 
-A state h is a tensor whose first dimension is the batch N, or a tuple/list of such tensors.  Every decision is taken
-per sample: where f treats samples independently, a batch gives the same answers as its samples one at a time.
+A state h is a tensor whose first dimension is the batch N, or tuples, lists, dicts, ... of such tensors (any pytree of
+torch).  Every decision is taken per sample: where f treats samples independently, a batch gives the same answers as its
+samples one at a time.
 The paper writes Jacobians transposed: its "Jacobian-vector product" with J is PyTorch's vector-Jacobian product (VJP).
 
 Needs torch 2.6 or newer only: copy it into your project; the mathematics ends at "Run helpers".  Or copy a part of it,
-with the imports functools, math, torch and those from typing and torch, the line `State = ...`, and
+with the imports functools, math, operator, torch and those from typing and torch, the line `State = ...`, and
 
-    a solver    the section before the solvers, and `_solver`; `_check_memory` for broyden and gmres
-    upg         `_check_phantom`, `_version`, `_check_unchanged`
-    npg         `_check_phantom`, and from `_vjp` to `_Undifferentiable`
-    implicit    from `_vjp` to `_Undifferentiable`, and a solver: `gmres`, or change its default
+    a solver    the section before the solvers, and `_solver`
+    upg         from `_require` to `_forget_cached_weights`, `_check_phantom`
+    npg         the same, and from `_vjp` to `_Undifferentiable`
+    implicit    a solver (`gmres`, or change the default), and from `_vjp` to `_Undifferentiable`
 """
 import contextlib
 import datetime
@@ -31,6 +32,7 @@ import gc
 import io
 import json
 import math
+import operator
 import os
 import random
 import shlex
@@ -48,8 +50,9 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-State = Tensor | Sequence[Tensor]
+State = Tensor | tuple | list | dict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,11 +64,96 @@ def _require(ok, message):
         raise ValueError(message)
 
 
+def _whole(x, name):
+    """x, an int or an integer of numpy or torch, as an int >= 1."""
+    try:
+        n = x if type(x) is int else operator.index(x)
+    except TypeError:
+        n = 0
+    if n < 1 or isinstance(x, bool):
+        raise ValueError(f"{name} must be an integer >= 1, got {x!r}")
+    return n
+
+
+def _flatten(h):
+    """The tensors of a state and the structure that holds them.  Half precision becomes float32 under autocast.
+
+    (So that a start like torch.zeros_like(u), whose u autocast has computed, does not cost precision.)
+    """
+    parts, spec = tree_flatten(h)
+    _require(parts and all(torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 and not p.is_nested
+                           and p.layout == torch.strided and not hasattr(p, "to_local") for p in parts),
+             "h0 must be a floating-point tensor with the batch as first dimension, or a tuple, list, dict, ... of "
+             "them: complex numbers as torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
+    _require(all(p.shape[0] == parts[0].shape[0] for p in parts),
+             f"the parts of h0 differ in batch size: {[tuple(p.shape) for p in parts]}")
+    if torch.is_autocast_enabled(parts[0].device.type):
+        parts = [p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for p in parts]
+    return parts, spec
+
+
+def _returned(h, spec, shapes):
+    """The tensors of a state that f has returned, checked against the structure and the shapes of h0."""
+    if type(h) in (tuple, list) and spec.type in (tuple, list):
+        h = spec.type(h)
+    try:        # by the keys of a dict, not by their order; if h0 is a tensor, a tuple counts as one part
+        parts = spec.flatten_up_to(h)
+    except ValueError as error:
+        raise ValueError("f must return a state of the shape of h0: a tensor if h0 is one, else the same tuple, list, "
+                         f"dict, ... ({error})") from None
+    if not all(map(torch.is_tensor, parts)) or [p.shape for p in parts] != shapes or any(map(torch.is_complex, parts)):
+        found = [f"{tuple(p.shape)}{' complex' * p.is_complex()}" if torch.is_tensor(p) else type(p).__name__
+                 for p in parts]
+        raise ValueError("f must return a state of the shape of h0, a tensor if h0 is one, of real numbers: "
+                         f"{', '.join(str(tuple(s)) for s in shapes)} expected, {', '.join(found)} returned")
+    return parts
+
+
+def _version(x):
+    """Counts what changed a tensor in place, or a view of it; not in inference mode and under torch.compile."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _call(f, h, spec, shapes):
+    """The parts of f(h), for the parts h of a state."""
+    versions = [_version(p) for p in h]
+    f_parts = _returned(f(tree_unflatten(h, spec)), spec, shapes)
+    if versions != [_version(p) for p in h]:    # it looks like a root to a solver, and changes h* under a gradient
+        raise ValueError("f must not change its argument in place: use inplace=False in its first operation")
+    return f_parts
+
+
+def _forget_cached_weights():
+    """Weights that autocast or parametrize.cached() hold from a solve without a graph would get no gradient."""
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
+        torch.nn.utils.parametrize._cache.clear()
+
+
+def _explain(error):
+    """Raises what to do instead, where a transform of torch cannot pass a solver or a backward pass of ours."""
+    text = str(error)
+    if "forward AD" in text:
+        remedy = "forward-mode derivatives (jvp, jacfwd, hessian) cannot pass a fixed-point solver: use reverse mode, "\
+                 "with grad='upg' for second derivatives (torch.func.jacrev of jacrev)"
+    elif "vmap: " in text and "not possible" in text or "functorch" in text and "requires_grad_" in text:
+        remedy = "a fixed-point solver cannot run under vmap, nor 'npg' and 'implicit' under any transform of "\
+                 "torch.func: call vmap inside f, and use grad='upg' under torch.func.grad"
+    elif "selective activation checkpoint" in text:
+        remedy = "npg and implicit run f's backward pass several times, which selective activation checkpointing "\
+                 "refuses: use grad='upg', or plain checkpoint(..., use_reentrant=False)"
+    else:
+        return
+    raise RuntimeError(f"equilibrium: {remedy}") from error
+
+
 def _check_budget(max_iter, tol, stop_mode, which=""):
-    _require(isinstance(max_iter, int) and max_iter >= 1, f"{which}max_iter must be an integer >= 1, got {max_iter!r}")
+    max_iter = _whole(max_iter, f"{which}max_iter")
     _require(tol >= 0, f"{which}tol must be >= 0, got {tol!r}")
-    if not isinstance(stop_mode, (Tensor, tuple, list)):        # a state
-        _require(stop_mode in ("rel", "abs", "max"), f"stop_mode must be 'rel', 'abs' or 'max', got {stop_mode!r}")
+    if not any(map(torch.is_tensor, tree_flatten(stop_mode)[0])):           # else a state
+        _require(stop_mode in ("rel", "rel_joint", "abs", "max"),
+                 f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
+    return max_iter
 
 
 def _check_offsets(offsets, rows):
@@ -73,9 +161,14 @@ def _check_offsets(offsets, rows):
             and len(offsets) >= 1):
         raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
     # On a GPU, to look would be to wait.  Not _require: it would write all the offsets out at every call.
-    if offsets.device.type == "cpu" and not (int(offsets[0]) == 0 and int(offsets[-1]) == rows
-                                             and bool((offsets.diff() >= 0).all())):
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and not (
+            int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())):
         raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {rows}, got {offsets.tolist()}")
+
+
+def _segments(x, how, offsets):
+    """Of x (rows, ...) the sum or max over the rows of every sample, (N, ...)."""
+    return torch.segment_reduce(x, how, offsets=offsets, initial=0, unsafe=True)
 
 
 def _wide(x):
@@ -101,45 +194,21 @@ def _norms(x, dtype):
     return norms
 
 
-def _version(x):
-    """Counts what changed a tensor in place, or a view of it; not in inference mode and under torch.compile."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def _check_unchanged(same):
-    """An in-place first operation of f looks like a root to a solver, and changes h* under a gradient."""
-    if not same:
-        raise ValueError("f must not change its argument in place: use inplace=False in its first operation")
-
-
 class _Layout:
-    """Maps a state to one flat (N, D) tensor and back, without copying on the way back.
+    """Maps a state to one flat (N, D) tensor and back, without copying on the way back unless a dtype differs.
 
-    The flat vectors are float32 (float64 if a part is), also under autocast.  A 4-dimensional part in channels-last
-    memory stays channels-last, so that f's convolutions meet the format that they were tuned for.
+    The flat vectors are float32 (float64 if a part is); f gets every part in its own dtype.  A 4-dimensional part in
+    channels-last memory stays channels-last, so that f's convolutions meet the format that they were tuned for.
     """
 
     def __init__(self, h):
-        parts = (h,) if torch.is_tensor(h) else h
-        _require(type(parts) in (tuple, list) and parts
-                 and all(torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 for p in parts),
-                 "h0 must be a floating-point tensor, or a tuple or list of them, with the batch as first dimension")
-        self.kind = None if torch.is_tensor(h) else type(h)
-        self.shapes = [p.shape for p in parts]
-        self.N, self.device = self.shapes[0][0], parts[0].device
-        _require(all(s[0] == self.N for s in self.shapes), f"the parts of h0 differ in batch size: {self.shapes}")
+        parts, self.spec = _flatten(h)
+        self.shapes, self.dtypes = [p.shape for p in parts], [p.dtype for p in parts]
+        self.N, self.device = parts[0].shape[0], parts[0].device
         self.sizes = [math.prod(s[1:]) for s in self.shapes]
         self.channels_last = [p.dim() == 4 and not p.is_contiguous()
                               and p.is_contiguous(memory_format=torch.channels_last) for p in parts]
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
-
-    def parts(self, h):
-        """The parts of a state, checked against the shapes of h0."""
-        parts = (h,) if torch.is_tensor(h) else tuple(h)
-        if [p.shape for p in parts] != self.shapes:         # not _require: it would write its message at every call
-            raise ValueError(f"f must return a state of the shape of h0: {[tuple(s) for s in self.shapes]} expected, "
-                             f"{[tuple(p.shape) for p in parts]} returned")
-        return parts
+        self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
 
     def split(self, x):
         """Views of the columns of x (N, D), in the shapes of the parts."""
@@ -152,14 +221,11 @@ class _Layout:
                 views.append(column.view(shape))
         return views
 
-    def unpack(self, x):
-        return self.state(self.split(x))
+    def parts(self, x):
+        """The parts of x (N, D) as f gets them."""
+        return [view.to(dtype) for view, dtype in zip(self.split(x), self.dtypes)]
 
-    def state(self, parts):
-        return parts[0] if self.kind is None else self.kind(parts)
-
-    def pack(self, h):
-        parts = self.parts(h)
+    def pack(self, parts):
         x = torch.empty(self.N, sum(self.sizes), dtype=self.dtype, device=self.device)
         for view, part in zip(self.split(x), parts):
             view.copy_(part)
@@ -180,34 +246,41 @@ class _Progress:
 
     A sample is a row of the flat state, or the rows offsets[i] to offsets[i + 1].
 
-    A sample stops moving when it has converged, or when it is lost: a non-finite residual, or one a million times its
-    first (the official release's protective break, here per sample).  Everything stays on the device; `finished` is
-    the only host synchronisation (gmres has one like it, and one at a restart): at every evaluation on a CPU, at every
-    8th on a GPU, and never with tol = 0, where the budget is the stop.
+    A sample stops moving when it has converged, or when it is lost: if its f(h) - h is not finite, or a million times
+    the first (the official release's protective break, here per sample).  If one that stands is later found above
+    10 tol, f couples samples.  Then it moves again, what was recorded before does not count, and from there on the best
+    state is that of one evaluation, for all samples: a state put together from several has none of their residuals.
+
+    Everything stays on the device; `finished` is the only host synchronisation (gmres has one like it, and one at a
+    restart): at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where the budget is the stop.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
-        _check_budget(max_iter, tol, stop_mode)
-        self.f, self.max_iter, self.tol, self.stop_mode, self.offsets = f, max_iter, tol, stop_mode, offsets
+        self.max_iter = _check_budget(max_iter, tol, stop_mode)
+        self.f, self.tol, self.stop_mode, self.offsets = f, tol, stop_mode, offsets
         self.layout = _Layout(h0)
-        self.x0 = self.layout.pack(h0)
+        self.x0 = self.layout.pack(_flatten(h0)[0])
         N, device = self.layout.N, self.x0.device
         if offsets is not None:
             _check_offsets(offsets, N)
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
-        self.b = self.limit = None
+        self.b = None
         if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
-            _require(_Layout(stop_mode).shapes == self.layout.shapes, "stop_mode, a state, must be of the shape of h0")
-            self.b = self.layout.pack(stop_mode)
+            b = _flatten(stop_mode)[0]
+            _require([p.shape for p in b] == self.layout.shapes, "stop_mode, a state, must be of the shape of h0")
+            self.b, self.stop_mode = self.layout.pack(b), "b"
             size = self.per_sample(_norms(self.b, self.b.dtype))
-            # A sample with b = 0 is measured by the batch's b, since f may couple it with the others.
-            self.size = torch.where(size > 0, size, _norms(size[None], size.dtype))
-        self.trace = self.x0.new_empty(max_iter + 1, N)
+            # A sample with b = 0 is measured by the batch's b, and by itself, since f may couple it with the others.
+            self.zero_b, self.size = size == 0, torch.where(size > 0, size, _norms(size[None], size.dtype))
+        self.by_part = len(self.layout.shapes) > 1 and self.stop_mode in ("rel", "b")
+        self.trace = self.x0.new_empty(self.max_iter + 1, N)
         self.lowest = self.x0.new_full((N,), math.inf)
+        self.limit = self.x0.new_zeros(N)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
-        self.on_cpu = device.type == "cpu"                  # where looking at a mask costs nothing
-        self.evals, self.check_every = 0, 1 if self.on_cpu else 8
+        self.lost, self.coupled = ~self.moving, torch.zeros((), dtype=torch.bool, device=device)
+        self.on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()    # where to look costs nothing
+        self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
 
     def per_row(self, x):
         """Repeats what belongs to the samples (N, ...) for each of their rows (rows, ...)."""
@@ -218,73 +291,82 @@ class _Progress:
         if self.offsets is None:
             return row_norms
         squares = row_norms.to(_wide(row_norms)).square()
-        return torch.segment_reduce(squares, "sum", offsets=self.offsets, initial=0, unsafe=True).sqrt().to(
-            row_norms.dtype)
+        return _segments(squares, "sum", self.offsets).sqrt().to(row_norms.dtype)
 
     def products(self, a, b):
         """(N, i, j): of each sample, the inner products of the states a (i, rows, D) with the states b (j, rows, D)."""
         products = _products(a, b)
-        return products if self.offsets is None else torch.segment_reduce(products, "sum", offsets=self.offsets,
-                                                                          initial=0, unsafe=True)
+        return products if self.offsets is None else _segments(products, "sum", self.offsets)
 
     def call(self, x, g, f_out=None):
-        """g <- f(x) - x, all (rows, D); f_out <- f(x) where wanted.  Returns the parts of f(x)."""
-        x_parts = self.layout.split(x)
-        version = _version(x)
-        f_x = self.f(self.layout.state(x_parts))
-        _check_unchanged(version == _version(x))
-        if torch.is_tensor(f_x) != (self.layout.kind is None):
-            raise ValueError("f must return a state of the shape of h0: a tensor if h0 is one, else a tuple or list")
-        f_parts = self.layout.parts(f_x)
+        """g <- f(x) - x, all (rows, D); f_out <- f(x) if wanted.  Returns the parts of x and f(x)."""
+        x_parts = self.layout.parts(x)
+        f_parts = _call(self.f, x_parts, self.layout.spec, self.layout.shapes)
         for f_part, x_part, g_part in zip(f_parts, x_parts, self.layout.split(g)):
             torch.sub(f_part, x_part, out=g_part)
         if f_out is not None:
             for f_part, out in zip(f_parts, self.layout.split(f_out)):
                 out.copy_(f_part)
-        return f_parts
+        return x_parts, f_parts
 
     def evaluate(self, x, g, f_out=None):
         """As `call`, and records the residual at x.  Returns ||g|| (N,), with a b at least its rounding."""
-        f_parts = self.call(x, g, f_out)
-        norm = self.per_sample(_norms(g, g.dtype))
+        x_parts, f_parts = self.call(x, g, f_out)
+        norm, eps = self.per_sample(_norms(g, g.dtype)), torch.finfo(g.dtype).eps
         if self.b is not None:      # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
-            norm = torch.maximum(norm, torch.finfo(x.dtype).eps * self.per_sample(_norms(x, x.dtype)))
-        if self.stop_mode == "rel":
-            sizes = [_norms(p, torch.promote_types(p.dtype, g.dtype)) for p in f_parts]
-            size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0, dtype=_wide(g))
-            self.size = self.per_sample(size).to(g.dtype)
+            x_norm = self.per_sample(_norms(x, x.dtype))
+            norm = torch.maximum(norm, eps * x_norm)
+        if self.by_part or self.stop_mode in ("rel", "rel_joint"):
+            of_parts = f_parts if self.b is None else x_parts
+            sizes = [self.per_sample(_norms(p, torch.promote_types(p.dtype, g.dtype))) for p in of_parts]
+            size = sizes[0].to(g.dtype) if len(sizes) == 1 else torch.linalg.vector_norm(
+                torch.stack(sizes), dim=0, dtype=_wide(g)).to(g.dtype)
+            if self.b is None:
+                self.size = size
         if self.stop_mode == "max":
-            row_max = torch.linalg.vector_norm(g, math.inf, dim=1)
-            self.record(row_max if self.offsets is None else torch.segment_reduce(
-                row_max, "max", offsets=self.offsets, initial=0, unsafe=True))
+            residual = torch.linalg.vector_norm(g, math.inf, dim=1)
+            residual = residual if self.offsets is None else _segments(residual, "max", self.offsets)
         else:
-            self.record(self.relative(norm))
-        if self.limit is None:
-            self.limit = 1e6 * norm
-        self.moving &= (self.trace[self.evals - 1] > self.tol) & (norm < self.limit)
+            residual = self.relative(norm)
+        if self.b is not None:
+            own = _ratio(norm, torch.maximum(x_norm, eps * _norms(x_norm[None], x_norm.dtype)))
+            residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
+        if self.by_part:            # a small part would hide behind a large one
+            for g_part, part_size in zip(self.layout.split(g), sizes):
+                part_norm = self.per_sample(_norms(g_part, g.dtype))
+                residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(part_size.to(g.dtype), eps * size)))
+        self.record(residual)
+        if self.evals == 1:         # a start that happens to be a root says nothing, nor does a row that is not reached
+            self.limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
+        self.limit = torch.where(self.limit == 0, 1e6 * norm, self.limit).clamp(max=torch.finfo(norm.dtype).max)
+        self.lost |= ~(norm <= self.limit)          # True for NaN
+        standing = ~self.moving
+        self.moving = ~self.lost & (residual > torch.where(standing & ~self.coupled, 10 * self.tol, self.tol))
+        self.disturbed(standing & self.moving)
         return norm
 
+    def disturbed(self, samples):
+        """Notes that these (N,), which had not moved, have another residual than before: f couples samples."""
+        found = samples.any() & ~self.coupled
+        self.lowest = torch.where(found, math.inf, self.lowest)
+        self.coupled = self.coupled | found
+
     def relative(self, norm):
-        """The residual (N,) that belongs to ||f(h) - h|| = norm."""
-        if isinstance(self.stop_mode, str) and self.stop_mode == "abs":
-            return norm
-        # Where norm and size are both 0, so is the residual; norm / inf would be 0 and look solved.
-        return torch.where(norm == 0, 0, norm / self.size.clamp(max=torch.finfo(norm.dtype).max))
+        """The residual (N,) that belongs to ||f(h) - h|| = norm, all parts together."""
+        return norm if self.stop_mode == "abs" else _ratio(norm, self.size)
 
     def record(self, residual):
         self.trace[self.evals] = residual
         self.evals += 1
 
     def improved(self):
-        """Which samples (N,) the last evaluation found at their lowest residual."""
+        """Which samples (N,) the last evaluation found at their lowest residual; if f couples them, all or none."""
         residual = self.trace[self.evals - 1]
         better = residual < self.lowest                     # False for NaN: a broken evaluation is never the best
+        worst, lowest = (torch.where(self.lost, 0, r).amax(0, keepdim=True) for r in (residual, self.lowest))
+        better = torch.where(self.coupled, worst < lowest, better)
         self.lowest = torch.where(better, residual, self.lowest)
         return better
-
-    def best(self):
-        """The lowest residual of every sample and the evaluation that found it, both (N,); inf and 0 if none did."""
-        return self.trace[:self.evals].nan_to_num(nan=math.inf, posinf=math.inf).min(dim=0)
 
     def hold(self, g, moving):
         """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
@@ -297,9 +379,17 @@ class _Progress:
         return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
 
     def result(self, x_best, residual=None):
-        residual = self.best()[0] if residual is None else residual
-        return SolverResult(self.layout.unpack(x_best), residual, self.evals, self.trace[:self.evals],
-                            residual <= self.tol)
+        residual = self.lowest if residual is None else residual
+        h = tree_unflatten(self.layout.parts(x_best), self.layout.spec)
+        return SolverResult(h, residual, self.evals, self.trace[:self.evals], residual <= self.tol)
+
+
+def _ratio(norm, size):
+    """norm / size.  If both are 0, so is the residual; norm / inf would be 0 and look solved."""
+    return torch.where(norm == 0, 0, norm / size.clamp(max=torch.finfo(norm.dtype).max))
+
+
+torch.serialization.add_safe_globals([SolverResult])        # torch.load of a checkpoint with a result in it
 
 
 def _pieces(N, D, device):
@@ -331,13 +421,20 @@ def _solver(method):
     """
     @functools.wraps(method)
     def solve(f, h0, **options):
-        device = _Layout(h0).device.type
-        with torch.no_grad():
-            if not torch.is_autocast_enabled(device):
-                return method(f, h0, **options)
-            f = torch.autocast(device, dtype=torch.get_autocast_dtype(device))(f)
-            with torch.autocast(device, enabled=False):
-                return method(f, h0, **options)
+        parts, spec = _flatten(h0)
+        device = parts[0].device.type
+        try:
+            with torch.no_grad():
+                if not torch.is_autocast_enabled(device):
+                    return method(f, h0, **options)
+                f = torch.autocast(device, dtype=torch.get_autocast_dtype(device))(f)
+                with torch.autocast(device, enabled=False):
+                    return method(f, tree_unflatten(parts, spec), **options)
+        except RuntimeError as error:
+            _explain(error)
+            raise
+        finally:
+            _forget_cached_weights()
     return solve
 
 
@@ -346,17 +443,24 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
                 lam: float = 1.0, offsets: Tensor | None = None) -> SolverResult:
     """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
 
-    Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel"),
-    ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the residual of f, not the length of the damped step.
-    "rel" cannot fall where h* = 0: use "abs" there.  For an affine f(h) = J h + b, stop_mode may be the state b:
-    ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero).
+    Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel", the
+    largest of this ratio over the parts of the state; "rel_joint", as official releases measure: one norm over all
+    parts, behind which a small part can hide), ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the
+    residual of f, not the length of the damped step.  "rel" cannot fall where h* = 0: use "abs" there.  (A part counts
+    with at least eps times the norm of all parts.)  For an affine f(h) = J h + b, stop_mode may be the state b:
+    ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero),
+    and, if there are several parts, no more than tol for ||f(h) - h|| / ||h|| of each part.
     max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  Memory 3
     states, with every solver one more for b.  Never raises for a map that does not converge: look at `converged`.  A
     sample is given up when ||f(h) - h|| is not finite or a million times its first value.  Raises ValueError for an
     impossible argument.
 
-    f must neither change its argument nor keep it: it is a view of the solver's own vectors (not contiguous where h0
-    has several parts), float32, or float64 if a part of h0 is.  ValueError where f changes it in place.
+    f receives every part in h0's own dtype, in which h comes back; the residual is that of this h.  (Under autocast
+    float32 stands for half precision.)  The solver's own vectors are float32, or float64 if a part is.  No residual
+    falls much below the rounding of f: 1e-3 to 1e-2 in bfloat16, 1e-4 to 1e-3 in float16, 1e-7 to 1e-6 in float32.
+
+    f must neither change its argument, which is a ValueError, nor keep it: it may be a view of the solver's vectors,
+    which is not contiguous if h0 has several parts.
 
     offsets (N + 1,): for samples of different length, as graphs: sample i is the rows offsets[i] to offsets[i + 1] of
     the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the number of rows.
@@ -391,12 +495,12 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     system cannot be solved uses its newest pair alone.  Stops, reports and costs as `fixed_point` does.  Memory
     2 m + 5 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
-    _require(isinstance(m, int) and m >= 1, f"m must be an integer >= 1, got {m!r}")
+    m = _whole(m, "m")
     _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
     _require(ridge >= 0, f"ridge must be >= 0, got {ridge!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best = run.x0.clone(), run.x0
-    m, N = min(m, max_iter), len(run.lowest)
+    m, N = min(m, run.max_iter), run.lowest.shape[0]
     fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # overwritten in turn: the order does not matter
     gram = x.new_zeros(N, m, m)                                 # gram[i, j] = g_i . g_j
     ones = x.new_ones(N, m)
@@ -424,11 +528,6 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         torch.where(run.per_row(run.moving)[:, None], x_new[:, 0], x, out=x)
 
 
-def _check_memory(memory):
-    _require(memory is None or isinstance(memory, int) and memory >= 1,
-             f"memory must be an integer >= 1, got {memory!r}")
-
-
 @_solver
 def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
             memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
@@ -445,43 +544,24 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
 
     memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting
     the oldest pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample
-    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 5 states, and one
-    more from the first restart on.
+    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 4 states.
     """
-    _check_memory(memory)
+    memory = None if memory is None else _whole(memory, "memory")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
-    x, origin, x_best = run.x0.clone(), run.x0, None
-    m, N = min(memory or max_iter, max_iter), len(run.lowest)
+    x, x_best = run.x0.clone(), run.x0
+    m, N = min(memory or run.max_iter, run.max_iter), run.lowest.shape[0]
     rows = x.new_empty(m + 1, *x.shape)                 # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
     lengths = x.new_zeros(N, m + 1)                 # of the rows
     T = x.new_zeros(N, m + 1, m)
     plain = torch.eye(1, m + 1, dtype=x.dtype, device=x.device)     # the coefficients of s = g
-    first = n = 0                                   # evaluation at `origin`; number of steps taken since
-
-    def best_state():
-        """The best state of this stretch, found again from its nearer end; costs nothing during the solve.
-
-        That is origin + s_0 + ... or x - s_{n-1} - ...: the sum of the steps is not the iterate bit for bit, and the
-        longer the way, the larger the difference.  Overwrites `origin`.
-        """
-        at = run.per_row(run.best()[1] - first)
-        before = torch.arange(n, device=x.device) < at[:, None]                                     # (N, n)
-        way = torch.linalg.vector_norm(rows[1:n + 1], dim=2).T
-        from_x = way.masked_fill(before, 0).sum(1, keepdim=True) < way.masked_fill(~before, 0).sum(1, keepdim=True)
-        signs = before.to(x.dtype) - from_x.to(x.dtype)             # 1 before it, from origin; -1 after it, from x
-        state = torch.bmm(signs[:, None], rows[1:n + 1].transpose(0, 1))[:, 0]
-        state += torch.where(from_x, x, origin, out=origin)
-        return state if x_best is None else torch.where(at[:, None] >= 0, state, x_best, out=state)
-
+    n = 0                                           # steps taken since the last restart
     while True:
         norm = run.evaluate(x, g)
+        torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
         if run.finished():
-            return run.result(best_state())
-        if n == m:
-            x_best = best_state()
-            origin.copy_(x)
-            first, n = run.evals - 1, 0
+            return run.result(x_best)
+        n = n % m
         run.hold(g, run.moving)
         if n == 0:
             alpha = x.new_zeros(N, 1)
@@ -532,11 +612,12 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     to 10 `memory`^2 numbers per sample.  Raises ValueError for an impossible argument and for stop_mode "max", which a
     recurrence of 2-norms cannot know.
     """
-    _check_memory(memory)
+    memory = None if memory is None else _whole(memory, "memory")
     if isinstance(stop_mode, str) and stop_mode == "max":
         raise ValueError("gmres has no stop_mode 'max': use 'rel' or 'abs'")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
-    m, N = min(memory or max_iter, max_iter), len(run.lowest)
+    max_iter = run.max_iter
+    m, N = min(memory or max_iter, max_iter), run.lowest.shape[0]
     x, x_best, r = run.x0.clone(), run.x0, torch.empty_like(run.x0)
     # J v = (f(origin + s v) - f(origin)) / s with s about ||f(origin)||: a much smaller s v would drown in the rounding
     # of f(origin + s v), a much larger one would drown f(origin).
@@ -553,7 +634,10 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         norm = run.per_sample(_norms(r, r.dtype))
         going = norm.isfinite()
         run.lowest = start = torch.where(going, run.relative(norm), math.inf)
+        if run.by_part:             # a part of zeros is not solved, however small its share of the whole
+            run.lowest = torch.where(norm > 0, math.inf, start)
         x_best.masked_fill_(run.per_row(going)[:, None], 0)
+    residual = start
     at_origin = r.clone() if run.b is None else run.b
     s = size.clamp(1, 1e15)                         # s^2 within float32
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
@@ -561,7 +645,10 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
 
     while run.evals < max_iter:                     # a product, and the last evaluation
         norm = run.per_sample(_norms(r, r.dtype))
-        alive = going & (run.relative(norm) > tol)
+        rest = ~(residual > tol)
+        alive = going & ~rest
+        # The recurrence knows only the norm of all parts together: it is taken for the worst part's, times their ratio.
+        scale = torch.where(norm > 0, residual / run.relative(norm), 1)
         torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
         run.hold(rows[0], alive)
         # (I + L)^-1; the product of the Givens rotations; R y = t.  They grow: max_iter may be hundreds, N thousands.
@@ -605,7 +692,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             Q[:, n + 1, :n + 1], Q[:, n + 1, n + 1] = -sin[:, None] * Q[:, n, :n + 1], cos
             Q[:, n, :n + 1], Q[:, n, n + 1] = cos[:, None] * Q[:, n, :n + 1], sin
             residuals.append(t[n + 1].abs())
-            run.record(run.relative(residuals[-1] * s))
+            run.record(run.relative(residuals[-1] * s) * scale)
             alive = left & (run.trace[run.evals - 1] > tol)
             w /= run.per_row(norm)[:, None]
             run.hold(w, alive)
@@ -621,8 +708,12 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         y = y.gather(2, best[:, None, None].expand(-1, n, 1))
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
+        residual = run.trace[run.evals - 1]
+        run.disturbed(rest & (residual > 10 * tol))
         going = run.improved()
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
+        if run.by_part:             # it may rise while the whole falls
+            going = residual.isfinite()
         if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):         # host sync
             break
     found = seen | (run.lowest < start) | run.trace[run.evals - 1].isfinite()       # else f was never finite
@@ -650,7 +741,7 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     one, binding what is not passed here (m, beta, ridge, memory, lam).
     backward_tol, on_backward: only for "implicit"; see there.
     offsets (N + 1,): sample i is the rows offsets[i] to offsets[i + 1] of the state (graphs), for both solves.
-    f is handed float32 states (float64 if h0 is float64), also where h0 is of lower precision: use autocast inside.
+    f is handed states of h0's own dtype, or float32 instead of less under autocast (see `fixed_point`).
     Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each: "upg"
     3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve included.
 
@@ -678,7 +769,6 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
         raise ValueError("solver=gmres is for an affine f, as that of the backward solve: use it as backward_solver")
     samples = {} if offsets is None else {"offsets": offsets}
     result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode, **samples)
-    torch.clear_autocast_cache()    # weights that autocast has cast and cached without a graph would get no gradient
     if not torch.is_grad_enabled():
         return result.h, result
     if grad == "upg":
@@ -690,10 +780,10 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
 
 
 def _check_phantom(k, lam):
-    if not (isinstance(k, int) and k >= 1):
-        raise ValueError(f"k must be an integer >= 1 (with 0 only the head would learn), got {k!r}")
+    k = _whole(k, "k")
     if not 0 < lam <= 1:
         raise ValueError(f"lam must be in (0, 1], got {lam!r}")
+    return k
 
 
 def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
@@ -706,18 +796,14 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError for an impossible k or lam, and
     where f(h) has another shape than h or f changes h in place.
     """
-    _check_phantom(k, lam)
-    single = torch.is_tensor(h_star)
-    h = [p.detach() for p in ((h_star,) if single else h_star)]
+    k = _check_phantom(k, lam)
+    _forget_cached_weights()
+    h, spec = _flatten(h_star)
+    h, shapes = [p.detach() for p in h], [p.shape for p in h]
     for _ in range(k):
-        versions = [_version(p) for p in h]
-        f_h = f(h[0] if single else type(h_star)(h))
-        _check_unchanged(versions == [_version(p) for p in h])
-        f_h = (f_h,) if torch.is_tensor(f_h) else tuple(f_h)
-        if [p.shape for p in f_h] != [p.shape for p in h]:
-            raise ValueError("f must return a state of the shape of h_star")
+        f_h = _call(f, h, spec, shapes)
         h = [torch.lerp(a, b.to(a.dtype), lam) for a, b in zip(h, f_h)]     # saves nothing for its own backward
-    return h[0] if single else type(h_star)(h)
+    return tree_unflatten(h, spec)
 
 
 def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
@@ -731,7 +817,7 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     which we follow.  Raises ValueError for an impossible k or lam and where f(h) has another shape than h, RuntimeError
     for a second derivative.
     """
-    _check_phantom(k, lam)
+    k = _check_phantom(k, lam)
 
     def neumann(vjp, g):
         v = g
@@ -747,10 +833,12 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
     """Implicit differentiation, Eq. (4): returns h* with the backward pass  g_hat = J^T g_hat + g,  g = dL/dh*.
 
     Exact at an exact fixed point with a converged backward solve.  `solver` is started at g (gmres at zero), and stops,
-    keeps its best state and reports by ||g + J^T g_hat - g_hat|| / ||g||, per sample, or over the batch's ||g|| where a
-    sample's is zero.  (Relative to ||g_hat||, as solvers measure, a g_hat that explodes looks solved.)  `on_backward`
-    receives its SolverResult, the only sign of a solve that failed: its best g_hat is used.  A solver of your own is
-    called as solver(f, g, max_iter=, tol=, stop_mode=g), with offsets= if they are given, and returns a SolverResult.
+    keeps its best state and reports by ||g + J^T g_hat - g_hat|| / ||g|| per sample.  (Relative to ||g_hat||, as other
+    solves are, a g_hat that explodes looks solved.)  A sample whose g is zero is measured by the batch's ||g|| and by
+    its own ||g_hat||; of several parts, whose g may be zero, each also by its own ||g_hat||.  on_backward(SolverResult)
+    is the only sign of a solve that failed: its best g_hat is used.  A solver of your own is called as
+    solver(f, g, max_iter=, tol=, stop_mode=g), with g a list, and with offsets= if they are given, and returns a
+    SolverResult.
 
     g is multiplied by a power of two before the solve, and g_hat divided by it, so that the scale of the loss cannot
     under- or overflow it.  If g is not finite, neither is the sample's gradient (torch.amp.GradScaler relies on that).
@@ -764,17 +852,17 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
     _check_budget(max_iter, tol, "rel")
     samples = {} if offsets is None else {"offsets": offsets}
     if offsets is not None:
-        _check_offsets(offsets, len(h_star if torch.is_tensor(h_star) else h_star[0]))
+        _check_offsets(offsets, len(_flatten(h_star)[0][0]))
 
     def adjoint(vjp, g):
         g = [gi.to(torch.promote_types(gi.dtype, torch.float32)) for gi in g]
-        largest = [gi[:, None].flatten(1).abs().amax(1) for gi in g if gi.numel()]      # NaN stays NaN
+        largest = [gi.reshape(len(gi), -1).abs().amax(1) for gi in g if gi.numel()]     # NaN stays NaN
         if not largest:
             return g
         largest = torch.stack(largest).amax(0)                                          # (rows,)
         finite = largest.isfinite()
         if offsets is not None:                                 # of all rows of the sample
-            bad = torch.segment_reduce((~finite).float(), "sum", offsets=offsets, initial=0, unsafe=True)
+            bad = _segments((~finite).float(), "sum", offsets)
             finite = torch.repeat_interleave(bad == 0, offsets.diff(), output_size=len(finite))
         # One factor for the whole batch: if f couples samples, a system scaled per sample is another system.
         exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent.clamp(-125, 125).to(largest.dtype)
@@ -795,9 +883,26 @@ def _vjp(outputs, inputs, v, create_graph=False):
     pairs = [(o, vi.to(o.dtype)) for o, vi in zip(outputs, v) if o.requires_grad]
     j = [None] * len(inputs)
     if pairs:
-        j = torch.autograd.grad([o for o, _ in pairs], inputs, [vi for _, vi in pairs], retain_graph=True,
-                                create_graph=create_graph, allow_unused=True)
+        try:
+            j = torch.autograd.grad([o for o, _ in pairs], inputs, [vi for _, vi in pairs], retain_graph=True,
+                                    create_graph=create_graph, allow_unused=True)
+        except RuntimeError as error:
+            _explain(error)
+            raise
     return [torch.zeros_like(x) if ji is None else ji for ji, x in zip(j, inputs)]
+
+
+def _open(f, h):
+    """(leaves with the values of h, the parts of f at them with a graph, the structure of h), for `_vjp`."""
+    parts, spec = _flatten(h)
+    _forget_cached_weights()
+    try:
+        leaves = [p.detach().requires_grad_() for p in parts]
+    except RuntimeError as error:
+        _explain(error)
+        raise
+    # f gets views: torch refuses the hooks that FlopCounterMode and its like put on a layer's inputs on a leaf.
+    return leaves, _call(f, [p.view_as(p) for p in leaves], spec, [p.shape for p in leaves]), spec
 
 
 def _attach(f, h_star, adjoint):
@@ -807,14 +912,9 @@ def _attach(f, h_star, adjoint):
     gradient accumulation and autocast work as ever.  No hook and no state on a module: two calls per forward, two
     backward passes, or none, are all fine.
     """
-    single = torch.is_tensor(h_star)
-    h = [p.detach().requires_grad_() for p in ((h_star,) if single else h_star)]
-    f_h = f(h[0] if single else type(h_star)(h))
-    f_h = (f_h,) if torch.is_tensor(f_h) else tuple(f_h)
-    if [p.shape for p in f_h] != [p.shape for p in h]:
-        raise ValueError("f must return a state of the shape of h_star")
+    h, f_h, spec = _open(f, h_star)
     out = _Adjoint.apply(lambda g: adjoint(lambda v: _vjp(f_h, h, v), g), *(p.detach() for p in h), *f_h)
-    return out[0] if single else type(h_star)(out)
+    return tree_unflatten(list(out), spec)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -912,56 +1012,71 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
 
 def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
     """Eq. (9) and (10): max_iter plain steps with the graph on, then an evaluation without for the last residual."""
+    _forget_cached_weights()
     with torch.no_grad():
-        run = _Progress(lambda _: states[-1], h0, max_iter, tol, stop_mode, offsets)    # it only measures
+        run = _Progress(lambda _: tree_unflatten(states[-1], spec), h0, max_iter, tol, stop_mode, offsets)  # measures
         g = torch.empty_like(run.x0)
-
-    def full(h):                # the states' precision, also where f returns a lower one
-        parts = [p.to(g.dtype) for p in run.layout.parts(h)]
-        return run.layout.state(parts)
-
-    states = [full(h0)]
-    for i in range(max_iter + 1):
-        with torch.set_grad_enabled(i < max_iter):
-            states.append(full(f(states[-1])))
+    parts, spec = _flatten(h0)
+    states = [[p.clone() for p in parts]]
+    for i in range(run.max_iter + 1):
+        with torch.set_grad_enabled(i < run.max_iter):
+            f_h = _call(f, [p.view_as(p) for p in states[-1]], spec, run.layout.shapes)
+            states.append([b.to(a.dtype) for a, b in zip(parts, f_h)])      # also where f returns a lower precision
         with torch.no_grad():
             run.evaluate(run.layout.pack(states[-2]), g)
     last = run.trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
-    detached = run.layout.state([p.detach() for p in run.layout.parts(states[-2])])
-    return states[-2], SolverResult(detached, last, run.evals, run.trace, last <= tol)
+    h, detached = states[-2], [p.detach() for p in states[-2]]
+    return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, run.trace,
+                                                 last <= tol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Diagnostics
 # ---------------------------------------------------------------------------------------------------------------------
 
-def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 100) -> Tensor:
+def _linearized(f, h):
+    """(leaves, outputs) as `_open` has them, whatever the grad mode; ValueError where there can be no derivative."""
+    _require(not torch.is_inference_mode_enabled(), "torch.inference_mode() has no derivatives: use torch.no_grad()")
+    with torch.enable_grad():
+        inputs, outputs, _ = _open(f, h)
+    if not any(o.requires_grad for o in outputs):
+        raise ValueError("f has no derivative: it computes under no_grad, or detaches what it returns")
+    return inputs, outputs
+
+
+def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 100,
+                    offsets: Tensor | None = None) -> Tensor:
     """Spectral radius per sample (N,) of lam J + (1 - lam) I at h, J = df/dh, by the power method with VJPs.
 
-    A row of h is a sample: give the rows that f couples, as those of a graph, as one row.  Estimates it as a mean of
-    the growth of log ||v|| over the last half of the iterations, weighted by a triangle, which takes out what
-    oscillates.  That is also right for a complex pair, where a Rayleigh quotient gives rho cos(angle).  Error O(1 /
-    n_iter) for a J that is not normal, and while its largest eigenvalues are close: some per cent at 50.  Costs one
-    call of f and n_iter VJPs.  v is of torch's own random numbers.
+    A sample is a row of h, or with offsets (N + 1,) the rows offsets[i] to offsets[i + 1], as of a graph.  Estimates it
+    as a mean of the growth of log ||v|| over the last half of the iterations, weighted by a triangle, which takes out
+    what oscillates.  That is also right for a complex pair, where a Rayleigh quotient gives rho cos(angle).  Error O(1
+    / n_iter) for a J that is not normal, and while its largest eigenvalues are close: some per cent at 50.  Costs one
+    call of f and n_iter VJPs.  v is of torch's own random numbers.  Raises ValueError under torch.inference_mode(), and
+    for an f without a graph.
     """
-    _require(isinstance(n_iter, int) and n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
+    _require(_whole(n_iter, "n_iter") >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
     _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
-    layout = _Layout(h)
-    inputs = [p.detach().requires_grad_() for p in layout.parts(h)]
-    with torch.enable_grad():
-        outputs = layout.parts(f(layout.state(inputs)))
+    inputs, outputs = _linearized(f, h)
+    layout = _Layout(inputs)
     v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
+    if offsets is not None:
+        _check_offsets(offsets, len(v))
+        sample_of = torch.repeat_interleave(offsets.diff(), output_size=len(v))
 
-    def norm(v):            # in float64: the squares of an exploded J's v are beyond float32, and v / inf would be 0
-        return torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).to(v.dtype)
+    def norms(v):           # in float64: the squares of an exploded J's v are beyond float32, and v / inf would be 0
+        norms = torch.linalg.vector_norm(v, dim=1, dtype=_wide(v))
+        return norms if offsets is None else _segments(norms.square(), "sum", offsets).sqrt()
 
-    growth = []
-    for _ in range(n_iter):
-        v = v / norm(v)[:, None].clamp_min(torch.finfo(v.dtype).tiny)
+    size, growth = norms(v), []
+    for _ in range(_whole(n_iter, "n_iter")):
+        size = size.to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny)
+        v = v / (size if offsets is None else size[sample_of])[:, None]
         j = layout.pack(_vjp(outputs, inputs, layout.split(v)))
         v = torch.lerp(v, j, lam)
-        growth.append(norm(v))
-    growth = torch.stack(growth[n_iter // 2:]).log()                # log 0 = -inf: a nilpotent J gives 0
+        size = norms(v)
+        growth.append(size.to(v.dtype))
+    growth = torch.stack(growth[len(growth) // 2:]).log()           # log 0 = -inf: a nilpotent J gives 0
     i = torch.arange(1, len(growth) + 1, device=v.device, dtype=v.dtype)
     weight = torch.minimum(i, len(growth) + 1 - i)[:, None]
     return ((weight * growth).sum(dim=0) / weight.sum()).exp()
@@ -983,16 +1098,13 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
 
     A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal, of torch's own
     random numbers.  Costs one call of f and n_vectors VJPs, and as much again in the backward pass.  Bai et al.,
-    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1 and
-    where f(h) has another shape than h.
+    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1, where
+    f(h) has another shape than h, under torch.inference_mode(), and for an f without a graph.
     """
-    if not (isinstance(n_vectors, int) and n_vectors >= 1):
-        raise ValueError(f"n_vectors must be an integer >= 1, got {n_vectors!r}")
-    layout = _Layout(h)
-    inputs = [p.detach().requires_grad_() for p in layout.parts(h)]
-    total = torch.zeros((), device=inputs[0].device)
+    n_vectors = _whole(n_vectors, "n_vectors")
+    inputs, outputs = _linearized(f, h)
+    total = torch.zeros((), dtype=torch.float32, device=inputs[0].device)
     with torch.enable_grad():
-        outputs = layout.parts(f(layout.state(inputs)))
         for _ in range(n_vectors):
             j = _vjp(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True)
             total = total + sum(ji.to(torch.promote_types(ji.dtype, torch.float32)).square().sum() for ji in j)
@@ -1009,6 +1121,93 @@ def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) ->
     dot = sum(((x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None), zero)
     squares = [sum((x.double().square().sum() for x in grads if x is not None), zero) for grads in (a, b)]
     return dot / (squares[0].sqrt() * squares[1].sqrt()).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.nn.Module | Sequence[Tensor],
+                      rows: Sequence[tuple] = (("upg", 5, 0.5), ("npg", 5, 0.5), ("upg", 1, 1), ("implicit", 5, None)),
+                      *, h: State | None = None, bptt: int = 0, solver: Callable = broyden, max_iter: int = 200,
+                      tol: float = 1e-4, exact_max_iter: int = 200, exact_tol: float = 1e-3, radius_iter: int = 50,
+                      offsets: Tensor | None = None, buffers: Sequence[Tensor] = ()) -> dict:
+    """Fig. 2 for a model of your own: how close cheaper gradients of loss(h) come to the exact one.
+
+    f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: of the state, a scalar.  parameters: a module, or
+    the tensors to differentiate by.  rows: (grad, k, lam); "implicit" is GMRES with k products, its lam is ignored.
+    h: the state the rows start from, as the end of a truncated solve (default: h*).  bptt: also compare with
+    back-propagation through this many plain steps from h0.
+
+    The exact gradient is implicit differentiation at h* by `gmres` until exact_tol, at most exact_max_iter products.
+    Believe the cosines only as far as `exact` says: it is the share of the samples whose forward and backward residual
+    are both at most exact_tol.  A small residual still allows a large error if I - J is close to singular.
+
+    Returns {"rows": a list of dicts with grad, k, lam; cosine, the one to the exact gradient; norm_ratio, the length
+    relative to it; f_calls and vjps, the cost (a VJP into h and one into the parameters count as one each); rho_B, the
+    largest spectral radius of lam J + (1 - lam) I at h*; with bptt also cosine_bptt, "exact": see above, and (N,)
+    tensors "forward_residual", "backward_residual", "rho": of J; None with radius_iter = 0, "bptt": None or the cosine
+    of back-propagation to the exact gradient}.  Every gradient sees the same random numbers.  Leaves no trace: random
+    numbers, .grad, the buffers of the module and those in `buffers` stay as they were.  Raises ValueError under
+    torch.inference_mode().
+    """
+    _require(not torch.is_inference_mode_enabled(), "torch.inference_mode() has no derivatives: use torch.no_grad()")
+    for grad, k, lam in rows:
+        _require(grad in ("upg", "npg", "implicit"), f"a row must be of 'upg', 'npg' or 'implicit', got {grad!r}")
+        _check_phantom(k, 1.0 if grad == "implicit" else lam)
+    if isinstance(parameters, torch.nn.Module):
+        buffers = [*buffers, *parameters.buffers()]
+        parameters = [p for p in parameters.parameters() if p.requires_grad]
+    parameters, before = list(parameters), [(b, b.clone()) for b in buffers]
+    samples = {} if offsets is None else {"offsets": offsets}
+    device, backward, calls = _flatten(h0)[0][0].device, [], 0
+
+    def counted(h):
+        nonlocal calls
+        calls += 1
+        return f(h)
+
+    def forked():
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def gradient(attach):
+        with forked():
+            return torch.autograd.grad(loss(attach()), parameters, retain_graph=True, allow_unused=True)
+
+    def exact(solver, max_iter, tol, h):
+        return implicit(counted, h, solver=solver, max_iter=max_iter, tol=tol, on_backward=backward.append, **samples)
+
+    def length(grads):
+        return sum(x.double().square().sum() for x in grads if x is not None) ** 0.5
+
+    try:
+        with torch.enable_grad():
+            with forked():
+                star = solver(f, h0, max_iter=max_iter, tol=tol, **samples)
+            start = star.h if h is None else h
+            truth = gradient(lambda: exact(functools.partial(gmres, memory=50), exact_max_iter, exact_tol, star.h))
+            truth_solve, bptt_grads, bptt_cosine = backward[0], None, None
+            if bptt:
+                bptt_grads = gradient(lambda: equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=bptt)[0])
+                bptt_cosine = cosine_similarity(bptt_grads, truth).item()
+            rho, found = {}, []
+            for lam in {1.0, *(lam for grad, _, lam in rows if grad != "implicit")} if radius_iter else ():
+                with forked():
+                    rho[lam] = spectral_radius(f, star.h, lam=lam, n_iter=radius_iter, **samples)
+            for grad, k, lam in rows:
+                calls = 0
+                grads = gradient({"upg": lambda: upg(counted, start, k, lam),
+                                  "npg": lambda: npg(counted, start, k, lam),
+                                  "implicit": lambda: exact(gmres, k, 0.0, start)}[grad])
+                vjps = {"upg": 2 * k - 1, "npg": k + 1, "implicit": backward[-1].n_evals + 2}[grad]
+                row = {"grad": grad, "k": k, "lam": None if grad == "implicit" else lam,
+                       "cosine": cosine_similarity(grads, truth).item(),
+                       "norm_ratio": float(length(grads) / length(truth)), "f_calls": calls, "vjps": vjps,
+                       "rho_B": rho[lam].max().item() if lam in rho and grad != "implicit" else None}
+                found.append(row if not bptt else {**row, "cosine_bptt": cosine_similarity(grads, bptt_grads).item()})
+    finally:
+        with torch.no_grad():
+            for buffer, old in before:
+                buffer.copy_(old)
+    solved = (star.residual <= exact_tol) & (truth_solve.residual <= exact_tol)
+    return {"rows": found, "exact": solved.double().mean().item(), "forward_residual": star.residual,
+            "backward_residual": truth_solve.residual, "rho": rho.get(1.0), "bptt": bptt_cosine}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,9 +56,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, TrainingPass, all_reduce_sum, anderson, broyden, captured,
-                    check_run_flags, check_same_run, choose_out, clock, compiled, cosine_similarity, describe_run, die,
-                    equilibrium, first_then_others, fixed_point, flag_checks, gmres, health, implicit, init_process,
-                    is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, npg, open_run,
+                    check_run_flags, check_same_run, choose_out, clock, compiled, compare_gradients, describe_run, die,
+                    equilibrium, first_then_others, fixed_point, flag_checks, gmres, health, init_process,
+                    is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, open_run,
                     peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
                     set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log,
                     timed_step, upg, what_broke)
@@ -384,7 +384,7 @@ class MDEQ(nn.Module):
 
     def __init__(self, channels=(24, 24), head_channels=(8, 16), final_channels=200, num_classes=10, dropout=0.0,
                  stem_strides=0, groups=8, expansion=5, grad="upg", k=5, lam=0.5, solver=broyden, max_iter=22, tol=0.0,
-                 stop_mode="rel", backward_solver=gmres, backward_max_iter=24):
+                 stop_mode="rel_joint", backward_solver=gmres, backward_max_iter=24):
         super().__init__()
         n, c0 = len(channels), channels[0]
         self.channels, self.dropout, self.stem_strides = tuple(channels), dropout, stem_strides
@@ -594,29 +594,21 @@ def gradient_cosines(model, x, y, args):
     residuals say how exact (medians over the images).  All are taken at one h*.  Leaves no trace: the training goes on
     as if it had not been called.
     """
-    buffers, rng, backward = [b.clone() for b in model.buffers()], rng_state(), []
+    buffers, rng = [b.clone() for b in model.buffers()], rng_state()
     with autocast(args, x.device):
         u = model.inject(x)
         h0 = model.zeros(u, x.dtype)
         f = functools.partial(model.f, u=u, weights=model.weights(), masks=model.masks(h0))
-        forward = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol)
-        torch.clear_autocast_cache()
-        exact = functools.partial(implicit, solver=functools.partial(gmres, memory=50), max_iter=199, tol=1e-3,
-                                  on_backward=backward.append)
-        attach = {"exact": exact, "upg": functools.partial(upg, k=args.k, lam=args.lam),
-                  "npg": functools.partial(npg, k=args.k, lam=args.lam),
-                  "gmres": functools.partial(implicit, solver=gmres, max_iter=args.k, tol=0)}
-        # retain_graph: that of the effective weights and of u serves all of them.
-        grads = {name: torch.autograd.grad(F.cross_entropy(model.head(gradient(f, forward.h)).float(), y),
-                                           f_parameters(model), retain_graph=True) for name, gradient in attach.items()}
+        found = compare_gradients(f, h0, lambda h: F.cross_entropy(model.head(h).float(), y), f_parameters(model),
+                                  [(grad, args.k, args.lam) for grad in ("upg", "npg", "implicit")],
+                                  solver=functools.partial(model.solver, stop_mode=model.stop_mode),
+                                  max_iter=model.max_iter, tol=model.tol, radius_iter=0)
     set_rng_state(rng)
     for buffer, old in zip(model.buffers(), buffers):       # BatchNorm has counted this batch more than once
         buffer.copy_(old)
-    return {**{f"cosine_{name}": cosine_similarity(grads[name], grads["exact"]).item()
-               for name in ("upg", "npg", "gmres")},
-            "cosine_forward_residual": forward.residual.median().item(),
-            "cosine_backward_residual": backward[0].residual.median().item(),
-            "cosine_verified": ((forward.residual <= 1e-3) & backward[0].converged).float().mean().item()}
+    return {**{f"cosine_{name}": row["cosine"] for name, row in zip(("upg", "npg", "gmres"), found["rows"])},
+            "cosine_forward_residual": found["forward_residual"].median().item(),
+            "cosine_backward_residual": found["backward_residual"].median().item(), "cosine_verified": found["exact"]}
 
 
 def spell_cosines(step, found, k):
@@ -641,7 +633,7 @@ def radii(model, images, args):
     with autocast(args, x.device):
         u = model.inject(x)
         f = functools.partial(model.f, u=u, weights=model.weights())
-        h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol).h
+        h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol, stop_mode=model.stop_mode).h
         rho, rho_lam = (spectral_radius(f, h, lam=value, n_iter=50) for value in (1.0, args.lam))
     model.train()
     set_rng_state(rng)

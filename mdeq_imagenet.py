@@ -454,7 +454,7 @@ class MDEQ(nn.Module):
 
     def __init__(self, channels=(32, 64, 128, 256), head_channels=(24, 48, 96, 192), final_channels=2048,
                  num_classes=1000, dropout=0.0, groups=8, expansion=5, grad="upg", k=5, lam=0.6, solver=broyden,
-                 max_iter=26, tol=0.0, stop_mode="rel", backward_solver=gmres, backward_max_iter=27):
+                 max_iter=26, tol=0.0, stop_mode="rel_joint", backward_solver=gmres, backward_max_iter=27):
         super().__init__()
         n, c0 = len(channels), channels[0]
         self.channels, self.dropout = tuple(channels), dropout
@@ -673,7 +673,7 @@ def radii(model, images, args, process):
         with autocast(args, x.device):
             u = model.inject(x)
             f = functools.partial(model.f, u=u, weights=model.weights())
-            h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol).h
+            h = model.solver(f, model.zeros(u), max_iter=model.max_iter, tol=model.tol, stop_mode=model.stop_mode).h
             rho, rho_lam = (spectral_radius(f, h, lam=value, n_iter=50) for value in (1.0, args.lam))
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     model.train()
