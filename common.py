@@ -97,7 +97,7 @@ def _returned(h, spec, shapes):
     if type(h) in (tuple, list) and spec.type in (tuple, list):
         h = spec.type(h)
     try:        # by the keys of a dict, not by their order; if h0 is a tensor, a tuple counts as one part
-        parts = spec.flatten_up_to(h)
+        parts = [h] if spec.is_leaf() else spec.flatten_up_to(h)
     except ValueError as error:
         raise ValueError("f must return a state of the shape of h0: a tensor if h0 is one, else the same tuple, list, "
                          f"dict, ... ({error})") from None
@@ -117,7 +117,7 @@ def _version(x):
 def _call(f, h, spec, shapes):
     """The parts of f(h), for the parts h of a state."""
     versions = [_version(p) for p in h]
-    f_parts = _returned(f(tree_unflatten(h, spec)), spec, shapes)
+    f_parts = _returned(f(h[0] if spec.is_leaf() else tree_unflatten(h, spec)), spec, shapes)
     if versions != [_version(p) for p in h]:    # it looks like a root to a solver, and changes h* under a gradient
         raise ValueError("f must not change its argument in place: use inplace=False in its first operation")
     return f_parts
@@ -248,8 +248,8 @@ class _Progress:
 
     A sample stops moving when it has converged, or when it is lost: if its f(h) - h is not finite, or a million times
     the first (the official release's protective break, here per sample).  If one that stands is later found above
-    10 tol, f couples samples.  Then it moves again, what was recorded before does not count, and from there on the best
-    state is that of one evaluation, for all samples: a state put together from several has none of their residuals.
+    10 tol, f couples samples.  Then what was recorded before does not count, and all are one sample from there on, with
+    the residual of the worst: a state put together from several evaluations has none of their residuals.
 
     Everything stays on the device; `finished` is the only host synchronisation (gmres has one like it, and one at a
     restart): at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where the budget is the stop.
@@ -265,7 +265,7 @@ class _Progress:
             _check_offsets(offsets, N)
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
-        self.b = None
+        self.b = self.limit = None
         if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
             b = _flatten(stop_mode)[0]
             _require([p.shape for p in b] == self.layout.shapes, "stop_mode, a state, must be of the shape of h0")
@@ -276,9 +276,8 @@ class _Progress:
         self.by_part = len(self.layout.shapes) > 1 and self.stop_mode in ("rel", "b")
         self.trace = self.x0.new_empty(self.max_iter + 1, N)
         self.lowest = self.x0.new_full((N,), math.inf)
-        self.limit = self.x0.new_zeros(N)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
-        self.lost, self.coupled = ~self.moving, torch.zeros((), dtype=torch.bool, device=device)
+        self.coupled = torch.zeros((), dtype=torch.bool, device=device)
         self.on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()    # where to look costs nothing
         self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
 
@@ -328,28 +327,34 @@ class _Progress:
             residual = residual if self.offsets is None else _segments(residual, "max", self.offsets)
         else:
             residual = self.relative(norm)
-        if self.b is not None:
+        if self.b is not None and not (self.on_cpu and not bool(self.zero_b.any())):
             own = _ratio(norm, torch.maximum(x_norm, eps * _norms(x_norm[None], x_norm.dtype)))
             residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
         if self.by_part:            # a small part would hide behind a large one
             for g_part, part_size in zip(self.layout.split(g), sizes):
                 part_norm = self.per_sample(_norms(g_part, g.dtype))
                 residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(part_size.to(g.dtype), eps * size)))
+        if self.limit is None:      # a start that happens to be a root says nothing, nor does a row that is not reached
+            limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
+            self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=torch.finfo(limit.dtype).max)
+        fine = norm <= self.limit                           # False for NaN
+        moving = fine & (residual > self.tol)
+        if not (self.on_cpu and bool((self.moving & moving).all())):
+            self.limit = torch.where(fine, self.limit, -1)          # lost for ever
+            if self.tol > 0:
+                moving &= self.moving | self.coupled | (residual > 10 * self.tol)
+            residual = self.disturbed((moving > self.moving).any(), residual)
+        self.moving = moving
         self.record(residual)
-        if self.evals == 1:         # a start that happens to be a root says nothing, nor does a row that is not reached
-            self.limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
-        self.limit = torch.where(self.limit == 0, 1e6 * norm, self.limit).clamp(max=torch.finfo(norm.dtype).max)
-        self.lost |= ~(norm <= self.limit)          # True for NaN
-        standing = ~self.moving
-        self.moving = ~self.lost & (residual > torch.where(standing & ~self.coupled, 10 * self.tol, self.tol))
-        self.disturbed(standing & self.moving)
         return norm
 
-    def disturbed(self, samples):
-        """Notes that these (N,), which had not moved, have another residual than before: f couples samples."""
-        found = samples.any() & ~self.coupled
+    def disturbed(self, found, residual):
+        """What is to be recorded as residual; `found` (0-dim.): a sample that stands has another than before."""
+        if self.on_cpu and not bool(found | self.coupled):
+            return residual
         self.lowest = torch.where(found, math.inf, self.lowest)
         self.coupled = self.coupled | found
+        return torch.where(self.coupled, residual.amax(), residual)
 
     def relative(self, norm):
         """The residual (N,) that belongs to ||f(h) - h|| = norm, all parts together."""
@@ -360,13 +365,18 @@ class _Progress:
         self.evals += 1
 
     def improved(self):
-        """Which samples (N,) the last evaluation found at their lowest residual; if f couples them, all or none."""
+        """Which samples (N,) the last evaluation found at their lowest residual."""
         residual = self.trace[self.evals - 1]
         better = residual < self.lowest                     # False for NaN: a broken evaluation is never the best
-        worst, lowest = (torch.where(self.lost, 0, r).amax(0, keepdim=True) for r in (residual, self.lowest))
-        better = torch.where(self.coupled, worst < lowest, better)
         self.lowest = torch.where(better, residual, self.lowest)
         return better
+
+    def keep(self, x, x_best):
+        """(the best state with x taken into account, where the next x may be written)."""
+        better = self.improved()
+        if self.on_cpu and bool((better | (self.lowest <= self.tol)).all()):
+            return x, x_best        # no copy: each sample has improved at x, or is solved and has not moved since
+        return torch.where(self.per_row(better)[:, None], x, x_best, out=x_best), x
 
     def hold(self, g, moving):
         """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
@@ -470,11 +480,7 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     x, x_best, g = run.x0.clone(), run.x0, torch.empty_like(run.x0)
     while True:
         run.evaluate(x, g)
-        better, out = run.improved(), x
-        if run.on_cpu and bool((better | (run.lowest <= run.tol)).all()):
-            x_best, out = x, x_best     # no copy: each sample has improved at x, or is solved and has not moved since
-        else:
-            torch.where(run.per_row(better)[:, None], x, x_best, out=x_best)
+        x_best, out = run.keep(x, x_best)
         if run.finished():
             return run.result(x_best)
         run.hold(g, run.moving)
@@ -507,7 +513,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     while True:
         i = run.evals % m
         run.evaluate(x, gs[i], f_out=fs[i])
-        torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
+        x_best, out = run.keep(x, x_best)
         if run.finished():
             return run.result(x_best)
         n = min(run.evals, m)
@@ -525,7 +531,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         x_new = torch.bmm(alpha, fs[:n].transpose(0, 1))
         if beta < 1:
             x_new.baddbmm_(alpha, gs[:n].transpose(0, 1), alpha=beta - 1)
-        torch.where(run.per_row(run.moving)[:, None], x_new[:, 0], x, out=x)
+        x = torch.where(run.per_row(run.moving)[:, None], x_new[:, 0], x, out=out)
 
 
 @_solver
@@ -558,7 +564,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     n = 0                                           # steps taken since the last restart
     while True:
         norm = run.evaluate(x, g)
-        torch.where(run.per_row(run.improved())[:, None], x, x_best, out=x_best)
+        x_best, out = run.keep(x, x_best)
         if run.finished():
             return run.result(x_best)
         n = n % m
@@ -583,7 +589,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         T[:, :n + 1].masked_fill_(~ok[:, :, None], 0)
         s = rows[n + 1]
         torch.bmm(run.per_row(coefficients)[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
-        x += s
+        x = torch.add(x, s, out=out)
         n += 1
 
 
@@ -709,7 +715,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
         residual = run.trace[run.evals - 1]
-        run.disturbed(rest & (residual > 10 * tol))
+        residual[:] = run.disturbed((rest & (residual > 10 * tol)).any(), residual)
         going = run.improved()
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
         if run.by_part:             # it may rise while the whole falls
