@@ -339,7 +339,7 @@ class _Progress:
             self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=torch.finfo(limit.dtype).max)
         fine = norm <= self.limit                           # False for NaN
         moving = fine & (residual > self.tol)
-        if not (self.on_cpu and bool((self.moving & moving).all())):
+        if not (self.on_cpu and bool((moving & self.moving > self.coupled).all())):     # else nobody stands
             self.limit = torch.where(fine, self.limit, -1)          # lost for ever
             if self.tol > 0:
                 moving &= self.moving | self.coupled | (residual > 10 * self.tol)
@@ -354,7 +354,7 @@ class _Progress:
             return residual
         self.lowest = torch.where(found, math.inf, self.lowest)
         self.coupled = self.coupled | found
-        return torch.where(self.coupled, residual.amax(), residual)
+        return torch.where(self.coupled, residual.amax(0), residual)
 
     def relative(self, norm):
         """The residual (N,) that belongs to ||f(h) - h|| = norm, all parts together."""

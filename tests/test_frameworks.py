@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from common import (anderson, broyden, compare_gradients, cosine_similarity, equilibrium, fixed_point, implicit,
-                    jacobian_regularization, npg, spectral_radius, upg)
+from common import (anderson, broyden, compare_gradients, cosine_similarity, equilibrium, fixed_point, gmres,
+                    implicit, jacobian_regularization, npg, spectral_radius, upg)
 
 GRADS = ("upg", "npg", "implicit")
 
@@ -365,3 +366,95 @@ def test_diagnostics_need_derivatives():
             with mode:
                 found.append(call(f) if name != "compare" else [row["cosine"] for row in call(f)["rows"]])
         torch.testing.assert_close(*found)
+
+
+# --- layers that need a recipe: README, "Layers of other kinds" ------------------------------------------------------
+
+@pytest.mark.parametrize("solver", [fixed_point, anderson, broyden])
+def test_padding_with_and_without_the_mask(solver):
+    """f's output times the mask: each sequence as alone, evaluations included.  Without it the pads hide a residual."""
+    torch.manual_seed(0)
+    T, C, lengths, tol = 64, 8, [64, 16, 4], 1e-3
+    keep = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
+    q, k, v = (torch.randn(C, C, dtype=torch.float64) / C ** 0.5 for _ in range(3))
+    u = torch.where(keep[..., None], torch.randn(3, T, C), 10 * torch.randn(C)).double()
+
+    def layer(h, u, keep, masked):
+        x = h + u
+        a = F.scaled_dot_product_attention(x @ q, x @ k, h @ v, attn_mask=keep[:, None, :])
+        y = F.layer_norm(u + 0.4 * a, (C,))
+        return y * keep[..., None] if masked else y
+
+    def solve(masked, u, keep):
+        return solver(lambda h: layer(h, u, keep, masked), torch.zeros_like(u), max_iter=100, tol=tol)
+
+    diluted, right = (solve(masked, u, keep) for masked in (False, True))
+    worst = 0
+    for i, n in enumerate(lengths):
+        alone = solve(False, u[i:i + 1, :n], keep[i:i + 1, :n])
+        torch.testing.assert_close(right.h[i:i + 1, :n], alone.h, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(right.residual[i:i + 1], alone.residual, rtol=1e-9, atol=1e-13)
+        h = diluted.h[i:i + 1, :n]
+        d = layer(h, u[i:i + 1, :n], keep[i:i + 1, :n], False) - h
+        worst = max(worst, (d.norm() / (h + d).norm() / diluted.residual[i]).item())
+    assert right.converged.all() and diluted.converged.all() and worst > 2
+
+
+@pytest.mark.parametrize("backward_solver", [gmres, broyden, anderson, fixed_point])
+def test_batch_norm_inside_f_makes_the_batch_one_sample(backward_solver):
+    """offsets = [0, N].  Against the dense (I - J^T)^-1 of the whole batch."""
+    torch.manual_seed(0)
+    layer, norm = nn.Linear(4, 4).double(), nn.BatchNorm1d(4).double()
+    u, whole = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 6])
+    f = lambda h, u=u: torch.tanh(0.2 * norm(layer(h)) + u)
+    h, result = equilibrium(f, torch.zeros_like(u), grad="implicit", tol=1e-12, max_iter=200, backward_tol=1e-12,
+                            backward_max_iter=400, backward_solver=backward_solver, offsets=whole)
+    assert result.converged.all() and result.residual.shape == (1,)
+    got, = torch.autograd.grad(h.pow(3).sum(), u)
+    J, B = torch.autograd.functional.jacobian(f, (h.detach(), u.detach()))
+    g = 3 * h.detach().pow(2).flatten()
+    right = B.reshape(24, 24).T @ torch.linalg.solve(torch.eye(24).double() - J.reshape(24, 24).T, g)
+    torch.testing.assert_close(got.flatten(), right, rtol=1e-8, atol=1e-10)
+
+
+def test_converged_is_of_the_equation_and_not_of_stability():
+    """README's row: Broyden ends at an unstable fixed point, where plain steps leave, and UPG's sign is wrong."""
+    torch.manual_seed(0)
+    v = torch.ones(16, dtype=torch.float64) / 4
+    R = torch.randn(16, 16, dtype=torch.float64)
+    R = 0.4 * R / torch.linalg.matrix_norm(R, 2)
+    W, t = 2 * torch.outer(v, v) + R - torch.outer(v, v @ R), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    u = 0.1 * torch.randn(32, 16, dtype=torch.float64) + 0.1
+    f = lambda h: torch.tanh(h @ W.T + u + t)
+    found, plain_one, warm = (solver(f, start, max_iter=300, tol=1e-10) for solver, start in (
+        (broyden, torch.zeros_like(u)), (fixed_point, torch.zeros_like(u)), (broyden, plain(f, torch.zeros_like(u)))))
+    unstable = (spectral_radius(f, found.h) > 1) & found.converged
+    assert unstable.any() and not (spectral_radius(f, plain_one.h) > 1).any()
+    assert not ((spectral_radius(f, warm.h) > 1) & warm.converged).any()
+    left = (plain(f, found.h + 1e-6) - found.h).norm(dim=1)
+    assert (left[unstable] > 1e-4).all()
+    exact, short = (torch.autograd.grad((h @ v)[unstable].sum(), t)[0] for h in (implicit(f, found.h, tol=1e-9),
+                                                                                upg(f, found.h)))
+    assert exact < 0 < short
+
+
+def test_onnx_runs_fixed_point(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            with torch.no_grad():
+                return equilibrium(lambda h: torch.tanh(0.5 * self.layer(h) + x), torch.zeros_like(x),
+                                   solver=fixed_point, max_iter=8, tol=0.0)[0]
+
+    model, x = Model().eval(), torch.randn(5, 6)
+    torch.onnx.export(model, (torch.randn(3, 6),), tmp_path / "x.onnx", dynamo=True,
+                      dynamic_shapes=({0: torch.export.Dim("N", min=2, max=64)},))
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x))

@@ -34,6 +34,43 @@ def test_the_example_runs_as_printed(capsys):
     assert (got - expected).norm() < 1e-3 * expected.norm()
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("i", range(1, len(BLOCKS)))
+def test_every_other_example_runs_by_itself(i, capsys):
+    """Copied into a file of its own, with common.py beside it; solved, and with a gradient."""
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(BLOCKS[i], "README.md", "exec"), names)
+    assert len(BLOCKS[i].splitlines()) <= 20
+    if "result" in names:
+        assert names["result"].converged.all()
+
+
+def example(word):
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(next(block for block in BLOCKS if word in block), "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_of_graphs_gives_one_result_per_graph():
+    names = example("GCNConv")
+    assert len(names["result"].residual) == 3 and names["conv"].lin.weight.grad.norm() > 0
+
+
+def test_the_example_of_padded_sequences_gives_what_each_sequence_gives_alone():
+    names = example("real = ")
+    block, u, h = names["block"], names["u"], names["h"]
+    for i, n in enumerate((10, 4)):
+        own, alone = u[i:i + 1, :n], torch.zeros(1, n, 16)
+        for _ in range(300):
+            alone = block(0.5 * alone + own)
+        torch.testing.assert_close(h[i:i + 1, :n], alone, rtol=1e-2, atol=1e-2)
+    assert (h[1, 4:] == 0).all()
+
+
 SCRIPTS = {module.__name__: module for module in (deq_synthetic, deq_wikitext, ignn_graphs, mdeq_cifar,
                                                  mdeq_imagenet)}
 
