@@ -92,19 +92,19 @@ def _flatten(h):
     return parts, spec
 
 
-def _returned(h, spec, shapes):
+def _returned(h, spec, shapes, name="f must return a state"):
     """The tensors of a state that f has returned, checked against the structure and the shapes of h0."""
     if type(h) in (tuple, list) and spec.type in (tuple, list):
         h = spec.type(h)
     try:        # by the keys of a dict, not by their order; if h0 is a tensor, a tuple counts as one part
         parts = [h] if spec.is_leaf() else spec.flatten_up_to(h)
     except ValueError as error:
-        raise ValueError("f must return a state of the shape of h0: a tensor if h0 is one, else the same tuple, list, "
-                         f"dict, ... ({error})") from None
+        raise ValueError(f"{name} of the shape of h0: a tensor if h0 is one, else the same tuple, list, dict, ... "
+                         f"({error})") from None
     if not all(map(torch.is_tensor, parts)) or [p.shape for p in parts] != shapes or any(map(torch.is_complex, parts)):
         found = [f"{tuple(p.shape)}{' complex' * p.is_complex()}" if torch.is_tensor(p) else type(p).__name__
                  for p in parts]
-        raise ValueError("f must return a state of the shape of h0, a tensor if h0 is one, of real numbers: "
+        raise ValueError(f"{name} of the shape of h0, a tensor if h0 is one, of real numbers: "
                          f"{', '.join(str(tuple(s)) for s in shapes)} expected, {', '.join(found)} returned")
     return parts
 
@@ -760,10 +760,8 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     """
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
-    for name, value in (("solver", solver), ("backward_solver", backward_solver)):
-        if not callable(value):         # not _require: it would write out what a partial holds, and wait for a GPU
-            raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, "
-                             f"backwards also gmres, got {value!r}")
+    _check_solver(solver)
+    _check_solver(backward_solver, "backward_solver")
     if grad == "bptt" and torch.is_grad_enabled():
         _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
         return _bptt(f, h0, max_iter, tol, stop_mode, offsets)
@@ -771,8 +769,6 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
         _check_phantom(k, lam)
     elif grad == "implicit":
         _check_budget(backward_max_iter, backward_tol, "rel", "backward_")
-    if getattr(solver, "func", solver) is gmres:
-        raise ValueError("solver=gmres is for an affine f, as that of the backward solve: use it as backward_solver")
     samples = {} if offsets is None else {"offsets": offsets}
     result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode, **samples)
     if not torch.is_grad_enabled():
@@ -785,9 +781,17 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
                     on_backward=on_backward, offsets=offsets), result
 
 
+def _check_solver(solver, name="solver"):
+    if not callable(solver):            # not _require: it would write out what a partial holds, and wait for a GPU
+        raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, "
+                         f"backwards also gmres, got {solver!r}")
+    if name == "solver" and getattr(solver, "func", solver) is gmres:
+        raise ValueError("solver=gmres is for an affine f, as that of the backward solve: use it as backward_solver")
+
+
 def _check_phantom(k, lam):
     k = _whole(k, "k")
-    if not 0 < lam <= 1:
+    if lam is None or not 0 < lam <= 1:
         raise ValueError(f"lam must be in (0, 1], got {lam!r}")
     return k
 
@@ -1131,38 +1135,45 @@ def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) ->
 
 def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.nn.Module | Sequence[Tensor],
                       rows: Sequence[tuple] = (("upg", 5, 0.5), ("npg", 5, 0.5), ("upg", 1, 1), ("implicit", 5, None)),
-                      *, h: State | None = None, bptt: int = 0, solver: Callable = broyden, max_iter: int = 200,
-                      tol: float = 1e-4, exact_max_iter: int = 200, exact_tol: float = 1e-3, radius_iter: int = 50,
-                      offsets: Tensor | None = None, buffers: Sequence[Tensor] = ()) -> dict:
+                      *, h: State | Callable | None = None, bptt: int = 0, solver: Callable = broyden,
+                      max_iter: int = 200, tol: float = 1e-4, exact_max_iter: int = 200, exact_tol: float = 1e-3,
+                      radius_iter: int = 50, offsets: Tensor | None = None, buffers: Sequence[Tensor] = ()) -> dict:
     """Fig. 2 for a model of your own: how close cheaper gradients of loss(h) come to the exact one.
 
     f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: of the state, a scalar.  parameters: a module, or
     the tensors to differentiate by.  rows: (grad, k, lam); "implicit" is GMRES with k products, its lam is ignored.
-    h: the state the rows start from, as the end of a truncated solve (default: h*).  bptt: also compare with
-    back-propagation through this many plain steps from h0.
+    h: the state the rows start from (default: h*), or a function of k that gives it: of a truncated solve that trains
+    through its last k calls of f, the state before them.  bptt: also compare with back-propagation through this many
+    plain steps from h0.
 
-    The exact gradient is implicit differentiation at h* by `gmres` until exact_tol, at most exact_max_iter products.
-    Believe the cosines only as far as `exact` says: it is the share of the samples whose forward and backward residual
-    are both at most exact_tol.  A small residual still allows a large error if I - J is close to singular.
+    The exact gradient is implicit differentiation at h* by `gmres` until exact_tol, at most exact_max_iter products
+    (restarted after 50).  Believe the cosines only as far as `exact` says: it is the share of the samples whose forward
+    and backward residual are both at most exact_tol.  If rho is above 1, h* is a root that your iteration leaves: a
+    solver=fixed_point finds none of these.  The samples with the largest gradients decide the cosine of a batch.
 
     Returns {"rows": a list of dicts with grad, k, lam; cosine, the one to the exact gradient; norm_ratio, the length
     relative to it; f_calls and vjps, the cost (a VJP into h and one into the parameters count as one each); rho_B, the
     largest spectral radius of lam J + (1 - lam) I at h*; with bptt also cosine_bptt, "exact": see above, and (N,)
     tensors "forward_residual", "backward_residual", "rho": of J; None with radius_iter = 0, "bptt": None or the cosine
     of back-propagation to the exact gradient}.  Every gradient sees the same random numbers.  Leaves no trace: random
-    numbers, .grad, the buffers of the module and those in `buffers` stay as they were.  Raises ValueError under
-    torch.inference_mode().
+    numbers, .grad, the buffers of the module and those in `buffers` stay as they were.  Raises ValueError for an
+    impossible argument, under torch.inference_mode(), and if no parameter gets a gradient through f.
     """
     _require(not torch.is_inference_mode_enabled(), "torch.inference_mode() has no derivatives: use torch.no_grad()")
-    for grad, k, lam in rows:
-        _require(grad in ("upg", "npg", "implicit"), f"a row must be of 'upg', 'npg' or 'implicit', got {grad!r}")
-        _check_phantom(k, 1.0 if grad == "implicit" else lam)
+    _check_solver(solver)
+    for row in rows:
+        _require(isinstance(row, (tuple, list)) and len(row) == 3 and row[0] in ("upg", "npg", "implicit"),
+                 f"a row is (grad, k, lam) with grad 'upg', 'npg' or 'implicit', got {row!r}")
+        _check_phantom(row[1], 1.0 if row[0] == "implicit" else row[2])
+    bptt = bptt and _whole(bptt, "bptt")
+    _require(radius_iter == 0 or _whole(radius_iter, "radius_iter") >= 2, "radius_iter must be 0 or at least 2")
     if isinstance(parameters, torch.nn.Module):
         buffers = [*buffers, *parameters.buffers()]
         parameters = [p for p in parameters.parameters() if p.requires_grad]
     parameters, before = list(parameters), [(b, b.clone()) for b in buffers]
     samples = {} if offsets is None else {"offsets": offsets}
-    device, backward, calls = _flatten(h0)[0][0].device, [], 0
+    parts, spec = _flatten(h0)
+    like, device, backward, calls = (spec, [p.shape for p in parts], "h must be a state"), parts[0].device, [], 0
 
     def counted(h):
         nonlocal calls
@@ -1174,7 +1185,9 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
 
     def gradient(attach):
         with forked():
-            return torch.autograd.grad(loss(attach()), parameters, retain_graph=True, allow_unused=True)
+            value = loss(attach())
+            _require(torch.is_tensor(value) and value.numel() == 1, "loss must return a scalar tensor")
+            return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
 
     def exact(solver, max_iter, tol, h):
         return implicit(counted, h, solver=solver, max_iter=max_iter, tol=tol, on_backward=backward.append, **samples)
@@ -1186,8 +1199,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
         with torch.enable_grad():
             with forked():
                 star = solver(f, h0, max_iter=max_iter, tol=tol, **samples)
-            start = star.h if h is None else h
             truth = gradient(lambda: exact(functools.partial(gmres, memory=50), exact_max_iter, exact_tol, star.h))
+            _require(backward, "parameters: none of them gets a gradient through f")
             truth_solve, bptt_grads, bptt_cosine = backward[0], None, None
             if bptt:
                 bptt_grads = gradient(lambda: equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=bptt)[0])
@@ -1197,7 +1210,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
                 with forked():
                     rho[lam] = spectral_radius(f, star.h, lam=lam, n_iter=radius_iter, **samples)
             for grad, k, lam in rows:
-                calls = 0
+                calls, start = 0, star.h if h is None else h(k) if callable(h) else h
+                _returned(start, *like)
                 grads = gradient({"upg": lambda: upg(counted, start, k, lam),
                                   "npg": lambda: npg(counted, start, k, lam),
                                   "implicit": lambda: exact(gmres, k, 0.0, start)}[grad])

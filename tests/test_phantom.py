@@ -1068,8 +1068,37 @@ def test_compare_gradients_from_the_end_of_a_truncated_solve():
     assert cosines[0] > 0.9 and cosines[0] > max(cosines[1:]) + 0.1
 
 
-@pytest.mark.parametrize("wrong, message", [(("bptt", 5, 0.5), "a row must be"), (("upg", 0, 0.5), "k must"),
-                                            (("npg", 5, 0), "lam must"), (("implicit", 0, None), "k must")])
-def test_compare_gradients_names_its_impossible_rows(wrong, message):
+def test_compare_gradients_of_a_truncated_solve_from_where_its_graph_begins():
+    """h as a function of k: the last k calls of a segment of four.  All four are back-propagation itself."""
+    f, h0, loss, model, _ = comparison()
+    states = [h0]
+    for _ in range(4):
+        states.append(f(states[-1]).detach())
+    found = compare_gradients(f, h0, loss, model, [("upg", k, 1.0) for k in (1, 2, 4)], h=lambda k: states[4 - k],
+                              bptt=4, radius_iter=0)
+    cosines = [row["cosine_bptt"] for row in found["rows"]]
+    assert cosines[0] < cosines[1] < 1 - 1e-9 and cosines[2] == pytest.approx(1, abs=1e-12) and found["rho"] is None
+    assert found["rows"][2]["cosine"] == pytest.approx(found["bptt"], abs=1e-12)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(rows=[("bptt", 5, 0.5)]), "a row is"), (dict(rows=[("upg", 0, 0.5)]), "k must"),
+    (dict(rows=[("npg", 5, 0)]), "lam must"), (dict(rows=[("implicit", 0, None)]), "k must"),
+    (dict(rows=[("upg", 1)]), "a row is"), (dict(rows=("upg", 1, 1.0)), "a row is"),
+    (dict(rows=[("upg", 1, None)]), "lam must"), (dict(bptt=True), "bptt must"), (dict(bptt=2.5), "bptt must"),
+    (dict(radius_iter=1), "radius_iter must"), (dict(solver=gmres), "solver=gmres"),
+    (dict(solver="broyden"), "solver must"), (dict(h=torch.zeros(7, 12)), "h must be a state of the shape of h0"),
+    (dict(h=[]), "h must be a state of the shape of h0")])
+def test_compare_gradients_names_its_impossible_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        comparison(rows=[wrong])
+        comparison(**options)
+
+
+def test_compare_gradients_names_a_loss_or_parameters_of_no_use():
+    f, h0, loss, model, _ = comparison()
+    for wrong in (lambda h: h.sum(1), lambda h: 3.0):
+        with pytest.raises(ValueError, match="loss must return a scalar tensor"):
+            compare_gradients(f, h0, wrong, model)
+    other = torch.nn.Linear(12, 1).double()
+    with pytest.raises(ValueError, match="none of them gets a gradient through f"):
+        compare_gradients(f, h0, lambda h: other(h).sum(), other)
