@@ -18,10 +18,10 @@ samples one at a time.
 The paper writes Jacobians transposed: its "Jacobian-vector product" with J is PyTorch's vector-Jacobian product (VJP).
 
 Needs torch 2.6 or newer only: copy it into your project; the mathematics ends at "Run helpers".  Or copy a part of it,
-with the imports functools, math, operator, torch and those from typing and torch, the line `State = ...`, and
+with the imports contextlib, functools, math, operator, torch and those from typing and torch, the line `State = ...`,
 
     a solver    the section before the solvers, and `_solver`
-    upg         from `_require` to `_forget_cached_weights`, `_check_phantom`
+    upg         from `_require` to `_explain`, `_check_phantom`
     npg         the same, and from `_vjp` to `_Undifferentiable`
     implicit    a solver (`gmres`, or change the default), and from `_vjp` to `_Undifferentiable`
 """
@@ -70,9 +70,17 @@ def _whole(x, name):
         n = x if type(x) is int else operator.index(x)
     except TypeError:
         n = 0
-    if n < 1 or isinstance(x, bool):
+    if n < 1 or isinstance(x, bool) or torch.is_tensor(x) and x.dtype == torch.bool:
         raise ValueError(f"{name} must be an integer >= 1, got {x!r}")
     return n
+
+
+def _fraction(x, name):
+    """x in (0, 1], of Python, numpy or torch, as a float; as it is if it is learned."""
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(x, str) and 0 < float(x) <= 1:
+            return x if torch.is_tensor(x) and x.requires_grad else float(x)
+    raise ValueError(f"{name} must be one number in (0, 1], got {x!r}")
 
 
 def _flatten(h):
@@ -81,10 +89,14 @@ def _flatten(h):
     (So that a start like torch.zeros_like(u), whose u autocast has computed, does not cost precision.)
     """
     parts, spec = tree_flatten(h)
-    _require(parts and all(torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 and not p.is_nested
-                           and p.layout == torch.strided and not hasattr(p, "to_local") for p in parts),
-             "h0 must be a floating-point tensor with the batch as first dimension, or a tuple, list, dict, ... of "
-             "them: complex numbers as torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
+    for p in parts or [h]:
+        if not (torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 and not p.is_nested
+                and p.layout == torch.strided and not hasattr(p, "to_local")):
+            found = f"{type(p).__name__} {p.dtype} with {p.dim()} dimensions" if torch.is_tensor(p) else repr(p)[:80]
+            raise ValueError(
+                "h0 must be a floating-point tensor with the batch as first dimension, or a tuple, list, dict, ... of "
+                f"them, got {found}.  Counters and flags stay outside of it; complex numbers go as "
+                "torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
     _require(all(p.shape[0] == parts[0].shape[0] for p in parts),
              f"the parts of h0 differ in batch size: {[tuple(p.shape) for p in parts]}")
     if torch.is_autocast_enabled(parts[0].device.type):
@@ -94,31 +106,29 @@ def _flatten(h):
 
 def _returned(h, spec, shapes, name="f must return a state"):
     """The tensors of a state that f has returned, checked against the structure and the shapes of h0."""
-    if type(h) in (tuple, list) and spec.type in (tuple, list):
+    if type(h) in (tuple, list) and spec.type in (tuple, list):        # one may stand for the other
         h = spec.type(h)
     try:        # by the keys of a dict, not by their order; if h0 is a tensor, a tuple counts as one part
         parts = [h] if spec.is_leaf() else spec.flatten_up_to(h)
     except ValueError as error:
         raise ValueError(f"{name} of the shape of h0: a tensor if h0 is one, else the same tuple, list, dict, ... "
                          f"({error})") from None
-    if not all(map(torch.is_tensor, parts)) or [p.shape for p in parts] != shapes or any(map(torch.is_complex, parts)):
-        found = [f"{tuple(p.shape)}{' complex' * p.is_complex()}" if torch.is_tensor(p) else type(p).__name__
-                 for p in parts]
-        raise ValueError(f"{name} of the shape of h0, a tensor if h0 is one, of real numbers: "
+    if not all(torch.is_tensor(p) and p.is_floating_point() for p in parts) or [p.shape for p in parts] != shapes:
+        found = [f"{tuple(p.shape)} of {p.dtype}" if torch.is_tensor(p) else type(p).__name__ for p in parts]
+        raise ValueError(f"{name} of the shape of h0, a tensor if h0 is one, of real floating-point numbers: "
                          f"{', '.join(str(tuple(s)) for s in shapes)} expected, {', '.join(found)} returned")
     return parts
 
 
-def _version(x):
-    """Counts what changed a tensor in place, or a view of it; not in inference mode and under torch.compile."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
 def _call(f, h, spec, shapes):
     """The parts of f(h), for the parts h of a state."""
-    versions = [_version(p) for p in h]
+    copied = torch.compiler.is_compiling() or any(p.is_inference() for p in h)
+    if copied:                              # torch does not count there how often a tensor was changed in place
+        h = [p.clone() for p in h]
+    versions = None if copied else [p._version for p in h]
     f_parts = _returned(f(h[0] if spec.is_leaf() else tree_unflatten(h, spec)), spec, shapes)
-    if versions != [_version(p) for p in h]:    # it looks like a root to a solver, and changes h* under a gradient
+    if versions and versions != [p._version for p in h]:
+        # It would look like a root to a solver, and change h* under a gradient.
         raise ValueError("f must not change its argument in place: use inplace=False in its first operation")
     return f_parts
 
@@ -131,12 +141,16 @@ def _forget_cached_weights():
 
 
 def _explain(error):
-    """Raises what to do instead, where a transform of torch cannot pass a solver or a backward pass of ours."""
+    """Raises what to do instead, where a transform of torch cannot pass a solver or a backward pass of ours.
+
+    torch has no exceptions of their own for these, so their texts are matched; an unknown one passes.
+    """
     text = str(error)
     if "forward AD" in text:
         remedy = "forward-mode derivatives (jvp, jacfwd, hessian) cannot pass a fixed-point solver: use reverse mode, "\
                  "with grad='upg' for second derivatives (torch.func.jacrev of jacrev)"
-    elif "vmap: " in text and "not possible" in text or "functorch" in text and "requires_grad_" in text:
+    elif (("vmap: " in text and "not possible" in text) or ("functorch" in text and "requires_grad_" in text)
+          or "Batching rule not implemented" in text):
         remedy = "a fixed-point solver cannot run under vmap, nor 'npg' and 'implicit' under any transform of "\
                  "torch.func: call vmap inside f, and use grad='upg' under torch.func.grad"
     elif "selective activation checkpoint" in text:
@@ -149,7 +163,8 @@ def _explain(error):
 
 def _check_budget(max_iter, tol, stop_mode, which=""):
     max_iter = _whole(max_iter, f"{which}max_iter")
-    _require(tol >= 0, f"{which}tol must be >= 0, got {tol!r}")
+    _require(isinstance(tol, (int, float)) or hasattr(tol, "item"), f"{which}tol must be >= 0, got {tol!r}")
+    _require(float(tol) >= 0, f"{which}tol must be >= 0, got {tol!r}")
     if not any(map(torch.is_tensor, tree_flatten(stop_mode)[0])):           # else a state
         _require(stop_mode in ("rel", "rel_joint", "abs", "max"),
                  f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
@@ -160,7 +175,7 @@ def _check_offsets(offsets, rows):
     if not (torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
             and len(offsets) >= 1):
         raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
-    # On a GPU, to look would be to wait.  Not _require: it would write all the offsets out at every call.
+    # Looking at values on a GPU would wait for it.  Not _require: it would write all the offsets out at every call.
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and not (
             int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())):
         raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {rows}, got {offsets.tolist()}")
@@ -168,7 +183,7 @@ def _check_offsets(offsets, rows):
 
 def _segments(x, how, offsets):
     """Of x (rows, ...) the sum or max over the rows of every sample, (N, ...)."""
-    return torch.segment_reduce(x, how, offsets=offsets, initial=0, unsafe=True)
+    return torch.segment_reduce(x, how, offsets=offsets, initial=0, unsafe=True)     # its check would wait for a GPU
 
 
 def _wide(x):
@@ -176,21 +191,30 @@ def _wide(x):
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _norms(x, dtype):
-    """||x_i|| (N,) for x (N, ...), also if its square under- or overflows in float32: a 0 would look like a solution.
+def _largest(x):
+    """max |x_i| (N,) for x (N, ...); 0 if there is nothing."""
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return torch.linalg.vector_norm(x, math.inf, dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
 
-    On a CPU such a norm is taken in float64.  Elsewhere the largest number stands in for it: to look at the norms would
-    be to wait, and float64 for all of them a copy.
+
+def _norms(x, dtype):
+    """||x_i|| (N,) for x (N, ...), also if its square under- or overflows: a 0 would look like a solution.
+
+    On a CPU such a norm is that of x / max |x|, in float64.  Elsewhere the largest number stands in for it, since
+    looking at the norms would wait for the GPU.
     """
     dims = tuple(range(1, x.dim()))
     if not dims:
         return x.to(dtype).abs()
     norms = torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
-    safe = (norms > 1e-15) & (norms < 1e18)                 # False for NaN
+    low, high = (1e-15, 1e18) if dtype == torch.float32 else (1e-150, 1e150)
+    safe = (norms > low) & (norms < high)                   # False for NaN
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.where(safe, norms, torch.linalg.vector_norm(x, math.inf, dim=dims, dtype=dtype))
+        return torch.where(safe, norms, _largest(x).to(dtype))
     if not bool(safe.all()):
-        norms[~safe] = torch.linalg.vector_norm(x[~safe], dim=dims, dtype=torch.float64).to(dtype)
+        rows = x[~safe].double().flatten(1)
+        largest = _largest(rows).clamp_min(torch.finfo(rows.dtype).tiny)
+        norms[~safe] = (torch.linalg.vector_norm(rows / largest[:, None], dim=1) * largest).to(dtype)
     return norms
 
 
@@ -235,8 +259,8 @@ class _Layout:
 class SolverResult(NamedTuple):
     """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples."""
     h: State                # as h0; per sample of the lowest residual, h0 (gmres with b: zero) if none is finite
-    residual: Tensor        # (N,) its residual; inf where f was never finite
-    n_evals: int            # calls of f
+    residual: Tensor        # (N,) its residual, inf where f was never finite.  If f couples samples: give offsets, or
+    n_evals: int            # calls of f                        it is of h itself only with tol > 0 and one converged
     trace: Tensor           # (n_evals, N) residual at every evaluation; a sample that stopped repeats its last one
     converged: Tensor       # (N,) bool, residual <= tol
 
@@ -247,17 +271,19 @@ class _Progress:
     A sample is a row of the flat state, or the rows offsets[i] to offsets[i + 1].
 
     A sample stops moving when it has converged, or when it is lost: if its f(h) - h is not finite, or a million times
-    the first (the official release's protective break, here per sample).  If one that stands is later found above
-    10 tol, f couples samples.  Then what was recorded before does not count, and all are one sample from there on, with
-    the residual of the worst: a state put together from several evaluations has none of their residuals.
+    the first (the official release's protective break, here per sample), or 1000 ||h0|| if that is more.  If one that
+    stands is later found above 10 tol, f couples samples.  Then what was recorded before does not count, and all are
+    one sample from there on, with the residual of the worst: a state put together from several evaluations has none of
+    their residuals.
 
     Everything stays on the device; `finished` is the only host synchronisation (gmres has one like it, and one at a
     restart): at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where the budget is the stop.
+    `result` has another if `finished` had one.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
         self.max_iter = _check_budget(max_iter, tol, stop_mode)
-        self.f, self.tol, self.stop_mode, self.offsets = f, tol, stop_mode, offsets
+        self.f, self.tol, self.stop_mode, self.offsets = f, float(tol), stop_mode, offsets
         self.layout = _Layout(h0)
         self.x0 = self.layout.pack(_flatten(h0)[0])
         N, device = self.layout.N, self.x0.device
@@ -271,10 +297,10 @@ class _Progress:
             _require([p.shape for p in b] == self.layout.shapes, "stop_mode, a state, must be of the shape of h0")
             self.b, self.stop_mode = self.layout.pack(b), "b"
             size = self.per_sample(_norms(self.b, self.b.dtype))
-            # A sample with b = 0 is measured by the batch's b, and by itself, since f may couple it with the others.
+            # A sample with b = 0 is measured by the whole batch's b, and by itself: f may couple it with the others.
             self.zero_b, self.size = size == 0, torch.where(size > 0, size, _norms(size[None], size.dtype))
         self.by_part = len(self.layout.shapes) > 1 and self.stop_mode in ("rel", "b")
-        self.trace = self.x0.new_empty(self.max_iter + 1, N)
+        self.trace = self.x0.new_empty(self.max_iter + 2, N)
         self.lowest = self.x0.new_full((N,), math.inf)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
         self.coupled = torch.zeros((), dtype=torch.bool, device=device)
@@ -323,36 +349,40 @@ class _Progress:
             if self.b is None:
                 self.size = size
         if self.stop_mode == "max":
-            residual = torch.linalg.vector_norm(g, math.inf, dim=1)
+            residual = _largest(g)
             residual = residual if self.offsets is None else _segments(residual, "max", self.offsets)
         else:
             residual = self.relative(norm)
-        if self.b is not None and not (self.on_cpu and not bool(self.zero_b.any())):
+        if self.b is not None and (not self.on_cpu or bool(self.zero_b.any())):
             own = _ratio(norm, torch.maximum(x_norm, eps * _norms(x_norm[None], x_norm.dtype)))
             residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
         if self.by_part:            # a small part would hide behind a large one
             for g_part, part_size in zip(self.layout.split(g), sizes):
                 part_norm = self.per_sample(_norms(g_part, g.dtype))
                 residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(part_size.to(g.dtype), eps * size)))
-        if self.limit is None:      # a start that happens to be a root says nothing, nor does a row that is not reached
+        # Above `limit` a sample is lost.  The first ||g|| says little where h0 happens to be a root (then ||h0|| does)
+        # and nothing where it is 0, as in rows of zeros that no neighbour has reached yet (then the batch does).
+        if self.limit is None:
             limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
             self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=torch.finfo(limit.dtype).max)
-        fine = norm <= self.limit                           # False for NaN
-        moving = fine & (residual > self.tol)
-        if not (self.on_cpu and bool((moving & self.moving > self.coupled).all())):     # else nobody stands
-            self.limit = torch.where(fine, self.limit, -1)          # lost for ever
-            if self.tol > 0:
-                moving &= self.moving | self.coupled | (residual > 10 * self.tol)
-            residual = self.disturbed((moving > self.moving).any(), residual)
+        moving = (norm <= self.limit) & (residual > self.tol)           # False for NaN
+        if not (self.on_cpu and bool((moving & self.moving & ~self.coupled).all())):        # else nobody stands
+            far = 10 * self.tol         # rounding may lift a solved sample above tol; a relative 0.5 is far in any case
+            far = far if self.stop_mode in ("abs", "max") else max(self.tol, min(far, 0.5))
+            disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= far)
+            grown = torch.where(disturbed & norm.isfinite(), 1e6 * norm, 0)
+            self.limit = torch.where(norm <= torch.maximum(self.limit, grown), torch.maximum(self.limit, grown), -1)
+            moving = (self.limit >= 0) & (residual > self.tol) & (self.moving | self.coupled | disturbed)
+            residual = self.disturbed(disturbed.any(), residual)
         self.moving = moving
         self.record(residual)
         return norm
 
     def disturbed(self, found, residual):
         """What is to be recorded as residual; `found` (0-dim.): a sample that stands has another than before."""
-        if self.on_cpu and not bool(found | self.coupled):
+        if self.on_cpu and not bool(found | self.coupled) or residual.numel() == 0:
             return residual
-        self.lowest = torch.where(found, math.inf, self.lowest)
+        self.lowest = torch.where(found & ~self.coupled, math.inf, self.lowest)
         self.coupled = self.coupled | found
         return torch.where(self.coupled, residual.amax(0), residual)
 
@@ -388,10 +418,16 @@ class _Progress:
             return True
         return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
 
-    def result(self, x_best, residual=None):
+    def result(self, x_best, g, residual=None):
         residual = self.lowest if residual is None else residual
+        converged = residual <= self.tol
+        if self.tol > 0 and self.evals >= self.check_every and bool(converged.any() & ~converged.all()):    # host sync
+            # The others' best states may be older than what those that have converged were measured with.
+            self.evaluate(x_best, g)
+            residual = self.trace[self.evals - 1].nan_to_num(nan=math.inf, posinf=math.inf)
+            converged = residual <= self.tol
         h = tree_unflatten(self.layout.parts(x_best), self.layout.spec)
-        return SolverResult(h, residual, self.evals, self.trace[:self.evals], residual <= self.tol)
+        return SolverResult(h, residual, self.evals, self.trace[:self.evals], converged)
 
 
 def _ratio(norm, size):
@@ -460,8 +496,9 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     with at least eps times the norm of all parts.)  For an affine f(h) = J h + b, stop_mode may be the state b:
     ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero),
     and, if there are several parts, no more than tol for ||f(h) - h|| / ||h|| of each part.
-    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  Memory 3
-    states, with every solver one more for b.  Never raises for a map that does not converge: look at `converged`.  A
+    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too, and, with
+    tol > 0, once more at h if some samples have converged and others not.  Memory 3 states, with every solver one more
+    for b.  Never raises for a map that does not converge: look at `converged`.  A
     sample is given up when ||f(h) - h|| is not finite or a million times its first value.  Raises ValueError for an
     impossible argument.
 
@@ -475,14 +512,14 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     offsets (N + 1,): for samples of different length, as graphs: sample i is the rows offsets[i] to offsets[i + 1] of
     the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the number of rows.
     """
-    _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
+    lam = float(_fraction(lam, "lam"))
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best, g = run.x0.clone(), run.x0, torch.empty_like(run.x0)
     while True:
         run.evaluate(x, g)
         x_best, out = run.keep(x, x_best)
         if run.finished():
-            return run.result(x_best)
+            return run.result(x_best, g)
         run.hold(g, run.moving)
         x = torch.add(x, g, alpha=lam, out=out)
 
@@ -502,7 +539,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     2 m + 5 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     m = _whole(m, "m")
-    _require(0 < beta <= 1, f"beta must be in (0, 1], got {beta!r}")
+    beta = float(_fraction(beta, "beta"))
     _require(ridge >= 0, f"ridge must be >= 0, got {ridge!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best = run.x0.clone(), run.x0
@@ -515,7 +552,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         run.evaluate(x, gs[i], f_out=fs[i])
         x_best, out = run.keep(x, x_best)
         if run.finished():
-            return run.result(x_best)
+            return run.result(x_best, gs[i])
         n = min(run.evals, m)
         row = run.products(gs[i:i + 1], gs[:n])[:, 0]                               # (N, n): the one new row
         gram[:, i, :n] = row
@@ -566,7 +603,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         norm = run.evaluate(x, g)
         x_best, out = run.keep(x, x_best)
         if run.finished():
-            return run.result(x_best)
+            return run.result(x_best, g)
         n = n % m
         run.hold(g, run.moving)
         if n == 0:
@@ -632,7 +669,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         origin, size = x.clone(), run.per_sample(_norms(r + x, x.dtype))
         start, going = run.lowest, run.improved()
         if run.finished():
-            return run.result(x_best)
+            return run.result(x_best, r)
     else:                       # from zero, whose residual is known
         origin, size = None, run.size
         x.zero_()
@@ -649,11 +686,14 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
     eps, seen = torch.finfo(x.dtype).eps, torch.zeros_like(going)
 
+    # going: its last true residual was the lowest; rest: it was solved before this cycle; alive: it gets directions;
+    # good: this product is finite; left: it has a part outside the basis; turns: its rotation is defined; seen: f was
+    # finite once.
     while run.evals < max_iter:                     # a product, and the last evaluation
         norm = run.per_sample(_norms(r, r.dtype))
         rest = ~(residual > tol)
         alive = going & ~rest
-        # The recurrence knows only the norm of all parts together: it is taken for the worst part's, times their ratio.
+        # t is the norm over all parts, the trace is of the worst one: their ratio now is assumed to last.
         scale = torch.where(norm > 0, residual / run.relative(norm), 1)
         torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
         run.hold(rows[0], alive)
@@ -714,7 +754,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         y = y.gather(2, best[:, None, None].expand(-1, n, 1))
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
-        residual = run.trace[run.evals - 1]
+        residual = run.trace[run.evals - 1]         # a view: what is written to it is in the trace
         residual[:] = run.disturbed((rest & (residual > 10 * tol)).any(), residual)
         going = run.improved()
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
@@ -723,7 +763,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):         # host sync
             break
     found = seen | (run.lowest < start) | run.trace[run.evals - 1].isfinite()       # else f was never finite
-    return run.result(x_best, torch.where(found, run.lowest, math.inf))
+    return run.result(x_best, r, torch.where(found, run.lowest, math.inf))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -742,16 +782,19 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     `torch.no_grad()` it only solves; whether a gradient is attached depends on grad mode alone, never on `.training`,
     nor on whether the solve has converged: look at result.converged.  Only with "bptt" does a gradient reach h0.
 
+    max_iter, tol, stop_mode, and what f may and may not do: as in `fixed_point`.
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
     solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or functools.partial of
-    one, binding what is not passed here (m, beta, ridge, memory, lam).
+    one, binding what is not passed here (m, beta, ridge, memory, lam).  One of your own is called as solver(f, h0,
+    max_iter=, tol=, stop_mode=), with offsets= if they are given, and returns a SolverResult.
     backward_tol, on_backward: only for "implicit"; see there.
     offsets (N + 1,): sample i is the rows offsets[i] to offsets[i + 1] of the state (graphs), for both solves.
     f is handed states of h0's own dtype, or float32 instead of less under autocast (see `fixed_point`).
     Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each: "upg"
     3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve included.
 
-    If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
+    Under parametrize.cached() a weight is computed once for the solve, and once more with a graph for the gradient.  If
+    f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
     backward_tol = 0, and, as it couples samples, another backward_solver than gmres.  If it contains
     torch.utils.checkpoint, give that use_reentrant=False: the other kind loses a part of "upg" in silence and cannot do
     "npg" and "implicit".  A checkpoint around `equilibrium` needs the same for "upg": the other kind's forward pass has
@@ -762,9 +805,14 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
     _check_solver(solver)
     _check_solver(backward_solver, "backward_solver")
+    _require(isinstance(stop_mode, str), f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
     if grad == "bptt" and torch.is_grad_enabled():
         _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
-        return _bptt(f, h0, max_iter, tol, stop_mode, offsets)
+        try:
+            return _bptt(f, h0, max_iter, tol, stop_mode, offsets)
+        except RuntimeError as error:
+            _explain(error)
+            raise
     if grad in ("upg", "npg"):
         _check_phantom(k, lam)
     elif grad == "implicit":
@@ -790,10 +838,7 @@ def _check_solver(solver, name="solver"):
 
 
 def _check_phantom(k, lam):
-    k = _whole(k, "k")
-    if lam is None or not 0 < lam <= 1:
-        raise ValueError(f"lam must be in (0, 1], got {lam!r}")
-    return k
+    return _whole(k, "k"), _fraction(lam, "lam")
 
 
 def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
@@ -806,7 +851,7 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError for an impossible k or lam, and
     where f(h) has another shape than h or f changes h in place.
     """
-    k = _check_phantom(k, lam)
+    k, lam = _check_phantom(k, lam)
     _forget_cached_weights()
     h, spec = _flatten(h_star)
     h, shapes = [p.detach() for p in h], [p.shape for p in h]
@@ -827,7 +872,7 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     which we follow.  Raises ValueError for an impossible k or lam and where f(h) has another shape than h, RuntimeError
     for a second derivative.
     """
-    k = _check_phantom(k, lam)
+    k, lam = _check_phantom(k, lam)
 
     def neumann(vjp, g):
         v = g
@@ -875,7 +920,8 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
             bad = _segments((~finite).float(), "sum", offsets)
             finite = torch.repeat_interleave(bad == 0, offsets.diff(), output_size=len(finite))
         # One factor for the whole batch: if f couples samples, a system scaled per sample is another system.
-        exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent.clamp(-125, 125).to(largest.dtype)
+        exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent
+        exponent = exponent.clamp(*((-125, 125) if largest.dtype == torch.float32 else (-1000, 1000))).to(largest.dtype)
         g = [gi * torch.exp2(-exponent) for gi in g]
         result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
                         stop_mode=g, **samples)
@@ -911,7 +957,7 @@ def _open(f, h):
     except RuntimeError as error:
         _explain(error)
         raise
-    # f gets views: torch refuses the hooks that FlopCounterMode and its like put on a layer's inputs on a leaf.
+    # f gets views, not leaves: FlopCounterMode and its like put hooks on a layer's inputs, which a leaf may not have.
     return leaves, _call(f, [p.view_as(p) for p in leaves], spec, [p.shape for p in leaves]), spec
 
 
@@ -1024,7 +1070,8 @@ def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
     """Eq. (9) and (10): max_iter plain steps with the graph on, then an evaluation without for the last residual."""
     _forget_cached_weights()
     with torch.no_grad():
-        run = _Progress(lambda _: tree_unflatten(states[-1], spec), h0, max_iter, tol, stop_mode, offsets)  # measures
+        # It only measures: f is called below, and the result handed back to it.  states[-1] is f of states[-2].
+        run = _Progress(lambda _: tree_unflatten(states[-1], spec), h0, max_iter, tol, stop_mode, offsets)
         g = torch.empty_like(run.x0)
     parts, spec = _flatten(h0)
     states = [[p.clone() for p in parts]]
@@ -1034,10 +1081,10 @@ def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
             states.append([b.to(a.dtype) for a, b in zip(parts, f_h)])      # also where f returns a lower precision
         with torch.no_grad():
             run.evaluate(run.layout.pack(states[-2]), g)
-    last = run.trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
+    trace = run.trace[:run.evals]
+    last = trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
     h, detached = states[-2], [p.detach() for p in states[-2]]
-    return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, run.trace,
-                                                 last <= tol)
+    return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, trace, last <= tol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1066,7 +1113,7 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     for an f without a graph.
     """
     _require(_whole(n_iter, "n_iter") >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
-    _require(0 < lam <= 1, f"lam must be in (0, 1], got {lam!r}")
+    lam = float(_fraction(lam, "lam"))
     inputs, outputs = _linearized(f, h)
     layout = _Layout(inputs)
     v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
@@ -1141,7 +1188,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
     """Fig. 2 for a model of your own: how close cheaper gradients of loss(h) come to the exact one.
 
     f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: of the state, a scalar.  parameters: a module, or
-    the tensors to differentiate by.  rows: (grad, k, lam); "implicit" is GMRES with k products, its lam is ignored.
+    the tensors to differentiate by; those that f does not use are left out, since a head's gradient at h* is the same
+    in every row.  rows: a list of (grad, k, lam); "implicit" is GMRES with k products, its lam is ignored.
     h: the state the rows start from (default: h*), or a function of k that gives it: of a truncated solve that trains
     through its last k calls of f, the state before them.  bptt: also compare with back-propagation through this many
     plain steps from h0.
@@ -1151,26 +1199,34 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
     and backward residual are both at most exact_tol.  If rho is above 1, h* is a root that your iteration leaves: a
     solver=fixed_point finds none of these.  The samples with the largest gradients decide the cosine of a batch.
 
-    Returns {"rows": a list of dicts with grad, k, lam; cosine, the one to the exact gradient; norm_ratio, the length
-    relative to it; f_calls and vjps, the cost (a VJP into h and one into the parameters count as one each); rho_B, the
-    largest spectral radius of lam J + (1 - lam) I at h*; with bptt also cosine_bptt, "exact": see above, and (N,)
-    tensors "forward_residual", "backward_residual", "rho": of J; None with radius_iter = 0, "bptt": None or the cosine
-    of back-propagation to the exact gradient}.  Every gradient sees the same random numbers.  Leaves no trace: random
-    numbers, .grad, the buffers of the module and those in `buffers` stay as they were.  Raises ValueError for an
-    impossible argument, under torch.inference_mode(), and if no parameter gets a gradient through f.
+    Returns a dict:
+        rows                dicts with grad, k, lam; cosine, to the exact gradient; norm_ratio, the length over its;
+                            f_calls and vjps, the cost (a VJP into h and one into the parameters count as one each);
+                            rho_B, the largest spectral radius of lam J + (1 - lam) I at h*; with bptt: cosine_bptt
+        exact               see above
+        forward_residual    (N,), of h*
+        backward_residual   (N,), of the exact gradient
+        rho                 (N,), spectral radius of J at h*; None with radius_iter = 0
+        bptt                cosine of back-propagation to the exact gradient, or None
+    Every gradient sees the same random numbers.  Leaves no trace: random numbers, .grad, the buffers of the module and
+    those in `buffers` stay as they were.  Raises ValueError for an impossible argument, under torch.inference_mode(),
+    and if f uses none of the parameters.
     """
     _require(not torch.is_inference_mode_enabled(), "torch.inference_mode() has no derivatives: use torch.no_grad()")
     _check_solver(solver)
     for row in rows:
         _require(isinstance(row, (tuple, list)) and len(row) == 3 and row[0] in ("upg", "npg", "implicit"),
-                 f"a row is (grad, k, lam) with grad 'upg', 'npg' or 'implicit', got {row!r}")
-        _check_phantom(row[1], 1.0 if row[0] == "implicit" else row[2])
+                 f"rows is a list of (grad, k, lam) with grad 'upg', 'npg' or 'implicit', got {row!r} in it")
+    rows = [(grad, *_check_phantom(k, 1.0 if grad == "implicit" else lam)) for grad, k, lam in rows]
     bptt = bptt and _whole(bptt, "bptt")
     _require(radius_iter == 0 or _whole(radius_iter, "radius_iter") >= 2, "radius_iter must be 0 or at least 2")
+    owned = []
     if isinstance(parameters, torch.nn.Module):
-        buffers = [*buffers, *parameters.buffers()]
-        parameters = [p for p in parameters.parameters() if p.requires_grad]
-    parameters, before = list(parameters), [(b, b.clone()) for b in buffers]
+        owned = [(m._buffers, name, b) for m in parameters.modules() for name, b in m._buffers.items() if b is not None]
+        parameters = parameters.parameters()
+    parameters = [parameters] if torch.is_tensor(parameters) else list(parameters)
+    _require(all(map(torch.is_tensor, parameters)), "parameters must be a module or a list of tensors")
+    before = [(b, b.clone()) for b in (*buffers, *(b for _, _, b in owned))]
     samples = {} if offsets is None else {"offsets": offsets}
     parts, spec = _flatten(h0)
     like, device, backward, calls = (spec, [p.shape for p in parts], "h must be a state"), parts[0].device, [], 0
@@ -1199,8 +1255,13 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
         with torch.enable_grad():
             with forked():
                 star = solver(f, h0, max_iter=max_iter, tol=tol, **samples)
+                outputs = [o for o in _linearized(f, star.h)[1] if o.requires_grad]
+            parameters = [p for p in parameters if p.requires_grad]
+            used = torch.autograd.grad(outputs, parameters, [torch.zeros_like(o) for o in outputs], retain_graph=True,
+                                       allow_unused=True) if parameters else ()
+            parameters = [p for p, g in zip(parameters, used) if g is not None]
+            _require(parameters, "parameters: f uses none of them")
             truth = gradient(lambda: exact(functools.partial(gmres, memory=50), exact_max_iter, exact_tol, star.h))
-            _require(backward, "parameters: none of them gets a gradient through f")
             truth_solve, bptt_grads, bptt_cosine = backward[0], None, None
             if bptt:
                 bptt_grads = gradient(lambda: equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=bptt)[0])
@@ -1223,6 +1284,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
                 found.append(row if not bptt else {**row, "cosine_bptt": cosine_similarity(grads, bptt_grads).item()})
     finally:
         with torch.no_grad():
+            for of, name, buffer in owned:          # a module may have put another tensor in its place
+                of[name] = buffer
             for buffer, old in before:
                 buffer.copy_(old)
     solved = (star.residual <= exact_tol) & (truth_solve.residual <= exact_tol)

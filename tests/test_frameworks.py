@@ -174,7 +174,7 @@ def test_whole_numbers_may_be_of_numpy_or_torch(whole):
     assert jacobian_regularization(f, h0, n_vectors=whole(2)) > 0
 
 
-@pytest.mark.parametrize("wrong", [True, 2.0, np.float64(2), "2", None, 0, np.int64(0)])
+@pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True), 2.0, np.float64(2), "2", None, 0, np.int64(0)])
 def test_what_is_no_whole_number_is_refused(wrong):
     f, h0 = lambda h: torch.tanh(0.5 * h + 1), torch.ones(2, 3)
     for options in (dict(k=wrong), dict(max_iter=wrong), dict(grad="npg", k=wrong),
@@ -204,6 +204,9 @@ def test_transforms_of_torch_func_are_right_or_name_the_way_out():
                 torch.func.grad(lambda u: out(u, grad).sum())(u)
     with pytest.raises(RuntimeError, match="equilibrium: .*vmap"):
         vectorized("implicit")
+    with pytest.raises(RuntimeError, match="equilibrium: .*vmap"):
+        torch.func.vmap(lambda u: equilibrium(lambda h: torch.tanh(0.4 * layer(h) + u), torch.zeros_like(u), max_iter=3,
+                                              grad="bptt", solver=fixed_point)[0])(u[:, None])
     with pytest.raises(RuntimeError, match="equilibrium: .*vmap"):
         torch.func.vmap(lambda u: spectral_radius(lambda h: torch.tanh(0.4 * layer(h) + u), u[None]))(u)
 
@@ -323,8 +326,10 @@ def test_states_that_are_no_real_dense_tensors_are_refused():
             with pytest.raises(ValueError, match="h0 must be|of h0 differ|view_as_real"):
                 call(lambda h: h, h0)
     for call in (fixed_point, anderson, broyden, equilibrium, upg, npg, implicit, spectral_radius):
-        with pytest.raises(ValueError, match="of real numbers.*complex returned"):
+        with pytest.raises(ValueError, match="of real floating-point numbers.*complex64 returned"):
             call(lambda h: 0.5 * h + 1j, torch.zeros(2, 3))
+        with pytest.raises(ValueError, match="of real floating-point numbers.*int64 returned"):
+            call(lambda h: h.long(), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("grad", [*GRADS, "bptt"])

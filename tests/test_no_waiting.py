@@ -122,6 +122,16 @@ def test_a_solve_of_samples_of_different_length(solver, mode):
     assert result.residual.shape == (2,)
 
 
+@pytest.mark.parametrize("solver, mode", cases(*SOLVERS))
+def test_a_batch_of_none_and_parts_of_none(solver, mode):
+    for sizes in ((0, 3), (0, 0), (2, 0)):
+        h0 = (torch.empty(sizes, device=META), torch.empty(sizes[0], 4, device=META))
+        with OneDevice():
+            result = solver(lambda h: tuple(0.5 * p + 1 for p in h), h0, max_iter=5, tol=0,
+                            stop_mode=h0 if mode == "b" else mode)
+        assert [p.shape for p in result.h] == [p.shape for p in h0] and result.residual.shape == sizes[:1]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_with_a_tolerance_the_first_look_is_after_the_eighth_evaluation(solver):
     f, h0, _ = cell(1)

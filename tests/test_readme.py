@@ -39,7 +39,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("i", range(1, len(BLOCKS)))
 def test_every_other_example_runs(i, capsys):
-    """By itself, with common.py beside it; one without imports goes on from the one before.  Solved, with a gradient."""
+    """By itself, with common.py beside it; one without imports goes on from the one before.  Solved, a gradient."""
     torch.manual_seed(0)
     names, alone = {}, BLOCKS[i].startswith("import")
     for block in BLOCKS[i - (not alone):i + 1]:
@@ -109,3 +109,44 @@ def test_the_rows_of_a_headers_table_parse_and_differ(script, row, count):
 
 def test_no_placeholder_is_left():
     assert not re.search(r"@[A-Z]+@", README)
+
+
+def pieces(*names_and_ranges):
+    """The text of common.py that its header says to copy: whole sections, and functions by name."""
+    text = (ROOT / "common.py").read_text()
+    starts = {m[1]: m.start() for m in re.finditer(r"^(?:@\w+\n)?(?:def|class) (\w+)", text, re.MULTILINE)}
+    ends = sorted([*starts.values(), *(m.start() for m in re.finditer(r"^# -{9,}", text, re.MULTILINE))])
+    code = ["import contextlib, functools, math, operator", "from typing import Callable, NamedTuple, Sequence",
+            "import torch", "from torch import Tensor", "from torch.utils._pytree import tree_flatten, tree_unflatten",
+            "State = object"]
+    for first, last in names_and_ranges:
+        end = next(e for e in ends if e > starts[last])
+        code.append(text[starts[first]:end])
+    return "\n".join(code)
+
+
+@pytest.mark.parametrize("copied, call", [
+    ([("_require", "_explain"), ("_check_phantom", "_check_phantom"), ("upg", "upg")], "upg(f, h)"),
+    ([("_require", "_explain"), ("_check_phantom", "_check_phantom"), ("npg", "npg"), ("_vjp", "_Undifferentiable")],
+     "npg(f, h)"),
+    ([("_require", "_products"), ("_solver", "gmres"), ("_vjp", "_Undifferentiable"), ("implicit", "implicit")],
+     "implicit(f, h)"),
+    ([("_require", "_products"), ("_solver", "_solver"), ("broyden", "broyden")], "broyden(f, h).h"),
+    ([("_require", "_products"), ("_solver", "_solver"), ("anderson", "anderson")], "anderson(f, h).h")])
+def test_parts_of_common_can_be_copied_as_its_header_says(copied, call):
+    """And meet their errors: a name that is missing shows in those, too."""
+    names = {}
+    exec(pieces(*copied), names)
+    u = torch.ones(2, 3, requires_grad=True)
+    names.update(f=lambda h: 0.5 * h + u, h=torch.full((2, 3), 2.0))
+    h = eval(call, names)
+    torch.testing.assert_close(h, torch.full((2, 3), 2.0), rtol=1e-3, atol=1e-3)
+    if h.requires_grad:
+        h.sum().backward()
+        assert (u.grad > 0.9).all()
+    for wrong in (lambda h: h[:1], lambda h: h.mul_(2), lambda h: (h,)):
+        with pytest.raises((ValueError, RuntimeError), match="f must|in-place operation"):
+            eval(call, {**names, "f": wrong})
+    with pytest.raises((RuntimeError, ValueError), match="vmap|h0 must"):
+        torch.func.vmap(lambda h: eval(call, {**names, "h": h}))(names["h"][None])
+        eval(call, {**names, "h": 1})

@@ -814,6 +814,74 @@ def test_a_row_that_the_signal_has_not_reached_is_not_solved(solver, tol):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+def test_a_row_that_a_much_larger_signal_reaches_is_not_lost(solver, mode):
+    """A warm start solved for a small input: the rows stand at a rounding-sized residual when the large one arrives."""
+    f = lambda u: lambda h: 0.5 * torch.cat([u, h[:-1]]) + 0.1 * h
+    start = fixed_point(f(torch.ones(1, 3)), torch.zeros(5, 3), tol=1e-6, max_iter=200).h
+    large = f(torch.full((1, 3), 1e5))
+    result = solver(large, start, max_iter=200, stop_mode=mode, tol=1e-4 if mode == "rel" else 1.0)
+    own = (large(result.h) - result.h).norm(dim=1)
+    own = own / large(result.h).norm(dim=1) if mode == "rel" else own
+    assert (own[result.converged] < (1e-3 if mode == "rel" else 10)).all()
+    if solver is fixed_point or result.converged.all():
+        torch.testing.assert_close(result.h[:, 0], 1e5 * (5 / 9) ** torch.arange(1, 6), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("tol", [0.4, 0.2, 0.1, 0.05])
+def test_a_row_that_is_not_reached_yet_is_far_at_a_large_tolerance_too(solver, tol):
+    """Its relative residual is 1 when the signal comes, which is not above 10 tol."""
+    f = lambda h: torch.cat([torch.ones(1, 2), h[:-1]])
+    result = solver(f, torch.zeros(5, 2), tol=tol)
+    torch.testing.assert_close(result.h, torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mode", ["rel", "abs", "max"])
+def test_what_has_converged_beside_what_does_not_is_measured_in_the_state_that_is_returned(solver, mode):
+    """Row 0 explodes, row 1 is solved for where it was last; returned is row 0's best state, from long before."""
+    f = lambda h: torch.cat([3 * h[:1] + 1, 0.5 * h[1:] + torch.tanh(h[:1])])
+    result = solver(f, torch.full((2, 2), 0.1), stop_mode=mode, max_iter=60, tol=1e-2)
+    own = {"abs": lambda g, y: g.norm(dim=1), "max": lambda g, y: g.abs().amax(1),
+           "rel": lambda g, y: g.norm(dim=1) / y.norm(dim=1)}[mode](f(result.h) - result.h, f(result.h))
+    assert (result.residual >= 0.999 * own).all() and not result.converged[own > 0.1].any()
+    assert result.trace.shape[0] == result.n_evals <= 62
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scale", [1e-170, 1e-160, 1e160, 1e200])
+def test_the_residual_is_right_where_float64_squares_are_not(solver, scale):
+    result = solver(lambda h: 0.5 * h + scale, torch.zeros(2, 3, dtype=torch.float64), max_iter=60, tol=1e-6)
+    if scale < 1:           # the solvers' inner products underflow, too
+        assert not result.converged.any() or (result.h / scale - 2).abs().max() < 1e-4
+    if solver is fixed_point:
+        assert result.converged.all()
+        torch.testing.assert_close(result.h / scale, torch.full_like(result.h, 2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, gmres])
+def test_a_batch_of_none_and_parts_of_none(solver):
+    for sizes in ((0, 3), (0, 0), (2, 0)):
+        h0 = (torch.zeros(sizes), torch.zeros(sizes[0], 4))
+        for mode in ("rel", "abs") if solver is gmres else ("rel", "rel_joint", "abs", "max"):
+            result = solver(lambda h: tuple(0.5 * p + 1 for p in h), h0, max_iter=5, tol=0, stop_mode=mode)
+            assert [p.shape for p in result.h] == [p.shape for p in h0] and result.residual.shape == sizes[:1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_f_that_works_in_place_is_harmless_or_refused_where_torch_counts_no_versions(solver):
+    f = lambda h: h.mul_(0.5).add_(1)
+    with torch.inference_mode():
+        result = solver(f, torch.zeros(1, 2), max_iter=60)
+    torch.testing.assert_close(result.h, torch.full((1, 2), 2.0), rtol=1e-3, atol=0)
+    if solver is fixed_point:
+        torch._dynamo.reset()
+        run = torch.compile(lambda z: solver(f, z, tol=0, max_iter=30).h, backend="eager")
+        torch.testing.assert_close(run(torch.zeros(1, 2)), torch.full((1, 2), 2.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_that_has_converged_repeats_its_residual(solver):
     """It stands at a small g that is not 0, after steps that are not 0, while others go on."""
     f, h0 = tanh_layer()
