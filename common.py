@@ -259,8 +259,8 @@ class _Layout:
 class SolverResult(NamedTuple):
     """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples."""
     h: State                # as h0; per sample of the lowest residual, h0 (gmres with b: zero) if none is finite
-    residual: Tensor        # (N,) its residual, inf where f was never finite.  If f couples samples: give offsets, or
-    n_evals: int            # calls of f                        it is of h itself only with tol > 0 and one converged
+    residual: Tensor        # (N,) its residual, inf where f was never finite.  If f couples samples, give offsets: else
+    n_evals: int            # calls of f                          it is of h itself only if all converge
     trace: Tensor           # (n_evals, N) residual at every evaluation; a sample that stopped repeats its last one
     converged: Tensor       # (N,) bool, residual <= tol
 
@@ -300,7 +300,7 @@ class _Progress:
             # A sample with b = 0 is measured by the whole batch's b, and by itself: f may couple it with the others.
             self.zero_b, self.size = size == 0, torch.where(size > 0, size, _norms(size[None], size.dtype))
         self.by_part = len(self.layout.shapes) > 1 and self.stop_mode in ("rel", "b")
-        self.trace = self.x0.new_empty(self.max_iter + 2, N)
+        self.trace = self.x0.new_empty(self.max_iter + 1, N)
         self.lowest = self.x0.new_full((N,), math.inf)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
         self.coupled = torch.zeros((), dtype=torch.bool, device=device)
@@ -421,8 +421,9 @@ class _Progress:
     def result(self, x_best, g, residual=None):
         residual = self.lowest if residual is None else residual
         converged = residual <= self.tol
-        if self.tol > 0 and self.evals >= self.check_every and bool(converged.any() & ~converged.all()):    # host sync
-            # The others' best states may be older than what those that have converged were measured with.
+        # The best states of those that are lost may be older than what the others were measured with.
+        if (self.tol > 0 and self.check_every <= self.evals <= self.max_iter
+                and bool(converged.any() & ~converged.all())):                                              # host sync
             self.evaluate(x_best, g)
             residual = self.trace[self.evals - 1].nan_to_num(nan=math.inf, posinf=math.inf)
             converged = residual <= self.tol
@@ -496,9 +497,9 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     with at least eps times the norm of all parts.)  For an affine f(h) = J h + b, stop_mode may be the state b:
     ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero),
     and, if there are several parts, no more than tol for ||f(h) - h|| / ||h|| of each part.
-    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too, and, with
-    tol > 0, once more at h if some samples have converged and others not.  Memory 3 states, with every solver one more
-    for b.  Never raises for a map that does not converge: look at `converged`.  A
+    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  (If some
+    samples converge and the others are lost before that, the last call is at h.)  Memory 3 states, with every solver
+    one more for b.  Never raises for a map that does not converge: look at `converged`.  A
     sample is given up when ||f(h) - h|| is not finite or a million times its first value.  Raises ValueError for an
     impossible argument.
 
@@ -1081,10 +1082,10 @@ def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
             states.append([b.to(a.dtype) for a, b in zip(parts, f_h)])      # also where f returns a lower precision
         with torch.no_grad():
             run.evaluate(run.layout.pack(states[-2]), g)
-    trace = run.trace[:run.evals]
-    last = trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
+    last = run.trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
     h, detached = states[-2], [p.detach() for p in states[-2]]
-    return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, trace, last <= tol)
+    return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, run.trace,
+                                                 last <= tol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
