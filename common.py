@@ -277,8 +277,8 @@ class _Progress:
     their residuals.
 
     Everything stays on the device; `finished` is the only host synchronisation (gmres has one like it, and one at a
-    restart): at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where the budget is the stop.
-    `result` has another if `finished` had one.
+    restart, and `result` one more): at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where
+    the budget is the stop.  Disturbed samples are looked for as often, and at the last evaluation.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
@@ -361,29 +361,37 @@ class _Progress:
                 part_norm = self.per_sample(_norms(g_part, g.dtype))
                 residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(part_size.to(g.dtype), eps * size)))
         # Above `limit` a sample is lost.  The first ||g|| says little where h0 happens to be a root (then ||h0|| does)
-        # and nothing where it is 0, as in rows of zeros that no neighbour has reached yet (then the batch does).
+        # and nothing where both are 0, as in rows that no neighbour has reached yet (then the batch does).
         if self.limit is None:
             limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
             self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=torch.finfo(limit.dtype).max)
-        moving = (norm <= self.limit) & (residual > self.tol)           # False for NaN
-        if not (self.on_cpu and bool((moving & self.moving & ~self.coupled).all())):        # else nobody stands
+        fine = norm <= self.limit                               # False for NaN
+        self.limit = torch.where(self.moving > fine, -1, self.limit)                # lost, for ever
+        if self.on_cpu:
+            look = not bool(self.moving.all())                  # somebody stands
+        else:
+            look = (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter
+        if look:
             far = 10 * self.tol         # rounding may lift a solved sample above tol; a relative 0.5 is far in any case
             far = far if self.stop_mode in ("abs", "max") else max(self.tol, min(far, 0.5))
             disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= far)
-            grown = torch.where(disturbed & norm.isfinite(), 1e6 * norm, 0)
-            self.limit = torch.where(norm <= torch.maximum(self.limit, grown), torch.maximum(self.limit, grown), -1)
-            moving = (self.limit >= 0) & (residual > self.tol) & (self.moving | self.coupled | disturbed)
-            residual = self.disturbed(disturbed.any(), residual)
-        self.moving = moving
-        self.record(residual)
+            grown = torch.maximum(self.limit, 1e6 * norm).clamp(max=torch.finfo(norm.dtype).max)
+            self.limit = torch.where(disturbed, grown, self.limit)
+            fine, self.moving = norm <= self.limit, self.moving | disturbed
+            self.couple(disturbed.any())
+        self.moving = fine & (residual > self.tol) & (self.moving | self.coupled)
+        self.record(self.joint(residual))
         return norm
 
-    def disturbed(self, found, residual):
-        """What is to be recorded as residual; `found` (0-dim.): a sample that stands has another than before."""
-        if self.on_cpu and not bool(found | self.coupled) or residual.numel() == 0:
-            return residual
+    def couple(self, found):
+        """If `found` (0-dim.), a sample that stood has another residual than before: f couples samples."""
         self.lowest = torch.where(found & ~self.coupled, math.inf, self.lowest)
         self.coupled = self.coupled | found
+
+    def joint(self, residual):
+        """The residual (N,), if f couples samples that of the worst for all."""
+        if residual.numel() == 0 or self.on_cpu and not bool(self.coupled):
+            return residual
         return torch.where(self.coupled, residual.amax(0), residual)
 
     def relative(self, norm):
@@ -756,7 +764,8 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
         residual = run.trace[run.evals - 1]         # a view: what is written to it is in the trace
-        residual[:] = run.disturbed((rest & (residual > 10 * tol)).any(), residual)
+        run.couple((rest & (residual > 10 * tol)).any())
+        residual[:] = run.joint(residual)
         going = run.improved()
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
         if run.by_part:             # it may rise while the whole falls
