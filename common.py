@@ -686,8 +686,6 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         norm = run.per_sample(_norms(r, r.dtype))
         going = norm.isfinite()
         run.lowest = start = torch.where(going, run.relative(norm), math.inf)
-        if run.by_part:             # a part of zeros is not solved, however small its share of the whole
-            run.lowest = torch.where(norm > 0, math.inf, start)
         x_best.masked_fill_(run.per_row(going)[:, None], 0)
     residual = start
     at_origin = r.clone() if run.b is None else run.b

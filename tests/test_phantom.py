@@ -932,7 +932,7 @@ def test_a_part_with_a_small_gradient_is_solved_too(solver):
             seen = []
             h = implicit(f, star, solver=solver, max_iter=600, tol=tol, on_backward=seen.append)
             grads.append(torch.autograd.grad(h[0].sum() + small * h[1].sum(), u))
-        assert seen[0].converged.all()
+            assert seen[0].converged.all() and (tol < 1e-3 or solver is not gmres or seen[0].n_evals < 25)
         for found, right in zip(*grads):
             assert cosine_similarity([found], [right]) > 0.9999 and (found - right).norm() < 0.02 * right.norm()
 
