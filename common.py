@@ -305,7 +305,7 @@ class _Progress:
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
         self.coupled = torch.zeros((), dtype=torch.bool, device=device)
         self.on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()    # where to look costs nothing
-        self.evals, self.check_every = 0, 1 if device.type == "cpu" else 8
+        self.evals, self.check_every, self.nobody_stands = 0, 1 if device.type == "cpu" else 8, self.on_cpu
 
     def per_row(self, x):
         """Repeats what belongs to the samples (N, ...) for each of their rows (rows, ...)."""
@@ -366,12 +366,13 @@ class _Progress:
             limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
             self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=torch.finfo(limit.dtype).max)
         fine = norm <= self.limit                               # False for NaN
+        moving = fine & (residual > self.tol)
+        if self.nobody_stands and bool(moving.all()):           # on a CPU: nobody was disturbed, and nobody is lost
+            self.moving = moving
+            self.record(self.joint(residual))
+            return norm
         self.limit = torch.where(self.moving > fine, -1, self.limit)                # lost, for ever
-        if self.on_cpu:
-            look = not bool(self.moving.all())                  # somebody stands
-        else:
-            look = (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter
-        if look:
+        if self.on_cpu or (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter:
             far = 10 * self.tol         # rounding may lift a solved sample above tol; a relative 0.5 is far in any case
             far = far if self.stop_mode in ("abs", "max") else max(self.tol, min(far, 0.5))
             disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= far)
@@ -380,6 +381,7 @@ class _Progress:
             fine, self.moving = norm <= self.limit, self.moving | disturbed
             self.couple(disturbed.any())
         self.moving = fine & (residual > self.tol) & (self.moving | self.coupled)
+        self.nobody_stands = self.on_cpu and bool(self.moving.all())
         self.record(self.joint(residual))
         return norm
 
