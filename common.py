@@ -1356,8 +1356,24 @@ class Process(NamedTuple):
     device: torch.device
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process, or what sets its environment.  (Some platforms set RANK=0 alone.)"""
+    return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1")
+
+
+def line_by_line():
+    """A log file shows each line when it is printed, in UTF-8; a terminal shows a letter that it lacks as "?"."""
+    with contextlib.suppress(AttributeError):           # a notebook's stream
+        sys.stdout.reconfigure(line_buffering=True, errors="replace",
+                               encoding=None if sys.stdout.isatty() else "utf-8")
+
+
 def init_process() -> Process:
     """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched() and missing:
+        die(f"the environment has RANK, but not {', '.join(missing)}: start the script with torchrun, or set RANK, "
+            "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every process")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it "
             "--standalone or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead processes "
@@ -1368,7 +1384,7 @@ def init_process() -> Process:
         if local_rank >= torch.cuda.device_count():
             die(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
+    if not launched():
         return Process(0, 1, device)
     if device.type == "cuda":
         # gloo's own timeout: of nccl's, 10 minutes, a download that the other processes wait for may take more
@@ -1628,6 +1644,15 @@ class SaveTimer:
             self.sigterm.nothing_to_lose = False
 
 
+def finite(value):
+    """The value with null for every number that is not finite, at any depth: JSON has neither NaN nor Infinity."""
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """Appends one JSON object per line to `path`, in a folder that it makes.
 
@@ -1658,8 +1683,7 @@ class MetricsLog:
     def write(self, **record):
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps({name: None if isinstance(value, float) and not math.isfinite(value) else value
-                                       for name, value in record.items()}) + "\n")         # JSON has no NaN
+                file.write(json.dumps(finite(record)) + "\n")
         except OSError as error:
             die(f"--out: cannot write {self.path} ({error.strerror})", code=1)
 
@@ -1668,10 +1692,12 @@ def start_log(args, process: Process, step: int, parameters: int, about_run: str
               steps: float = math.inf) -> MetricsLog | None:
     """The log of the run in --out, after its start has been noted and printed; None on all processes but the first.
 
-    steps: of the whole run; where --pretrain-steps leaves none of them to the solver, that is printed too.
+    steps: of the whole run; if the warm-up or --pretrain-steps take all of them, that is printed too.
     """
     if process.rank > 0:
         return None
+    if getattr(args, "warmup_steps", 0) >= steps:
+        about_run += f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
     if getattr(args, "pretrain_steps", 0) >= steps:
         about_run += f"; all steps are pretraining, without a solver: lower --pretrain-steps {args.pretrain_steps}"
     log = MetricsLog(Path(args.out) / "metrics.jsonl", step, last_step_of)

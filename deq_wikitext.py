@@ -82,9 +82,10 @@ from tqdm import tqdm
 from common import (Meter, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_run_flags,
                     check_same_run, choose_out, clock, compiled, describe_run, die, equilibrium, first_then_others,
                     fixed_point, flag_checks, gather_objects, gmres, health, init_process, is_ours,
-                    jacobian_regularization, load_checkpoint, load_weights, medians_in_turns, note_differences,
-                    open_run, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
-                    solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg, what_broke)
+                    jacobian_regularization, launched, line_by_line, load_checkpoint, load_weights, medians_in_turns,
+                    note_differences, open_run, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
+                    set_rng_states, solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg,
+                    what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 BACKWARD_SOLVERS = {"gmres": gmres, **SOLVERS}
@@ -194,7 +195,7 @@ def parse_args(argv=None):
                                      ("--benchmark", args.benchmark)) if given]
     mode = " and ".join(only)
     refuse(len(only) > 1, f"{mode} are different things to do: choose one")
-    refuse(only and not args.eval and "RANK" in os.environ, f"{mode} is for one process: run it without torchrun")
+    refuse(only and not args.eval and launched(), f"{mode} is for one process: run it without torchrun")
     refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
     refuse(args.init and only, "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     check_run_flags(args, refuse)
@@ -1281,7 +1282,7 @@ def evaluate_checkpoint(args, process, model, text, state):
 
 
 def main(args):
-    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
+    line_by_line()
     process, state = init_process(), None
     if args.eval or args.generate is not None:
         state = load_checkpoint(args.resume)

@@ -75,9 +75,10 @@ from torch_geometric.utils import degree, to_undirected
 from tqdm import tqdm
 
 from common import (SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run, choose_out,
-                    describe_run, die, equilibrium, first_then_others, fixed_point, flag_checks, gather_objects,
-                    gmres, health, init_process, is_ours, load_checkpoint, medians_in_turns, open_run,
-                    save_checkpoint, seed_everything, solver_overhead, start_log, timed_step, upg, what_broke)
+                    describe_run, die, equilibrium, finite, first_then_others, fixed_point, flag_checks,
+                    gather_objects, gmres, health, init_process, is_ours, launched, line_by_line, load_checkpoint,
+                    medians_in_turns, open_run, save_checkpoint, seed_everything, solver_overhead, start_log,
+                    timed_step, upg, what_broke)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
@@ -161,7 +162,7 @@ def parse_args(argv=None):
     refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
     refuse(args.benchmark and (args.eval or args.resume or args.table4),
            "--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
-    refuse((args.benchmark or args.eval) and "RANK" in os.environ,
+    refuse((args.benchmark or args.eval) and launched(),
            f"--{'benchmark' if args.benchmark else 'eval'} is for one process: run it without torchrun")
     refuse(args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"),
            "--benchmark needs --dataset COX2, PPI or PPI-synthetic: graphs of those sizes are generated for it")
@@ -908,7 +909,7 @@ def checksum(graphs):
 def write_results(args, **results):
     path = Path(args.out) / "results.json"
     try:
-        path.write_text(json.dumps({"args": vars(args), **results}, default=float))
+        path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
     except OSError as error:
         die(f"--out: cannot write {path} ({error.strerror})", code=1)
 
@@ -1284,7 +1285,7 @@ def keep_freed_memory():
 
     That was 40 % of a UPG step on a CPU (COX2, batch 128).  Where the C library has no mallopt, nothing happens.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):       # Windows has no CDLL(None)
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2 ** 25)               # M_MMAP_THRESHOLD, its largest value
@@ -1292,7 +1293,7 @@ def keep_freed_memory():
 
 def main(args):
     keep_freed_memory()
-    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
+    line_by_line()
     process = init_process()
     choose_out(args, f"ignn-{args.dataset}")
     timer = None if args.benchmark or args.eval else SaveTimer(args.save_every)

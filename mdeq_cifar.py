@@ -56,10 +56,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from common import (Meter, MetricsLog, SaveTimer, TrainingPass, all_reduce_sum, anderson, broyden, captured,
-                    check_run_flags, check_same_run, choose_out, clock, compiled, compare_gradients, describe_run, die,
-                    equilibrium, first_then_others, fixed_point, flag_checks, gmres, health, init_process,
-                    is_ours, load_checkpoint, load_weights, medians_in_turns, note_differences, open_run,
-                    peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
+                    check_run_flags, check_same_run, choose_out, clock, compare_gradients, compiled, describe_run, die,
+                    equilibrium, first_then_others, fixed_point, flag_checks, gmres, health, init_process, is_ours,
+                    launched, line_by_line, load_checkpoint, load_weights, medians_in_turns, note_differences,
+                    open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint, seed_everything,
                     set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health, start_log,
                     timed_step, upg, what_broke)
 
@@ -152,7 +152,7 @@ def parse_args(argv=None):
            "--fig3 takes neither --eval, --benchmark nor a FILE to --resume: use --out DIR --resume auto")
     for name in ("grad", "k", "lam"):
         refuse(args.fig3 and getattr(args, name) != p.get_default(name), f"--fig3 sets --{name} itself: leave it out")
-    refuse((args.benchmark or args.fig3) and "RANK" in os.environ,
+    refuse((args.benchmark or args.fig3) and launched(),
            f"--{'benchmark' if args.benchmark else 'fig3'} is for one process: run it without torchrun")
     check_run_flags(args, refuse)
     if args.eval:                                   # what is not given here is as it was in training
@@ -182,7 +182,7 @@ def parse_args(argv=None):
     check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
     refuse(args.grad == "bptt" and args.solver != "fixed-point",
            "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
-    refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),
+    refuse(args.sync_bn and (not torch.cuda.is_available() or not launched()),
            "--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
     return args
 
@@ -961,7 +961,7 @@ def main(args):
             die("--fig3 needs matplotlib: pip install matplotlib")
         except OSError as error:
             die(f"--fig3 {args.fig3}: cannot make this folder ({error.strerror})")
-    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
+    line_by_line()
     process = init_process()
     choose_out(args, f"{args.model}-{args.grad}")
     if args.batch_size % process.world_size:

@@ -74,10 +74,10 @@ from tqdm import tqdm
 
 from common import (Meter, SaveTimer, TrainingPass, all_reduce_sum, anderson, broyden, captured, check_run_flags,
                     check_same_run, choose_out, clock, compiled, describe_run, die, equilibrium, fixed_point,
-                    flag_checks, gmres, health, init_process, is_ours, load_checkpoint, load_weights, medians_in_turns,
-                    note_differences, open_run, peak_memory, reset_peak_memory, rng_state, rng_states, save_checkpoint,
-                    seed_everything, set_rng_state, set_rng_states, solver_overhead, spectral_radius, spell_health,
-                    start_log, timed_step, upg, what_broke)
+                    flag_checks, gmres, health, init_process, is_ours, launched, line_by_line, load_checkpoint,
+                    load_weights, medians_in_turns, note_differences, open_run, peak_memory, reset_peak_memory,
+                    rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state, set_rng_states,
+                    solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg, what_broke)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
 BACKWARD_SOLVERS = {"gmres": gmres, **SOLVERS}
@@ -162,7 +162,7 @@ def parse_args(argv=None):
     refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
     refuse(args.benchmark and args.eval, "--benchmark and --eval are two different things to do: choose one")
     refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
-    refuse(args.benchmark and "RANK" in os.environ, "--benchmark is for one process: run it without torchrun")
+    refuse(args.benchmark and launched(), "--benchmark is for one process: run it without torchrun")
     refuse(args.init and (args.eval or args.benchmark),
            "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     check_run_flags(args, refuse)
@@ -205,7 +205,7 @@ def parse_args(argv=None):
            f"--crop {args.crop} is larger than the resized image: it must be at most --resize {args.resize}")
     refuse(args.grad == "bptt" and args.solver != "fixed-point",
            "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
-    refuse(args.sync_bn and (not torch.cuda.is_available() or "RANK" not in os.environ),
+    refuse(args.sync_bn and (not torch.cuda.is_available() or not launched()),
            "--sync-bn needs GPUs and torchrun: torch has no synchronised BatchNorm for CPUs")
     refuse(args.radius_every and not args.radius_images, "--radius-every needs --radius-images of at least 1, got 0")
     return args
@@ -300,7 +300,8 @@ def leave_sigterm_to_parent(_):
 
 def end_workers():
     """Those still there when the process ends: Python would send SIGTERM, and wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's handler calls the end of a worker an error
+    if hasattr(signal, "SIGCHLD"):                  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler calls the end of a worker an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -966,7 +967,7 @@ def train(args, process, model, train_set, val_set, classes):
 # --- main ------------------------------------------------------------------------------------------------------------
 
 def main(args):
-    sys.stdout.reconfigure(line_buffering=True)         # a log file shows each line when it is printed
+    line_by_line()
     process = init_process()
     choose_out(args, f"imagenet-{args.grad}")
     if args.batch_size % (process.world_size * args.accumulate):

@@ -900,6 +900,8 @@ def test_what_figure_3_cannot_do_is_refused_before_the_training(capsys, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, *flags)
     monkeypatch.setenv("RANK", "0")
+    assert "pip install matplotlib" in refused(capsys, *flags)              # which some platforms set by themselves
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert "without torchrun" in refused(capsys, *flags)
     assert not (tmp_path / "a").exists()
 

@@ -1,4 +1,5 @@
 """What loses somebody's work when it is wrong: checkpoints, random states, logs, process groups."""
+import io
 import json
 import math
 import os
@@ -540,6 +541,45 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     assert (process.rank, process.world_size) == (0, 1) and not torch.distributed.is_initialized()
 
 
+def test_a_rank_alone_is_no_torchrun(monkeypatch, capsys):
+    """RANK=0 is what some platforms set; a rank among several without the rest of torchrun's environment is named."""
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    for world_size in (None, "1"):
+        if world_size:
+            monkeypatch.setenv("WORLD_SIZE", world_size)
+        assert init_process().world_size == 1 and not torch.distributed.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit):
+        init_process()
+    said = capsys.readouterr().err
+    assert "has RANK, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start the script with torchrun" in said
+
+
+def test_every_line_of_metrics_is_json_at_any_depth(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(event="start", args={"clip": math.inf, "list": [1.0, math.nan, (2, -math.inf)]}, loss=math.nan, step=3)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert record == {"event": "start", "args": {"clip": None, "list": [1.0, None, [2, None]]}, "loss": None, "step": 3}
+
+
+def test_a_notebook_or_an_old_encoding_is_no_reason_to_end(monkeypatch):
+    class Kernel(io.TextIOBase):
+        pass
+
+    monkeypatch.setattr("sys.stdout", Kernel())
+    common.line_by_line()
+    for terminal, shown in ((False, "84.1 ± 2.9"), (True, "84.1 ? 2.9")):
+        file = io.BytesIO()
+        stream = io.TextIOWrapper(file, encoding="ascii")
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr("sys.stdout", stream)
+        common.line_by_line()
+        print("84.1 ± 2.9")
+        assert file.getvalue().decode("utf-8").strip() == shown
+
+
 def test_a_single_process_sums_over_itself_in_place():
     x = torch.ones(2)
     assert all_reduce_sum(x) is x and (x == 1).all()
@@ -592,7 +632,8 @@ def test_two_processes_find_each_other(tmp_path):
 def test_a_process_takes_the_GPU_of_its_local_rank(monkeypatch, capsys):
     """Before nccl meets the others there, and with time for the first process to download the data."""
     done, cuda = [], torch.device("cuda", 3)
-    for name, value in (("RANK", "11"), ("LOCAL_RANK", "3"), ("TORCHELASTIC_MAX_RESTARTS", "0")):
+    for name, value in (("RANK", "11"), ("LOCAL_RANK", "3"), ("TORCHELASTIC_MAX_RESTARTS", "0"), ("WORLD_SIZE", "16"),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
