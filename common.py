@@ -27,6 +27,7 @@ with the imports contextlib, functools, math, operator, torch and those from typ
 """
 import contextlib
 import datetime
+import errno
 import functools
 import gc
 import io
@@ -1501,19 +1502,44 @@ def choose_out(args, name: str):
 def open_run(out: str | os.PathLike, resume: str | None) -> tuple[Path, str | None]:
     """(the checkpoint of the run in --out, the file to continue from or None), from --out and --resume.
 
-    Ends the run where `out` holds one that is not to be continued, so that none is overwritten.  All processes must
-    call it.
+    Ends the run if `out` holds one that is not to be continued, so that none is overwritten.  If the checkpoint is
+    gone, the one before it counts.  All processes must call it.
     """
     checkpoint = Path(out) / "checkpoint.pt"
-    here = gather_objects(os.path.exists(checkpoint))
+    kept = [path for path in (checkpoint, checkpoint.with_name("checkpoint.pt.previous")) if os.path.exists(path)]
+    here = gather_objects(bool(kept))
     if any(here) != all(here):
         die(f"--out {out}: {checkpoint.name} is there for {sum(here)} of {len(here)} processes; all machines must see "
             "one and the same folder")
     if resume == "auto":
-        resume = str(checkpoint) if here[0] else None
-    if here[0] and not (resume and Path(resume).resolve().parent == checkpoint.resolve().parent):
+        resume = str(kept[0]) if kept else None
+        if kept and kept[0] != checkpoint and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            print(f"warning: {checkpoint} is gone; continues from {kept[0].name}", file=sys.stderr, flush=True)
+    if kept and not (resume and Path(resume).resolve().parent == checkpoint.resolve().parent):
         die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
     return checkpoint, resume
+
+
+def own_folder(out: str | os.PathLike):
+    """Makes the folder --out this process's own until it ends or is killed; ends the run if another process has it."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        die(f"--out {out}: cannot make this folder ({error.strerror})")
+    try:
+        import fcntl            # Windows has none
+        # Never closed: the system takes the lock back when the process ends.
+        fcntl.lockf(os.open(Path(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for rest in (*Path(out).glob("*.pt.*.new"), *Path(out).glob("*.pt.*.old")):     # of a run killed while saving
+            rest.unlink(missing_ok=True)
+    except ImportError:
+        return
+    except (BlockingIOError, PermissionError) as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES) or not os.access(out, os.W_OK):
+            die(f"--out {out}: cannot write in this folder ({error.strerror})")
+        die(f"--out {out}: another run is writing there; wait for its end, or choose another folder")
+    except OSError as error:                            # a file system without locks
+        print(f"note: --out {out} cannot be locked against a second run ({error.strerror})", flush=True)
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict):
@@ -1522,7 +1548,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
     Where it cannot be written (a full disk, no permission), both stay as they are and the run ends with exit code 1.
     """
     path = Path(path)
-    new, old, previous = (path.with_name(path.name + end) for end in (".new", ".old", ".previous"))
+    new, old, previous = (path.with_name(path.name + end) for end in (
+        f".{os.getpid()}.new", f".{os.getpid()}.old", ".previous"))         # two writers would mix one file's bytes
     try:
         with open(new, "wb") as file:
             torch.save(state, file)
@@ -1542,7 +1569,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
             with contextlib.suppress(OSError):
                 rest.unlink(missing_ok=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        die(f"--out: cannot write {new} ({reason}); what was saved before is untouched", code=1)
+        die(f"--out: cannot write {path}.new ({reason}); what was saved before is untouched", code=1)
 
 
 def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
@@ -1696,6 +1723,7 @@ def start_log(args, process: Process, step: int, parameters: int, about_run: str
     """
     if process.rank > 0:
         return None
+    own_folder(args.out)
     if getattr(args, "warmup_steps", 0) >= steps:
         about_run += f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
     if getattr(args, "pretrain_steps", 0) >= steps:

@@ -5,6 +5,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -539,6 +541,36 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     process = init_process()
     assert (process.rank, process.world_size) == (0, 1) and not torch.distributed.is_initialized()
+
+
+def test_a_folder_has_one_owner_until_that_is_killed(tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoint.pt.123.new").touch()                 # of a run that was killed while it saved
+    code = f"import common, time; common.own_folder({str(out)!r}); print('mine', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=Path(common.__file__).parent, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"mine\n" and not (out / "checkpoint.pt.123.new").exists()
+    with pytest.raises(SystemExit) as end:
+        common.own_folder(out)
+    assert end.value.code == 2 and "another run is writing there" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    common.own_folder(out)
+    common.own_folder(out)                                  # a resumed run in one process, as in a notebook
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        common.own_folder(tmp_path / "file" / "run")
+    assert "cannot make this folder" in capsys.readouterr().err
+
+
+def test_the_checkpoint_before_counts_if_the_last_one_is_gone(tmp_path, capsys):
+    previous = tmp_path / "checkpoint.pt.previous"
+    previous.touch()
+    assert open_run(tmp_path, "auto") == (tmp_path / "checkpoint.pt", str(previous))
+    assert "is gone; continues from checkpoint.pt.previous" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        open_run(tmp_path, None)
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_a_rank_alone_is_no_torchrun(monkeypatch, capsys):
