@@ -79,8 +79,9 @@ def _whole(x, name):
 def _fraction(x, name):
     """x in (0, 1], of Python, numpy or torch, as a float; as it is if it is learned."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
-        if not isinstance(x, str) and 0 < float(x) <= 1:
-            return x if torch.is_tensor(x) and x.requires_grad else float(x)
+        learned = torch.is_tensor(x) and x.requires_grad
+        if not isinstance(x, str) and 0 < float(x.detach() if learned else x) <= 1:
+            return x if learned else float(x)
     raise ValueError(f"{name} must be one number in (0, 1], got {x!r}")
 
 
