@@ -216,7 +216,8 @@ def _norms(x, dtype):
     if not bool(safe.all()):
         rows = x[~safe].double().flatten(1)
         largest = _largest(rows).clamp_min(torch.finfo(rows.dtype).tiny)
-        norms[~safe] = (torch.linalg.vector_norm(rows / largest[:, None], dim=1) * largest).to(dtype)
+        scaled = torch.linalg.vector_norm(rows / largest[:, None], dim=1) * largest
+        norms[~safe] = torch.where(largest.isinf(), largest, scaled).to(dtype)
     return norms
 
 
@@ -376,7 +377,7 @@ class _Progress:
         self.limit = torch.where(self.moving > fine, -1, self.limit)                # lost, for ever
         if self.on_cpu or (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter:
             far = 10 * self.tol         # rounding may lift a solved sample above tol; a relative 0.5 is far in any case
-            far = far if self.stop_mode in ("abs", "max") else max(self.tol, min(far, 0.5))
+            far = far if self.stop_mode in ("abs", "max") else max(self.tol, min(max(far, 10 * eps), 0.5))
             disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= far)
             grown = torch.maximum(self.limit, 1e6 * norm).clamp(max=torch.finfo(norm.dtype).max)
             self.limit = torch.where(disturbed, grown, self.limit)
@@ -680,7 +681,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     if run.b is None:
         run.evaluate(x, r)
         origin, size = x.clone(), run.per_sample(_norms(r + x, x.dtype))
-        start, going = run.lowest, run.improved()
+        start, going, residual = run.lowest, run.improved(), run.trace[0]
         if run.finished():
             return run.result(x_best, r)
     else:                       # from zero, whose residual is known
@@ -689,9 +690,8 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         r.copy_(run.b)
         norm = run.per_sample(_norms(r, r.dtype))
         going = norm.isfinite()
-        run.lowest = start = torch.where(going, run.relative(norm), math.inf)
+        residual = run.lowest = start = torch.where(going, run.relative(norm), math.inf)
         x_best.masked_fill_(run.per_row(going)[:, None], 0)
-    residual = start
     at_origin = r.clone() if run.b is None else run.b
     s = size.clamp(1, 1e15)                         # s^2 within float32
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
@@ -703,7 +703,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     while run.evals < max_iter:                     # a product, and the last evaluation
         norm = run.per_sample(_norms(r, r.dtype))
         rest = ~(residual > tol)
-        alive = going & ~rest
+        alive = going & ~rest & (norm > 0)
         # t is the norm over all parts, the trace is of the worst one: their ratio now is assumed to last.
         scale = torch.where(norm > 0, residual / run.relative(norm), 1)
         torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
@@ -1093,6 +1093,7 @@ def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
             states.append([b.to(a.dtype) for a, b in zip(parts, f_h)])      # also where f returns a lower precision
         with torch.no_grad():
             run.evaluate(run.layout.pack(states[-2]), g)
+            run.moving.fill_(True)          # no sample ever stands here, and none is disturbed
     last = run.trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
     h, detached = states[-2], [p.detach() for p in states[-2]]
     return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, run.trace,

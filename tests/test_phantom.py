@@ -1167,3 +1167,12 @@ def test_a_damping_that_is_learned_gets_its_gradient():
     lam = torch.tensor(0.5, requires_grad=True)
     upg(lambda h: torch.tanh(0.5 * h + 1), torch.zeros(2, 3), 3, lam).sum().backward()
     assert lam.grad != 0
+
+
+def test_bptt_reports_each_sample_by_itself():
+    """Sample 0 passes below tol beside an unstable root and leaves again: nothing to sample 1."""
+    f = lambda h: 1 + torch.tanh(2 * (h - 1))
+    h, result = equilibrium(f, torch.tensor([[1 + 1e-5], [2.0]]), grad="bptt", solver=fixed_point, max_iter=15)
+    own = ((f(h) - h) / f(h)).abs()[:, 0]
+    torch.testing.assert_close(result.residual, own)
+    assert result.converged.tolist() == [False, True]

@@ -1300,3 +1300,54 @@ def test_gmres_under_autocast_keeps_its_own_products_in_float32():
 def test_gmres_names_its_impossible_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         gmres(lambda h: pytest.fail("f was called"), torch.zeros(1, 2), **kwargs)
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-8])
+def test_gmres_hands_f_no_nan_where_a_sample_is_solved_to_zero(tol):
+    """Sample 0 has J = 0.  f sends all samples through one dense product: 0 x NaN would lose the others."""
+    g = torch.Generator().manual_seed(0)
+    K = torch.zeros(3, 4, 3, 4)
+    K[1, :, 1], K[2, :, 2] = (0.2 * torch.randn(4, 4, generator=g) for _ in range(2))
+    K, b, seen = K.view(12, 12), torch.randn(3, 4, generator=g), []
+
+    def f(h):
+        seen.append(bool(h.isnan().any()))
+        return (K @ h.flatten()).view(3, 4) + b
+
+    result = gmres(f, b, stop_mode=b, tol=tol, max_iter=20, memory=3)
+    right = torch.linalg.solve(torch.eye(12) - K, b.flatten()).view(3, 4)
+    assert not any(seen)
+    torch.testing.assert_close(result.h, right, rtol=1e-5, atol=1e-6)
+
+
+def test_gmres_without_b_stops_when_it_is_done_and_leaves_a_solved_sample_alone():
+    g = torch.Generator().manual_seed(1)
+    J, u = 0.5 * torch.randn(60, 60, generator=g) / 60 ** 0.5, torch.randn(4, 60, generator=g)
+    result = gmres(lambda h: h @ J + u, torch.zeros(4, 60), tol=1e-2, max_iter=40)
+    assert result.converged.all() and result.n_evals < 15 and result.trace.isfinite().all()
+    u[0] = 0
+    result = gmres(lambda h: h @ J + u, torch.zeros(4, 60), tol=1e-4, max_iter=40, stop_mode="abs")
+    assert result.converged.all() and (result.h[0] == 0).all() and (result.trace[:, 0] == 0).all()
+
+
+def test_an_infinite_norm_is_infinite():
+    x = torch.tensor([[1.0, math.inf], [1.0, 2.0], [math.nan, 1.0], [1e30, 1e30], [0.0, 0.0]])
+    for dtype in (torch.float32, torch.float64):
+        norms = common._norms(x.to(dtype), dtype)
+        torch.testing.assert_close(norms, torch.tensor([math.inf, 5 ** 0.5, math.nan, 2 ** 0.5 * 1e30, 0]).to(dtype),
+                                   equal_nan=True)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_bit_of_noise_in_f_does_not_couple_samples(solver):
+    """At tol = 0: sample 0 is solved exactly, and one ulp off at every second call, as atomic additions may be."""
+    calls = []
+
+    def f(h):
+        calls.append(None)
+        out = torch.cos(h)
+        out[0] = 1 + (len(calls) % 2) * 2 ** -23
+        return out
+
+    result = solver(f, torch.ones(3, 2), max_iter=12, tol=0)
+    assert result.residual[0] == 0 and result.residual[1] > 0 and len(result.trace.unique(dim=1)[0]) > 1
