@@ -1345,9 +1345,9 @@ def test_a_bit_of_noise_in_f_does_not_couple_samples(solver):
 
     def f(h):
         calls.append(None)
-        out = torch.cos(h)
-        out[0] = 1 + (len(calls) % 2) * 2 ** -23
+        out = 0.9 * h + 1
+        out[0] = 1 + (len(calls) % 2 == 0) * 2 ** -23
         return out
 
     result = solver(f, torch.ones(3, 2), max_iter=12, tol=0)
-    assert result.residual[0] == 0 and result.residual[1] > 0 and len(result.trace.unique(dim=1)[0]) > 1
+    assert result.residual[0] == 0 and result.trace[:, 0].max() < 2e-7 and result.trace[0, 1] > 0.1
