@@ -321,13 +321,18 @@ class _Progress:
         squares = row_norms.to(_wide(row_norms)).square()
         return _segments(squares, "sum", self.offsets).sqrt().to(row_norms.dtype)
 
+    def part_norms(self, x):
+        """[||x_p|| (N,) for the parts of x (rows, D) that count by themselves]; of x as a whole if they do not."""
+        columns = x.split_with_sizes(self.layout.sizes, dim=1) if self.by_part else (x,)
+        return [self.per_sample(_norms(column, x.dtype)) for column in columns]
+
     def products(self, a, b):
         """(N, i, j): of each sample, the inner products of the states a (i, rows, D) with the states b (j, rows, D)."""
         products = _products(a, b)
         return products if self.offsets is None else _segments(products, "sum", self.offsets)
 
     def call(self, x, g, f_out=None):
-        """g <- f(x) - x, all (rows, D); f_out <- f(x) if wanted.  Returns the parts of x and f(x)."""
+        """g <- f(x) - x, all (rows, D); f_out <- f(x) if wanted.  Returns the parts of f(x)."""
         x_parts = self.layout.parts(x)
         f_parts = _call(self.f, x_parts, self.layout.spec, self.layout.shapes)
         for f_part, x_part, g_part in zip(f_parts, x_parts, self.layout.split(g)):
@@ -335,22 +340,20 @@ class _Progress:
         if f_out is not None:
             for f_part, out in zip(f_parts, self.layout.split(f_out)):
                 out.copy_(f_part)
-        return x_parts, f_parts
+        return f_parts
 
     def evaluate(self, x, g, f_out=None):
         """As `call`, and records the residual at x.  Returns ||g|| (N,), with a b at least its rounding."""
-        x_parts, f_parts = self.call(x, g, f_out)
-        norm, eps = self.per_sample(_norms(g, g.dtype)), torch.finfo(g.dtype).eps
+        f_parts, eps = self.call(x, g, f_out), torch.finfo(g.dtype).eps
+        norms = self.part_norms(g)
+        norm = _together(norms)
         if self.b is not None:      # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
-            x_norm = self.per_sample(_norms(x, x.dtype))
+            sizes = self.part_norms(x)
+            x_norm = _together(sizes)
             norm = torch.maximum(norm, eps * x_norm)
-        if self.by_part or self.stop_mode in ("rel", "rel_joint"):
-            of_parts = f_parts if self.b is None else x_parts
-            sizes = [self.per_sample(_norms(p, torch.promote_types(p.dtype, g.dtype))) for p in of_parts]
-            size = sizes[0].to(g.dtype) if len(sizes) == 1 else torch.linalg.vector_norm(
-                torch.stack(sizes), dim=0, dtype=_wide(g)).to(g.dtype)
-            if self.b is None:
-                self.size = size
+        elif self.stop_mode in ("rel", "rel_joint"):
+            sizes = [self.per_sample(_norms(p, torch.promote_types(p.dtype, g.dtype))).to(g.dtype) for p in f_parts]
+            self.size = _together(sizes)
         if self.stop_mode == "max":
             residual = _largest(g)
             residual = residual if self.offsets is None else _segments(residual, "max", self.offsets)
@@ -360,9 +363,9 @@ class _Progress:
             own = _ratio(norm, torch.maximum(x_norm, eps * _norms(x_norm[None], x_norm.dtype)))
             residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
         if self.by_part:            # a small part would hide behind a large one
-            for g_part, part_size in zip(self.layout.split(g), sizes):
-                part_norm = self.per_sample(_norms(g_part, g.dtype))
-                residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(part_size.to(g.dtype), eps * size)))
+            least = eps * (self.size if self.b is None else x_norm)
+            for part_norm, size in zip(norms, sizes):
+                residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(size, least)))
         # Above `limit` a sample is lost.  The first ||g|| says little where h0 happens to be a root (then ||h0|| does)
         # and nothing where both are 0, as in rows that no neighbour has reached yet (then the batch does).
         if self.limit is None:
@@ -442,6 +445,12 @@ class _Progress:
             converged = residual <= self.tol
         h = tree_unflatten(self.layout.parts(x_best), self.layout.spec)
         return SolverResult(h, residual, self.evals, self.trace[:self.evals], converged)
+
+
+def _together(norms):
+    """The norm (N,) of several parts."""
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(
+        torch.stack(norms), dim=0, dtype=_wide(norms[0])).to(norms[0].dtype)
 
 
 def _ratio(norm, size):
