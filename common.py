@@ -143,7 +143,7 @@ def _forget_cached_weights():
 
 
 def _explain(error):
-    """Raises what to do instead, where a transform of torch cannot pass a solver or a backward pass of ours.
+    """Raises what to do instead, if a transform of torch cannot pass a solver or a backward pass of ours.
 
     torch has no exceptions of their own for these, so their texts are matched; an unknown one passes.
     """
@@ -184,7 +184,7 @@ def _check_offsets(offsets, rows):
 
 
 def _segments(x, how, offsets):
-    """Of x (rows, ...) the sum or max over the rows of every sample, (N, ...)."""
+    """The sum or max of x (rows, ...) over the rows of every sample, (N, ...)."""
     return torch.segment_reduce(x, how, offsets=offsets, initial=0, unsafe=True)     # its check would wait for a GPU
 
 
@@ -288,12 +288,13 @@ class _Progress:
         self.max_iter = _check_budget(max_iter, tol, stop_mode)
         self.f, self.tol, self.stop_mode, self.offsets = f, float(tol), stop_mode, offsets
         self.layout = _Layout(h0)
-        self.x0 = self.layout.pack(_flatten(h0)[0])
+        self.x0 = self.layout.pack(tree_flatten(h0)[0])
         N, device = self.layout.N, self.x0.device
         if offsets is not None:
             _check_offsets(offsets, N)
             self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
             N = len(offsets) - 1
+        self.on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()    # where to look costs nothing
         self.b = self.limit = None
         if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
             b = _flatten(stop_mode)[0]
@@ -302,12 +303,12 @@ class _Progress:
             size = self.per_sample(_norms(self.b, self.b.dtype))
             # A sample with b = 0 is measured by the whole batch's b, and by itself: f may couple it with the others.
             self.zero_b, self.size = size == 0, torch.where(size > 0, size, _norms(size[None], size.dtype))
+            self.some_b_is_zero = not self.on_cpu or bool(self.zero_b.any())        # or may be
         self.by_part = len(self.layout.shapes) > 1 and self.stop_mode in ("rel", "b")
         self.trace = self.x0.new_empty(self.max_iter + 1, N)
         self.lowest = self.x0.new_full((N,), math.inf)
         self.moving = torch.ones(N, dtype=torch.bool, device=device)
         self.coupled = torch.zeros((), dtype=torch.bool, device=device)
-        self.on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()    # where to look costs nothing
         self.evals, self.check_every, self.nobody_stands = 0, 1 if device.type == "cpu" else 8, self.on_cpu
 
     def per_row(self, x):
@@ -359,7 +360,7 @@ class _Progress:
             residual = residual if self.offsets is None else _segments(residual, "max", self.offsets)
         else:
             residual = self.relative(norm)
-        if self.b is not None and (not self.on_cpu or bool(self.zero_b.any())):
+        if self.b is not None and self.some_b_is_zero:
             own = _ratio(norm, torch.maximum(x_norm, eps * _norms(x_norm[None], x_norm.dtype)))
             residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
         if self.by_part:            # a small part would hide behind a large one
@@ -517,17 +518,17 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
     parts, behind which a small part can hide), ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the
     residual of f, not the length of the damped step.  "rel" cannot fall where h* = 0: use "abs" there.  (A part counts
     with at least eps times the norm of all parts.)  For an affine f(h) = J h + b, stop_mode may be the state b:
-    ||f(h) - h|| / ||b||, which an h that explodes does not make small (||b|| of the batch where a sample's b is zero),
-    and, if there are several parts, no more than tol for ||f(h) - h|| / ||h|| of each part.
+    ||f(h) - h|| / ||b||, which an h that explodes does not make small.  If a sample's b is zero, it is measured by the
+    batch's ||b|| and by its own ||h||.  If there are several parts, each is also measured by its own ||h||.
     max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  (If some
     samples converge and the others are lost before that, the last call is at h.)  Memory 3 states, with every solver
-    one more for b.  Never raises for a map that does not converge: look at `converged`.  A
-    sample is given up when ||f(h) - h|| is not finite or a million times its first value.  Raises ValueError for an
+    one more for b.  Never raises for a map that does not converge: look at `converged`.  A sample is given up (lost) if
+    ||f(h) - h|| is not finite, or above both a million times its first value and 1000 ||h0||.  Raises ValueError for an
     impossible argument.
 
     f receives every part in h0's own dtype, in which h comes back; the residual is that of this h.  (Under autocast
     float32 stands for half precision.)  The solver's own vectors are float32, or float64 if a part is.  No residual
-    falls much below the rounding of f: 1e-3 to 1e-2 in bfloat16, 1e-4 to 1e-3 in float16, 1e-7 to 1e-6 in float32.
+    falls much below the rounding of f: with tanh layers about 1e-3 in bfloat16, 1e-4 in float16, 1e-7 in float32.
 
     f must neither change its argument, which is a ValueError, nor keep it: it may be a view of the solver's vectors,
     which is not contiguous if h0 has several parts.
@@ -918,7 +919,7 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
 
     g is multiplied by a power of two before the solve, and g_hat divided by it, so that the scale of the loss cannot
     under- or overflow it.  If g is not finite, neither is the sample's gradient (torch.amp.GradScaler relies on that).
-    If f couples samples (BatchNorm), use another solver than gmres, or, for the rows of a graph, offsets.
+    If f couples samples, use offsets (for BatchNorm [0, N]), or another solver than gmres.
 
     One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `equilibrium`.  Raises ValueError for an
     impossible argument and where f(h) has another shape than h, RuntimeError for a second derivative.
@@ -1134,7 +1135,8 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     call of f and n_iter VJPs.  v is of torch's own random numbers.  Raises ValueError under torch.inference_mode(), and
     for an f without a graph.
     """
-    _require(_whole(n_iter, "n_iter") >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
+    n_iter = _whole(n_iter, "n_iter")
+    _require(n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
     lam = float(_fraction(lam, "lam"))
     inputs, outputs = _linearized(f, h)
     layout = _Layout(inputs)
@@ -1148,7 +1150,7 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
         return norms if offsets is None else _segments(norms.square(), "sum", offsets).sqrt()
 
     size, growth = norms(v), []
-    for _ in range(_whole(n_iter, "n_iter")):
+    for _ in range(n_iter):
         size = size.to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny)
         v = v / (size if offsets is None else size[sample_of])[:, None]
         j = layout.pack(_vjp(outputs, inputs, layout.split(v)))
@@ -1251,7 +1253,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
     before = [(b, b.clone()) for b in (*buffers, *(b for _, _, b in owned))]
     samples = {} if offsets is None else {"offsets": offsets}
     parts, spec = _flatten(h0)
-    like, device, backward, calls = (spec, [p.shape for p in parts], "h must be a state"), parts[0].device, [], 0
+    shapes, device = [p.shape for p in parts], parts[0].device
+    backward, calls = [], 0
 
     def counted(h):
         nonlocal calls
@@ -1294,7 +1297,7 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
                     rho[lam] = spectral_radius(f, star.h, lam=lam, n_iter=radius_iter, **samples)
             for grad, k, lam in rows:
                 calls, start = 0, star.h if h is None else h(k) if callable(h) else h
-                _returned(start, *like)
+                _returned(start, spec, shapes, "h must be a state")
                 grads = gradient({"upg": lambda: upg(counted, start, k, lam),
                                   "npg": lambda: npg(counted, start, k, lam),
                                   "implicit": lambda: exact(gmres, k, 0.0, start)}[grad])

@@ -133,21 +133,24 @@ def test_a_step_can_be_counted_by_flop_counter_mode(grad):
     assert counter.get_total_flops() > 0
 
 
+class Inference(nn.Module):
+    """A fixed budget and no graph: what can be exported."""
+
+    def __init__(self, solver):
+        super().__init__()
+        self.layer, self.solver = nn.Linear(6, 6), solver
+
+    def forward(self, x):
+        with torch.no_grad():
+            return equilibrium(lambda h: torch.tanh(0.5 * self.layer(h) + x), torch.zeros_like(x), solver=self.solver,
+                               max_iter=8, tol=0.0)[0]
+
+
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 exports no operation with out=")
 @pytest.mark.parametrize("solver", [fixed_point, anderson, broyden])
 def test_inference_with_a_fixed_budget_can_be_exported(solver):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(6, 6)
-
-        def forward(self, x):
-            with torch.no_grad():
-                return equilibrium(lambda h: torch.tanh(0.5 * self.layer(h) + x), torch.zeros_like(x), solver=solver,
-                                   max_iter=8, tol=0.0)[0]
-
     torch.manual_seed(0)
-    model, x = Model().eval(), torch.randn(5, 6)
+    model, x = Inference(solver).eval(), torch.randn(5, 6)
     sizes = {0: torch.export.Dim("N", min=2, max=64)}
     program = torch.export.export(model, (torch.randn(3, 6),), dynamic_shapes=(sizes,), strict=False)
     torch.testing.assert_close(program.module()(x), model(x))
@@ -447,17 +450,7 @@ def test_onnx_runs_fixed_point(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(6, 6)
-
-        def forward(self, x):
-            with torch.no_grad():
-                return equilibrium(lambda h: torch.tanh(0.5 * self.layer(h) + x), torch.zeros_like(x),
-                                   solver=fixed_point, max_iter=8, tol=0.0)[0]
-
-    model, x = Model().eval(), torch.randn(5, 6)
+    model, x = Inference(fixed_point).eval(), torch.randn(5, 6)
     torch.onnx.export(model, (torch.randn(3, 6),), tmp_path / "x.onnx", dynamo=True,
                       dynamic_shapes=({0: torch.export.Dim("N", min=2, max=64)},))
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
