@@ -563,6 +563,32 @@ def test_a_folder_has_one_owner_until_that_is_killed(tmp_path, capsys):
     assert "cannot make this folder" in capsys.readouterr().err
 
 
+def test_a_second_writer_mixes_no_bytes(tmp_path, monkeypatch):
+    """It saves while the first is in the middle of doing so; each has a file of its own until it is complete."""
+    path, save, pid = tmp_path / "checkpoint.pt", torch.save, os.getpid()
+
+    def interrupted(state, file):
+        if state["who"] == 1:
+            file.write(b"half of it")
+            monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+            save_checkpoint(path, {"who": 2})
+            monkeypatch.setattr(os, "getpid", lambda: pid)
+            file.seek(0)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    save_checkpoint(path, {"who": 1})
+    assert torch.load(path)["who"] == 1 and torch.load(tmp_path / "checkpoint.pt.previous")["who"] == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.pt.previous"}
+
+
+def test_a_warm_up_as_long_as_the_run_is_named(tmp_path, capsys):
+    for warmup, named in ((50, True), (49, False)):
+        args = SimpleNamespace(out=str(tmp_path), warmup_steps=warmup)
+        common.start_log(args, Process(0, 1, torch.device("cpu")), 0, 1, "a run", steps=50)
+        assert (f"lower --warmup-steps {warmup}" in capsys.readouterr().out) == named
+
+
 def test_the_checkpoint_before_counts_if_the_last_one_is_gone(tmp_path, capsys):
     previous = tmp_path / "checkpoint.pt.previous"
     previous.touch()
