@@ -1,64 +1,48 @@
-"""Solvers, gradients and run helpers for "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
+"""Solvers, gradients and training runs for "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
-An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z) with the input u
-and the parameters theta closed over).  Finding h* is the solver's job; this file also holds the gradient's:
+An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z) with the
+input u and the parameters theta closed over).  A solver finds h*.  Its gradient is a choice of its own:
 
     h, result = equilibrium(f, h0, grad="upg", k=5, lam=0.5, solver=broyden, max_iter=22, tol=1e-4)
     loss(h).backward()                                   # reaches everything f closes over
 
-    grad        backward pass, with J = df/dh at h*, B = lam J + (1 - lam) I, g = dL/dh        memory (graphs of f)
-    "upg"       autograd through k damped steps from h*, Eq. (16), Algorithm 1                  k
-    "npg"       g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g, Eq. (17)                           1
-    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient           1 (plus its states)
-    "bptt"      autograd through every iteration of the forward solve, Eq. (10)                 max_iter
+    grad        backward pass, with J = df/dh at h*, B = lam J + (1 - lam) I, g = dL/dh   memory: graphs of f
+    "upg"       autograd through k damped steps from h*, Eq. (16), Algorithm 1            k
+    "npg"       g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g, Eq. (17)                     1
+    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient     1, and its states
+    "bptt"      autograd through every iteration of the forward solve, Eq. (10)           max_iter
 
-A state h is a tensor whose first dimension is the batch N, or tuples, lists, dicts, ... of such tensors (any pytree of
-torch).  Every decision is taken per sample: where f treats samples independently, a batch gives the same answers as its
-samples one at a time.
-The paper writes Jacobians transposed: its "Jacobian-vector product" with J is PyTorch's vector-Jacobian product (VJP).
+A state h is a tensor whose first dimension is the batch N, or tuples, lists, dicts, ... of such tensors (any
+pytree of torch).  Every decision is taken per sample: if f treats samples independently, a batch gives the
+same answers as its samples one at a time.
+The paper writes Jacobians transposed: its "Jacobian-vector product" is PyTorch's vector-Jacobian product.
 
-Needs torch 2.6 or newer only: copy it into your project; the mathematics ends at "Run helpers".  Or copy a part of it,
-with the imports contextlib, functools, math, operator, torch and those from typing and torch, the line `State = ...`,
+The mathematics ends at "Part 2" and needs torch 2.6 or newer only.  Copy this file into your project, or
+a part of it together with its first block of imports and the line `State = ...`:
 
     a solver    the section before the solvers, and `_solver`
     upg         from `_require` to `_explain`, `_check_phantom`
     npg         the same, and from `_vjp` to `_Undifferentiable`
-    implicit    a solver (`gmres`, or change the default), and from `_vjp` to `_Undifferentiable`
+    implicit    a solver (for `gmres` all up to it), and from `_vjp` to `_Undifferentiable`
 """
 import contextlib
-import datetime
-import errno
 import functools
 import gc
-import io
-import json
 import math
 import operator
-import os
-import random
-import shlex
-import shutil
-import signal
-import statistics
-import subprocess
-import sys
-import time
-import types
 import warnings
-from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 State = Tensor | tuple | list | dict
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The state as one flat (N, D) tensor, and the bookkeeping that the solvers share
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The state as one flat (rows, D) tensor, and the bookkeeping that the solvers share
+# ------------------------------------------------------------------------------------------------------------
 
 def _require(ok, message):
     if not ok:
@@ -86,19 +70,22 @@ def _fraction(x, name):
 
 
 def _flatten(h):
-    """The tensors of a state and the structure that holds them.  Half precision becomes float32 under autocast.
+    """The tensors of a state and the structure that holds them.
 
-    (So that a start like torch.zeros_like(u), whose u autocast has computed, does not cost precision.)
+    Half precision becomes float32 under autocast: a start like torch.zeros_like(u), for a u that autocast has
+    computed, should not cost precision.
     """
     parts, spec = tree_flatten(h)
     for p in parts or [h]:
         if not (torch.is_tensor(p) and p.is_floating_point() and p.dim() > 0 and not p.is_nested
                 and p.layout == torch.strided and not hasattr(p, "to_local")):
-            found = f"{type(p).__name__} {p.dtype} with {p.dim()} dimensions" if torch.is_tensor(p) else repr(p)[:80]
+            found = repr(p)[:80]
+            if torch.is_tensor(p):
+                found = f"{type(p).__name__} {p.dtype} with {p.dim()} dimensions"
             raise ValueError(
-                "h0 must be a floating-point tensor with the batch as first dimension, or a tuple, list, dict, ... of "
-                f"them, got {found}.  Counters and flags stay outside of it; complex numbers go as "
-                "torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
+                "h0 must be a floating-point tensor with the batch as first dimension, or a tuple, list, "
+                f"dict, ... of them, got {found}.  Counters and flags stay outside of it; complex numbers go "
+                "as torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
     _require(all(p.shape[0] == parts[0].shape[0] for p in parts),
              f"the parts of h0 differ in batch size: {[tuple(p.shape) for p in parts]}")
     if torch.is_autocast_enabled(parts[0].device.type):
@@ -113,19 +100,22 @@ def _returned(h, spec, shapes, name="f must return a state"):
     try:        # by the keys of a dict, not by their order; if h0 is a tensor, a tuple counts as one part
         parts = [h] if spec.is_leaf() else spec.flatten_up_to(h)
     except ValueError as error:
-        raise ValueError(f"{name} of the shape of h0: a tensor if h0 is one, else the same tuple, list, dict, ... "
-                         f"({error})") from None
-    if not all(torch.is_tensor(p) and p.is_floating_point() for p in parts) or [p.shape for p in parts] != shapes:
-        found = [f"{tuple(p.shape)} of {p.dtype}" if torch.is_tensor(p) else type(p).__name__ for p in parts]
+        raise ValueError(f"{name} of the shape of h0: a tensor if h0 is one, else the same tuple, list, "
+                         f"dict, ... ({error})") from None
+    real = all(torch.is_tensor(p) and p.is_floating_point() for p in parts)
+    if not real or [p.shape for p in parts] != shapes:
+        expected = ", ".join(str(tuple(s)) for s in shapes)
+        found = ", ".join(f"{tuple(p.shape)} of {p.dtype}" if torch.is_tensor(p) else type(p).__name__
+                          for p in parts)
         raise ValueError(f"{name} of the shape of h0, a tensor if h0 is one, of real floating-point numbers: "
-                         f"{', '.join(str(tuple(s)) for s in shapes)} expected, {', '.join(found)} returned")
+                         f"{expected} expected, {found} returned")
     return parts
 
 
 def _call(f, h, spec, shapes):
     """The parts of f(h), for the parts h of a state."""
     copied = torch.compiler.is_compiling() or any(p.is_inference() for p in h)
-    if copied:                              # torch does not count there how often a tensor was changed in place
+    if copied:                          # torch does not count there how often a tensor was changed in place
         h = [p.clone() for p in h]
     versions = None if copied else [p._version for p in h]
     f_parts = _returned(f(h[0] if spec.is_leaf() else tree_unflatten(h, spec)), spec, shapes)
@@ -136,7 +126,7 @@ def _call(f, h, spec, shapes):
 
 
 def _forget_cached_weights():
-    """Weights that autocast or parametrize.cached() hold from a solve without a graph would get no gradient."""
+    """Those that autocast or parametrize.cached() hold from a solve without a graph would get no gradient."""
     if not torch.compiler.is_compiling():
         torch.clear_autocast_cache()
         torch.nn.utils.parametrize._cache.clear()
@@ -149,24 +139,24 @@ def _explain(error):
     """
     text = str(error)
     if "forward AD" in text:
-        remedy = "forward-mode derivatives (jvp, jacfwd, hessian) cannot pass a fixed-point solver: use reverse mode, "\
-                 "with grad='upg' for second derivatives (torch.func.jacrev of jacrev)"
+        remedy = ("forward-mode derivatives (jvp, jacfwd, hessian) cannot pass a fixed-point solver: use "
+                  "reverse mode, with grad='upg' for second derivatives (torch.func.jacrev of jacrev)")
     elif (("vmap: " in text and "not possible" in text) or ("functorch" in text and "requires_grad_" in text)
           or "Batching rule not implemented" in text):
-        remedy = "a fixed-point solver cannot run under vmap, nor 'npg' and 'implicit' under any transform of "\
-                 "torch.func: call vmap inside f, and use grad='upg' under torch.func.grad"
+        remedy = ("a fixed-point solver cannot run under vmap, nor 'npg' and 'implicit' under any transform "
+                  "of torch.func: call vmap inside f, and use grad='upg' under torch.func.grad")
     elif "selective activation checkpoint" in text:
-        remedy = "npg and implicit run f's backward pass several times, which selective activation checkpointing "\
-                 "refuses: use grad='upg', or plain checkpoint(..., use_reentrant=False)"
+        remedy = ("npg and implicit run f's backward pass several times, which selective activation "
+                  "checkpointing refuses: use grad='upg', or plain checkpoint(..., use_reentrant=False)")
     else:
         return
     raise RuntimeError(f"equilibrium: {remedy}") from error
 
 
-def _check_budget(max_iter, tol, stop_mode, which=""):
+def _check_budget(max_iter, tol, stop_mode="rel", which=""):
     max_iter = _whole(max_iter, f"{which}max_iter")
-    _require(isinstance(tol, (int, float)) or hasattr(tol, "item"), f"{which}tol must be >= 0, got {tol!r}")
-    _require(float(tol) >= 0, f"{which}tol must be >= 0, got {tol!r}")
+    number = isinstance(tol, (int, float)) or hasattr(tol, "item")
+    _require(number and float(tol) >= 0, f"{which}tol must be >= 0, got {tol!r}")
     if not any(map(torch.is_tensor, tree_flatten(stop_mode)[0])):           # else a state
         _require(stop_mode in ("rel", "rel_joint", "abs", "max"),
                  f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
@@ -177,15 +167,11 @@ def _check_offsets(offsets, rows):
     if not (torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
             and len(offsets) >= 1):
         raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
-    # Looking at values on a GPU would wait for it.  Not _require: it would write all the offsets out at every call.
+    # On a GPU a look at the values would wait.  Not _require: it would write out all offsets at every call.
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and not (
             int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())):
-        raise ValueError(f"offsets must go from 0 up to the number of rows of h0, {rows}, got {offsets.tolist()}")
-
-
-def _segments(x, how, offsets):
-    """The sum or max of x (rows, ...) over the rows of every sample, (N, ...)."""
-    return torch.segment_reduce(x, how, offsets=offsets, initial=0, unsafe=True)     # its check would wait for a GPU
+        raise ValueError("offsets must go from 0 up to the number of rows of h0, "
+                         f"{rows}, got {offsets.tolist()}")
 
 
 def _wide(x):
@@ -202,8 +188,8 @@ def _largest(x):
 def _norms(x, dtype):
     """||x_i|| (N,) for x (N, ...), also if its square under- or overflows: a 0 would look like a solution.
 
-    On a CPU such a norm is that of x / max |x|, in float64.  Elsewhere the largest number stands in for it, since
-    looking at the norms would wait for the GPU.
+    On a CPU such a norm is that of x / max |x|, in float64.  Elsewhere the largest number stands in for it,
+    since looking at the norms would wait for the GPU.
     """
     dims = tuple(range(1, x.dim()))
     if not dims:
@@ -221,26 +207,44 @@ def _norms(x, dtype):
     return norms
 
 
-class _Layout:
-    """Maps a state to one flat (N, D) tensor and back, without copying on the way back unless a dtype differs.
+def _together(norms):
+    """The norm (N,) of a state from those of its parts."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0, dtype=_wide(norms[0])).to(norms[0].dtype)
 
-    The flat vectors are float32 (float64 if a part is); f gets every part in its own dtype.  A 4-dimensional part in
-    channels-last memory stays channels-last, so that f's convolutions meet the format that they were tuned for.
+
+def _ratio(norm, size):
+    """norm / size.  If both are 0, so is the residual; norm / inf would be 0 and look solved."""
+    return torch.where(norm == 0, 0, norm / size.clamp(max=torch.finfo(norm.dtype).max))
+
+
+class _Layout:
+    """How a state lies in one flat tensor (rows, D): its parts are columns, its samples are rows.
+
+    A sample is a row, or with offsets (N + 1,) the rows offsets[i] to offsets[i + 1].  The flat tensor is
+    float32, or float64 if a part is.  A 4-dimensional part in channels-last memory stays so, since f's
+    convolutions were tuned for that format.
     """
 
-    def __init__(self, h):
+    def __init__(self, h, offsets=None):
         parts, self.spec = _flatten(h)
         self.shapes, self.dtypes = [p.shape for p in parts], [p.dtype for p in parts]
-        self.N, self.device = parts[0].shape[0], parts[0].device
+        self.rows, self.device = parts[0].shape[0], parts[0].device
         self.sizes = [math.prod(s[1:]) for s in self.shapes]
         self.channels_last = [p.dim() == 4 and not p.is_contiguous()
                               and p.is_contiguous(memory_format=torch.channels_last) for p in parts]
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.N, self.offsets = self.rows, offsets
+        if offsets is not None:
+            _check_offsets(offsets, self.rows)
+            self.N = len(offsets) - 1
+            self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=self.rows)
 
     def split(self, x):
-        """Views of the columns of x (N, D), in the shapes of the parts."""
-        views = []
-        for column, shape, last in zip(x.split_with_sizes(self.sizes, dim=1), self.shapes, self.channels_last):
+        """The columns of x (rows, D) as views in the shapes of the parts."""
+        columns, views = x.split_with_sizes(self.sizes, dim=1), []
+        for column, shape, last in zip(columns, self.shapes, self.channels_last):
             if last:
                 n, c, *hw = shape
                 views.append(column.view(n, *hw, c).permute(0, 3, 1, 2))
@@ -249,88 +253,96 @@ class _Layout:
         return views
 
     def parts(self, x):
-        """The parts of x (N, D) as f gets them."""
+        """The parts of x (rows, D) as f gets them, in their own dtypes.  No copy unless the dtype differs."""
         return [view.to(dtype) for view, dtype in zip(self.split(x), self.dtypes)]
 
     def pack(self, parts):
-        x = torch.empty(self.N, sum(self.sizes), dtype=self.dtype, device=self.device)
+        x = torch.empty(self.rows, sum(self.sizes), dtype=self.dtype, device=self.device)
         for view, part in zip(self.split(x), parts):
             view.copy_(part)
         return x
 
+    def per_row(self, x):
+        """(rows, ...) from what belongs to the samples (N, ...)."""
+        return x if self.offsets is None else x[self.sample_of]
+
+    def per_sample(self, x, how):
+        """(N, ...) from what belongs to the rows (rows, ...), by how: "sum" or "max"."""
+        if self.offsets is None:
+            return x
+        # unsafe: without a check of the offsets that would wait for the GPU
+        return torch.segment_reduce(x, how, offsets=self.offsets, initial=0, unsafe=True)
+
+    def norms(self, x, dtype=None):
+        """||x|| of each sample (N,), for x (rows, ...), summed in `dtype`."""
+        norms = _norms(x, dtype or torch.promote_types(x.dtype, self.dtype))
+        if self.offsets is not None:
+            norms = self.per_sample(norms.to(_wide(x)).square(), "sum").sqrt()
+        return norms.to(self.dtype)
+
+    def products(self, a, b):
+        """(N, i, j): per sample, the inner products of the states a (i, rows, D) with b (j, rows, D)."""
+        return self.per_sample(_products(a, b), "sum")
+
 
 class SolverResult(NamedTuple):
-    """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples."""
-    h: State                # as h0; per sample of the lowest residual, h0 (gmres with b: zero) if none is finite
-    residual: Tensor        # (N,) its residual, inf where f was never finite.  If f couples samples, give offsets: else
-    n_evals: int            # calls of f                          it is of h itself only if all converge
-    trace: Tensor           # (n_evals, N) residual at every evaluation; a sample that stopped repeats its last one
+    """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples.
+
+    If f couples samples and offsets do not say so, `residual` is that of `h` itself only if all converged.
+    """
+    h: State                # each sample at its lowest residual; h0 (gmres with b: zero) if none is finite
+    residual: Tensor        # (N,) its residual, inf where f was never finite
+    n_evals: int            # calls of f
+    trace: Tensor           # (n_evals, N) residual at every evaluation; a stopped sample repeats its last one
     converged: Tensor       # (N,) bool, residual <= tol
 
 
+torch.serialization.add_safe_globals([SolverResult])        # torch.load of a checkpoint with a result in it
+
+
 class _Progress:
-    """Evaluates f, and keeps per sample: the trace of its residual, the lowest so far, whether it still moves.
+    """Evaluates f and keeps, per sample, the trace of its residual, its lowest, and whether it still moves.
 
-    A sample is a row of the flat state, or the rows offsets[i] to offsets[i + 1].
+    A sample stops when it has converged or is lost (see `fixed_point`; the official release has this
+    protective break for the whole batch).  If one that has stopped is later found above 10 tol, f couples
+    samples.  Then what was recorded before does not count, and all are one sample from there on, with the
+    residual of the worst: a state put together from several evaluations has none of their residuals.
 
-    A sample stops moving when it has converged, or when it is lost: if its f(h) - h is not finite, or a million times
-    the first (the official release's protective break, here per sample), or 1000 ||h0|| if that is more.  If one that
-    stands is later found above 10 tol, f couples samples.  Then what was recorded before does not count, and all are
-    one sample from there on, with the residual of the worst: a state put together from several evaluations has none of
-    their residuals.
-
-    Everything stays on the device; `finished` is the only host synchronisation (gmres has one like it, and one at a
-    restart, and `result` one more): at every evaluation on a CPU, at every 8th on a GPU, and never with tol = 0, where
-    the budget is the stop.  Disturbed samples are looked for as often, and at the last evaluation.
+    Everything stays on the device.  `finished` is the only host synchronisation (gmres has one like it and
+    one at a restart, `result` one more): at every evaluation on a CPU, at every 8th on a GPU, and never with
+    tol = 0, where only the budget ends a solve.  Disturbed samples are looked for as often, and at the last
+    evaluation.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
         self.max_iter = _check_budget(max_iter, tol, stop_mode)
-        self.f, self.tol, self.stop_mode, self.offsets = f, float(tol), stop_mode, offsets
-        self.layout = _Layout(h0)
-        self.x0 = self.layout.pack(tree_flatten(h0)[0])
-        N, device = self.layout.N, self.x0.device
-        if offsets is not None:
-            _check_offsets(offsets, N)
-            self.sample_of = torch.repeat_interleave(offsets.diff(), output_size=N)
-            N = len(offsets) - 1
-        self.on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()    # where to look costs nothing
+        self.f, self.tol, self.stop_mode = f, float(tol), stop_mode
+        self.layout = layout = _Layout(h0, offsets)
+        self.per_row, self.norms, self.products = layout.per_row, layout.norms, layout.products
+        self.finfo, self.x0 = torch.finfo(layout.dtype), layout.pack(tree_flatten(h0)[0])
+        # Where looking at a number costs nothing.
+        self.on_cpu = layout.device.type == "cpu" and not torch.compiler.is_compiling()
         self.b = self.limit = None
         if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
             b = _flatten(stop_mode)[0]
-            _require([p.shape for p in b] == self.layout.shapes, "stop_mode, a state, must be of the shape of h0")
-            self.b, self.stop_mode = self.layout.pack(b), "b"
-            size = self.per_sample(_norms(self.b, self.b.dtype))
-            # A sample with b = 0 is measured by the whole batch's b, and by itself: f may couple it with the others.
+            _require([p.shape for p in b] == layout.shapes, "stop_mode, a state, must be of the shape of h0")
+            self.b, self.stop_mode = layout.pack(b), "b"
+            size = self.norms(self.b)
+            # A sample with b = 0 is measured by the batch's b and by itself: f may couple it with the others.
             self.zero_b, self.size = size == 0, torch.where(size > 0, size, _norms(size[None], size.dtype))
             self.some_b_is_zero = not self.on_cpu or bool(self.zero_b.any())        # or may be
-        self.by_part = len(self.layout.shapes) > 1 and self.stop_mode in ("rel", "b")
-        self.trace = self.x0.new_empty(self.max_iter + 1, N)
-        self.lowest = self.x0.new_full((N,), math.inf)
-        self.moving = torch.ones(N, dtype=torch.bool, device=device)
-        self.coupled = torch.zeros((), dtype=torch.bool, device=device)
-        self.evals, self.check_every, self.nobody_stands = 0, 1 if device.type == "cpu" else 8, self.on_cpu
-
-    def per_row(self, x):
-        """Repeats what belongs to the samples (N, ...) for each of their rows (rows, ...)."""
-        return x if self.offsets is None else x[self.sample_of]
-
-    def per_sample(self, row_norms):
-        """Norms of the samples (N,) from those of the state's rows."""
-        if self.offsets is None:
-            return row_norms
-        squares = row_norms.to(_wide(row_norms)).square()
-        return _segments(squares, "sum", self.offsets).sqrt().to(row_norms.dtype)
-
-    def part_norms(self, x):
-        """[||x_p|| (N,) for the parts of x (rows, D) that count by themselves]; of x as a whole if they do not."""
-        columns = x.split_with_sizes(self.layout.sizes, dim=1) if self.by_part else (x,)
-        return [self.per_sample(_norms(column, x.dtype)) for column in columns]
-
-    def products(self, a, b):
-        """(N, i, j): of each sample, the inner products of the states a (i, rows, D) with the states b (j, rows, D)."""
-        products = _products(a, b)
-        return products if self.offsets is None else _segments(products, "sum", self.offsets)
+        self.by_part = len(layout.shapes) > 1 and self.stop_mode in ("rel", "b")
+        # A sample that has stopped is disturbed if its residual is above this.  Rounding may lift a solved
+        # one above tol.  A relative residual of 0.5 is far in any case.
+        self.far = 10 * self.tol
+        if self.stop_mode not in ("abs", "max"):
+            self.far = max(self.tol, min(max(self.far, 10 * self.finfo.eps), 0.5))
+        self.trace = self.x0.new_empty(self.max_iter + 1, layout.N)
+        self.lowest = self.x0.new_full((layout.N,), math.inf)
+        self.moving = torch.ones(layout.N, dtype=torch.bool, device=layout.device)
+        self.coupled = torch.zeros((), dtype=torch.bool, device=layout.device)
+        self.evals, self.check_every = 0, 1 if layout.device.type == "cpu" else 8
+        self.nobody_stands = self.on_cpu                    # False also if nobody knows
 
     def call(self, x, g, f_out=None):
         """g <- f(x) - x, all (rows, D); f_out <- f(x) if wanted.  Returns the parts of f(x)."""
@@ -343,21 +355,24 @@ class _Progress:
                 out.copy_(f_part)
         return f_parts
 
-    def evaluate(self, x, g, f_out=None):
-        """As `call`, and records the residual at x.  Returns ||g|| (N,), with a b at least its rounding."""
-        f_parts, eps = self.call(x, g, f_out), torch.finfo(g.dtype).eps
+    def part_norms(self, x):
+        """[||x_p|| (N,) for each part p of x (rows, D)] if the parts count by themselves, else [||x||]."""
+        columns = x.split_with_sizes(self.layout.sizes, dim=1) if self.by_part else (x,)
+        return [self.norms(column) for column in columns]
+
+    def measure(self, x, g, f_parts):
+        """(||g||, residual at x), both (N,), for g = f(x) - x and the parts of f(x).  See `fixed_point`."""
         norms = self.part_norms(g)
-        norm = _together(norms)
-        if self.b is not None:      # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
+        norm, eps = _together(norms), self.finfo.eps
+        if self.b is not None:  # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
             sizes = self.part_norms(x)
             x_norm = _together(sizes)
             norm = torch.maximum(norm, eps * x_norm)
         elif self.stop_mode in ("rel", "rel_joint"):
-            sizes = [self.per_sample(_norms(p, torch.promote_types(p.dtype, g.dtype))).to(g.dtype) for p in f_parts]
+            sizes = [self.norms(p) for p in f_parts]
             self.size = _together(sizes)
         if self.stop_mode == "max":
-            residual = _largest(g)
-            residual = residual if self.offsets is None else _segments(residual, "max", self.offsets)
+            residual = self.layout.per_sample(_largest(g), "max")
         else:
             residual = self.relative(norm)
         if self.b is not None and self.some_b_is_zero:
@@ -367,33 +382,40 @@ class _Progress:
             least = eps * (self.size if self.b is None else x_norm)
             for part_norm, size in zip(norms, sizes):
                 residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(size, least)))
-        # Above `limit` a sample is lost.  The first ||g|| says little where h0 happens to be a root (then ||h0|| does)
-        # and nothing where both are 0, as in rows that no neighbour has reached yet (then the batch does).
+        return norm, residual
+
+    def evaluate(self, x, g, f_out=None):
+        """As `call`, and records the residual at x.  Returns ||g|| (N,), with a b at least its rounding."""
+        norm, residual = self.measure(x, g, self.call(x, g, f_out))
+        # Above `limit` a sample is lost.  The first ||g|| says little where h0 happens to be a root (then
+        # ||h0|| does) and nothing where both are 0, as in rows that no neighbour has reached yet (then the
+        # batch does).
         if self.limit is None:
-            limit = torch.maximum(1e6 * norm, 1e3 * self.per_sample(_norms(x, x.dtype)))
-            self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=torch.finfo(limit.dtype).max)
+            limit = torch.maximum(1e6 * norm, 1e3 * self.norms(x))
+            self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=self.finfo.max)
         fine = norm <= self.limit                               # False for NaN
         moving = fine & (residual > self.tol)
-        if self.nobody_stands and bool(moving.all()):           # on a CPU: nobody was disturbed, and nobody is lost
+        if self.nobody_stands and bool(moving.all()):           # the common case, on a CPU
             self.moving = moving
-            self.record(self.joint(residual))
-            return norm
+        else:
+            self.stop_and_restart(norm, residual, fine)
+        self.record(self.joint(residual))
+        return norm
+
+    def stop_and_restart(self, norm, residual, fine):
+        """Sets who moves: a sample stops when it is solved or lost, and moves again if it is disturbed."""
         self.limit = torch.where(self.moving > fine, -1, self.limit)                # lost, for ever
         if self.on_cpu or (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter:
-            far = 10 * self.tol         # rounding may lift a solved sample above tol; a relative 0.5 is far in any case
-            far = far if self.stop_mode in ("abs", "max") else max(self.tol, min(max(far, 10 * eps), 0.5))
-            disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= far)
-            grown = torch.maximum(self.limit, 1e6 * norm).clamp(max=torch.finfo(norm.dtype).max)
+            disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= self.far)
+            grown = torch.maximum(self.limit, 1e6 * norm).clamp(max=self.finfo.max)
             self.limit = torch.where(disturbed, grown, self.limit)
             fine, self.moving = norm <= self.limit, self.moving | disturbed
             self.couple(disturbed.any())
         self.moving = fine & (residual > self.tol) & (self.moving | self.coupled)
         self.nobody_stands = self.on_cpu and bool(self.moving.all())
-        self.record(self.joint(residual))
-        return norm
 
     def couple(self, found):
-        """If `found` (0-dim.), a sample that stood has another residual than before: f couples samples."""
+        """If `found` (0-dim.), f couples samples: one that stood has another residual than before."""
         self.lowest = torch.where(found & ~self.coupled, math.inf, self.lowest)
         self.coupled = self.coupled | found
 
@@ -414,7 +436,7 @@ class _Progress:
     def improved(self):
         """Which samples (N,) the last evaluation found at their lowest residual."""
         residual = self.trace[self.evals - 1]
-        better = residual < self.lowest                     # False for NaN: a broken evaluation is never the best
+        better = residual < self.lowest         # False for NaN: a broken evaluation is never the best
         self.lowest = torch.where(better, residual, self.lowest)
         return better
 
@@ -422,7 +444,7 @@ class _Progress:
         """(the best state with x taken into account, where the next x may be written)."""
         better = self.improved()
         if self.on_cpu and bool((better | (self.lowest <= self.tol)).all()):
-            return x, x_best        # no copy: each sample has improved at x, or is solved and has not moved since
+            return x, x_best    # no copy: each sample has improved at x, or is solved and has not moved since
         return torch.where(self.per_row(better)[:, None], x, x_best, out=x_best), x
 
     def hold(self, g, moving):
@@ -433,33 +455,20 @@ class _Progress:
     def finished(self):
         if self.evals > self.max_iter:
             return True
-        return self.tol > 0 and self.evals % self.check_every == 0 and not bool(self.moving.any())    # host sync
+        looks = self.tol > 0 and self.evals % self.check_every == 0
+        return looks and not bool(self.moving.any())                                            # host sync
 
     def result(self, x_best, g, residual=None):
         residual = self.lowest if residual is None else residual
         converged = residual <= self.tol
         # The best states of those that are lost may be older than what the others were measured with.
         if (self.tol > 0 and self.check_every <= self.evals <= self.max_iter
-                and bool(converged.any() & ~converged.all())):                                              # host sync
+                and bool(converged.any() & ~converged.all())):                                  # host sync
             self.evaluate(x_best, g)
             residual = self.trace[self.evals - 1].nan_to_num(nan=math.inf, posinf=math.inf)
             converged = residual <= self.tol
         h = tree_unflatten(self.layout.parts(x_best), self.layout.spec)
         return SolverResult(h, residual, self.evals, self.trace[:self.evals], converged)
-
-
-def _together(norms):
-    """The norm (N,) of several parts."""
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(
-        torch.stack(norms), dim=0, dtype=_wide(norms[0])).to(norms[0].dtype)
-
-
-def _ratio(norm, size):
-    """norm / size.  If both are 0, so is the residual; norm / inf would be 0 and look solved."""
-    return torch.where(norm == 0, 0, norm / size.clamp(max=torch.finfo(norm.dtype).max))
-
-
-torch.serialization.add_safe_globals([SolverResult])        # torch.load of a checkpoint with a result in it
 
 
 def _pieces(N, D, device):
@@ -472,7 +481,7 @@ def _pieces(N, D, device):
 
 
 def _products(a, b):
-    """(N, i, j): of each sample, the inner products of the rows of a (i, N, D) with those of b (j, N, D)."""
+    """(N, i, j): of each row, the inner products of a (i, N, D) with b (j, N, D)."""
     (i, N, D), j = a.shape, len(b)
     pieces = _pieces(N, D, a.device)
     a, b = a.view(i, N * pieces, D // pieces), b.view(j, N * pieces, D // pieces)
@@ -480,9 +489,9 @@ def _products(a, b):
     return products if pieces == 1 else products.view(N, pieces, i, j).sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Solvers
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def _solver(method):
     """Runs a solver without a graph, and its own products in float32 also under autocast: only f sees that.
@@ -509,32 +518,40 @@ def _solver(method):
 
 
 @_solver
-def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
-                lam: float = 1.0, offsets: Tensor | None = None) -> SolverResult:
+def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4,
+                stop_mode: str | State = "rel", lam: float = 1.0,
+                offsets: Tensor | None = None) -> SolverResult:
     """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
 
-    Converges at the rate rho(lam J + (1 - lam) I).  Stops per sample at ||f(h) - h|| / ||f(h)|| <= tol ("rel", the
-    largest of this ratio over the parts of the state; "rel_joint", as official releases measure: one norm over all
-    parts, behind which a small part can hide), ||f(h) - h|| <= tol ("abs") or max |f(h) - h| <= tol ("max"): the
-    residual of f, not the length of the damped step.  "rel" cannot fall where h* = 0: use "abs" there.  (A part counts
-    with at least eps times the norm of all parts.)  For an affine f(h) = J h + b, stop_mode may be the state b:
-    ||f(h) - h|| / ||b||, which an h that explodes does not make small.  If a sample's b is zero, it is measured by the
-    batch's ||b|| and by its own ||h||.  If there are several parts, each is also measured by its own ||h||.
-    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.  (If some
-    samples converge and the others are lost before that, the last call is at h.)  Memory 3 states, with every solver
-    one more for b.  Never raises for a map that does not converge: look at `converged`.  A sample is given up (lost) if
-    ||f(h) - h|| is not finite, or above both a million times its first value and 1000 ||h0||.  Raises ValueError for an
-    impossible argument.
+    Converges at the rate rho(lam J + (1 - lam) I).  A sample stops when its residual, which is that of f and
+    not the length of the damped step, is at most tol.  stop_mode says what it is:
 
-    f receives every part in h0's own dtype, in which h comes back; the residual is that of this h.  (Under autocast
-    float32 stands for half precision.)  The solver's own vectors are float32, or float64 if a part is.  No residual
-    falls much below the rounding of f: with tanh layers about 1e-3 in bfloat16, 1e-4 in float16, 1e-7 in float32.
+        "rel"        ||f(h) - h|| / ||f(h)||, the largest over the parts of the state.  Cannot fall if h* = 0.
+                     (A part counts with at least eps times the norm of all parts.)
+        "rel_joint"  with one norm over all parts, as official releases measure: a small part can hide
+        "abs"        ||f(h) - h||
+        "max"        max |f(h) - h|
+        a state b    ||f(h) - h|| / ||b|| for an affine f(h) = J h + b, which no exploding h makes small.  A
+                     sample whose b is zero is measured by the batch's ||b|| and by its own ||h||.  Of
+                     several parts, each is also measured by its own ||h||.
 
-    f must neither change its argument, which is a ValueError, nor keep it: it may be a view of the solver's vectors,
-    which is not contiguous if h0 has several parts.
+    A sample is lost, and stops, if ||f(h) - h|| is not finite, or above both a million times its first value
+    and 1000 ||h0||.  A map that does not converge raises nothing: look at `converged`.
 
-    offsets (N + 1,): for samples of different length, as graphs: sample i is the rows offsets[i] to offsets[i + 1] of
-    the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the number of rows.
+    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.
+    (If some samples converge and the others are lost before that, the last call is at h.)  Memory 3 states,
+    and with every solver one more for b.
+
+    f gets every part in h0's own dtype, in which h comes back, and the residual is that of this h.  (Under
+    autocast float32 stands for half precision.)  The solver's own vectors are float32, or float64 if a part
+    is.  No residual falls much below the rounding of f: with tanh layers about 1e-3 in bfloat16, 1e-4 in
+    float16, 1e-7 in float32.  f must neither change its argument nor keep it: it may be a view of the
+    solver's vectors, which is not contiguous if h0 has several parts.
+
+    offsets (N + 1,): for samples of different length, as graphs.  Sample i is the rows offsets[i] to
+    offsets[i + 1] of the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the
+    number of rows.  Raises ValueError for an impossible argument, and where f changes its argument or returns
+    another shape.
     """
     lam = float(_fraction(lam, "lam"))
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
@@ -550,26 +567,27 @@ def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4
 
 @_solver
 def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
-             m: int = 6, beta: float = 1.0, ridge: float = 1e-4, offsets: Tensor | None = None) -> SolverResult:
+             m: int = 6, beta: float = 1.0, ridge: float = 1e-4,
+             offsets: Tensor | None = None) -> SolverResult:
     """Anderson acceleration (type II) over the last m pairs (h_i, f(h_i)), with g_i = f(h_i) - h_i:
 
         h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
-        alpha = argmin ||sum_i alpha_i g_i||^2 + ridge sum_i alpha_i^2 ||g_i||^2  subject to  sum_i alpha_i = 1.
+        alpha = argmin ||sum_i alpha_i g_i||^2 + ridge sum_i alpha_i^2 ||g_i||^2  with  sum_i alpha_i = 1.
 
-    Each pair has a ridge of its own size.  A common one would be set by the oldest, largest residuals of the window,
-    so that more memory would be slower.  An absolute one stalls once the residuals have shrunk below it.  More than
-    m = 6 saved at most one evaluation on the F of MDEQ, of the Transformer and of tanh layers.  A sample whose small
-    system cannot be solved uses its newest pair alone.  Stops, reports and costs as `fixed_point` does.  Memory
-    2 m + 5 states.  Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    Each pair has a ridge of its own size.  A common one would be set by the oldest, largest residuals of the
+    window, an absolute one stalls once the residuals have shrunk below it.  m above 6 saved at most one
+    evaluation on the F of MDEQ and of the Transformer.  A sample whose small system cannot be solved uses its
+    newest pair alone.  Stops, reports and costs as `fixed_point` does.  Memory 2 m + 5 states.  Walker and
+    Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     m = _whole(m, "m")
     beta = float(_fraction(beta, "beta"))
     _require(ridge >= 0, f"ridge must be >= 0, got {ridge!r}")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best = run.x0.clone(), run.x0
-    m, N = min(m, run.max_iter), run.lowest.shape[0]
-    fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # overwritten in turn: the order does not matter
-    gram = x.new_zeros(N, m, m)                                 # gram[i, j] = g_i . g_j
+    m, N = min(m, run.max_iter), run.layout.N
+    fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # overwritten in turn, in any order
+    gram = x.new_zeros(N, m, m)                                     # gram[i, j] = g_i . g_j
     ones = x.new_ones(N, m)
     while True:
         i = run.evals % m
@@ -578,12 +596,12 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         if run.finished():
             return run.result(x_best, gs[i])
         n = min(run.evals, m)
-        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                               # (N, n): the one new row
+        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                   # (N, n): the one new row
         gram[:, i, :n] = row
         gram[:, :n, i] = row
         system = gram[:, :n, :n].clone()
         system.diagonal(dim1=1, dim2=2).mul_(1 + ridge)
-        alpha, info = torch.linalg.solve_ex(system, ones[:, :n])        # the checked variant would synchronise
+        alpha, info = torch.linalg.solve_ex(system, ones[:, :n])    # the checked variant would synchronise
         alpha = alpha / alpha.sum(dim=1, keepdim=True)
         plain = (info != 0) | ~alpha.isfinite().all(dim=1)
         alpha = alpha.masked_fill(plain[:, None], 0)
@@ -600,24 +618,25 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
-    The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the steps
-    s_0 = g, s_1, ... are kept, and read twice (after Kelley, "Iterative Methods for Linear and Nonlinear Equations",
-    1995, Sec. 7.3).  After step s_n, with g at the new state,
+    The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the
+    steps s_0 = g, s_1, ... are kept, and read twice (after Kelley, "Iterative Methods for Linear and
+    Nonlinear Equations", 1995, Sec. 7.3).  After step s_n, with g at the new state,
 
         alpha_0 = 0,  alpha_{j+1} = (s_j . g + sum_{i<=j} (s_j . s_i) alpha_i) / (s_j . s_j),  j = 0 .. n
         s_{n+1} = (g + sum_{i<=n} alpha_i s_i) / (1 - alpha_{n+1})
 
     alpha is linear in the products s_j . g: alpha = T (s_j . g)_j, and T grows by a row per step.
 
-    memory: steps kept (default max_iter).  When it is full the method restarts from the current state; overwriting
-    the oldest pairs, as public code does, stalls it.  Where the update would divide by almost zero, that sample
-    restarts with the plain step.  Stops, reports and costs as `fixed_point` does.  Memory `memory` + 4 states.
+    memory: steps kept (default max_iter).  When it is full the method restarts from the current state;
+    overwriting the oldest pairs, as public code does, stalls it.  A sample whose update would divide by
+    almost zero, or whose step might be longer than 1e15, restarts with the plain step.  Stops, reports and
+    costs as `fixed_point` does.  Memory `memory` + 4 states.
     """
-    memory = None if memory is None else _whole(memory, "memory")
+    memory = math.inf if memory is None else _whole(memory, "memory")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best = run.x0.clone(), run.x0
-    m, N = min(memory or run.max_iter, run.max_iter), run.lowest.shape[0]
-    rows = x.new_empty(m + 1, *x.shape)                 # g, s_0, s_1, ...: the only large buffer, allocated once
+    m, N = min(memory, run.max_iter), run.layout.N
+    rows = x.new_empty(m + 1, *x.shape)             # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
     lengths = x.new_zeros(N, m + 1)                 # of the rows
     T = x.new_zeros(N, m + 1, m)
@@ -632,20 +651,21 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         run.hold(g, run.moving)
         if n == 0:
             alpha = x.new_zeros(N, 1)
-        else:       # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
+        else:   # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
             # A view of g and s_{n-1}, unless its stride is beyond the int that cuBLAS takes.
             pair = rows[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([g, rows[n]])
-            products = run.products(pair, rows[1:n + 1])                                               # (N, 2, n)
+            products = run.products(pair, rows[1:n + 1])                                        # (N, 2, n)
             square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
-            torch.reciprocal(square.clamp_min(torch.finfo(x.dtype).tiny), out=inverse)  # at rest a step has length 0
+            torch.reciprocal(square.clamp_min(run.finfo.tiny), out=inverse)     # a sample at rest: length 0
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])
             torch.sqrt(square, out=lengths[:, n:n + 1])
-            alpha = torch.bmm(T[:, :n + 1, :n], products[:, 0, :, None])[:, :, 0]       # (N, n + 1)
+            alpha = torch.bmm(T[:, :n + 1, :n], products[:, 0, :, None])[:, :, 0]               # (N, n + 1)
         c = (1 - alpha[:, n:]).reciprocal()
         coefficients = torch.cat([c, c * alpha[:, :n]], dim=1)              # of the rows, in s_n
+        # The bound is on the sum of the parts: if they are long and cancel, what is left is as uncertain.
         lengths[:, 0] = norm
-        bound = torch.linalg.vector_norm(coefficients * lengths[:, :n + 1], 1, dim=1, keepdim=True)     # on ||s_n||
-        ok = (c.abs() < 1e5) & (bound < 1e15)                           # False for NaN; 1e15 squares within float32
+        bound = torch.linalg.vector_norm(coefficients * lengths[:, :n + 1], 1, dim=1, keepdim=True)
+        ok = (c.abs() < 1e5) & (bound < 1e15)           # False for NaN; the square of 1e15 is within float32
         coefficients = torch.where(ok, coefficients, plain[:, :n + 1])
         T[:, :n + 1].masked_fill_(~ok[:, :, None], 0)
         s = rows[n + 1]
@@ -654,97 +674,118 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         n += 1
 
 
+def _orthogonalize(run, rows, n, s, T, alive):
+    """Subtracts from w = rows[n + 1] its part in the span of rows[:n + 1].  Fills row n of T = (I + L)^-1.
+
+    Returns that part's coefficients (N, n + 1) and the norm of what is left (N,), without the factor s.
+
+    This is modified Gram-Schmidt (enough for GMRES: Paige, Rozloznik and Strakos, 2006) in the form that
+    reads the basis V twice, as `broyden` does: (I + L)^-1 V^T w, where L is the lower triangle of V^T V
+    (Swirydowicz et al., "Low synchronization Gram-Schmidt and generalized minimal residual algorithms").
+    """
+    w, basis = rows[n + 1], rows[:n + 1]
+    products = run.products(rows[n:n + 2], basis) / s.square()[:, None, None]           # (N, 2, n + 1)
+    T[:, n, :n] = -torch.bmm(products[:, :1, :n], T[:, :n, :n])[:, 0]
+    T[:, n, n] = 1
+    c = 0
+    for last in (False, True):
+        more = torch.bmm(T[:, :n + 1, :n + 1], products[:, -1, :, None])[:, :, 0]
+        w[:, None].baddbmm_(run.per_row(more)[:, None], basis.transpose(0, 1), alpha=-1)
+        c = c + more
+        # If little is left of w, the rounding of the products is much of it: once more.  A GPU always does
+        # so, since to ask would be to wait.
+        if last or run.on_cpu:
+            norm = run.norms(w) / s
+            if last or bool((~alive | (norm > 0.1 * torch.linalg.vector_norm(c, dim=1))).all()):
+                return c, norm
+        products = run.products(w[None], basis) / s.square()[:, None, None]
+
+
+def _best_coefficients(R, t, residuals):
+    """y (N, n, 1) with R y = t for the first 0, 1, ... or n directions, per sample as many as serve best.
+
+    Where I - J is nearly singular, the last of them may be rounding that is blown up, and cost more digits
+    than the residual gains.
+    """
+    n = len(t)
+    y = torch.stack(t, dim=1)[:, :, None].expand(-1, -1, n).triu()              # column j: the first j + 1
+    y = torch.nn.functional.pad(torch.linalg.solve_triangular(R, y, upper=True), (1, 0))    # and with none
+    cost = torch.stack(residuals, dim=1) + 10 * torch.finfo(R.dtype).eps * torch.linalg.vector_norm(y, dim=1)
+    best = cost.nan_to_num(nan=math.inf).argmin(dim=1)
+    return y.gather(2, best[:, None, None].expand(-1, n, 1))
+
+
 @_solver
 def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
           memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
     """GMRES for an affine f(h) = J h + b, so for (I - J) h = b: the backward solve of "implicit".
 
-    After j products with J the residual is the smallest that any polynomial of J can reach with them, per sample, so it
-    never rises.  The other solvers do not minimise: their residual may end larger than it began.  If f couples samples
-    (BatchNorm, a graph without offsets), GMRES per sample is wrong: use offsets, or another solver.  Saad and Schultz,
-    "GMRES: A generalized minimal residual algorithm for solving nonsymmetric linear systems", 1986.
+    After j products with J the residual is, per sample, the smallest that any polynomial of J can reach with
+    them, so it never rises.  (The other solvers do not minimise: their residual may end larger than it
+    began.)  If f couples samples (BatchNorm, a graph without offsets), GMRES per sample is wrong: use
+    offsets, or another solver.  Saad and Schultz, "GMRES: A generalized minimal residual algorithm for
+    solving nonsymmetric linear systems", 1986.
 
-    With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is after j + 1 products.
-    Without it b is not known: the first evaluation is at h0, and "rel" is relative to ||f(h)|| at the last state that
-    was evaluated.  The residual of the recurrence is not the true one once rounding shows, in f or here.  So the last
-    evaluation is at the state found, and its residual decides.  If it is above tol, the sample starts afresh from there
-    as long as budget is left and the state improves.  Stops, reports and costs as `fixed_point` does, in calls of f.
+    With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is after j + 1
+    products.  Without it b is not known: the first evaluation is at h0, and "rel" is relative to ||f(h)|| at
+    the last state that was evaluated.  Once rounding shows, the residual of the recurrence is not the true
+    one.  So the last evaluation is at the state found, and its residual decides.  If it is above tol, the
+    sample starts afresh from there as long as budget is left and the state improves.
 
-    The basis is made orthogonal by modified Gram-Schmidt (enough for GMRES: Paige, Rozloznik and Strakos, 2006), in the
-    form that reads it twice per product as `broyden` does: (I + L)^-1 V^T w, where L is the lower triangle of V^T V,
-    grows by a row per product (Swirydowicz et al., "Low synchronization Gram-Schmidt and generalized minimal residual
-    algorithms", 2021).  If little is left of a product, and always on a GPU, it does so again.
-
-    memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and up
-    to 10 `memory`^2 numbers per sample.  Raises ValueError for an impossible argument and for stop_mode "max", which a
-    recurrence of 2-norms cannot know.
+    memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and
+    up to 10 `memory`^2 numbers per sample.  Otherwise as `fixed_point`; ValueError also for stop_mode "max",
+    which a recurrence of 2-norms cannot know.
     """
-    memory = None if memory is None else _whole(memory, "memory")
+    memory = math.inf if memory is None else _whole(memory, "memory")
     if isinstance(stop_mode, str) and stop_mode == "max":
         raise ValueError("gmres has no stop_mode 'max': use 'rel' or 'abs'")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
-    max_iter = run.max_iter
-    m, N = min(memory or max_iter, max_iter), run.lowest.shape[0]
+    max_iter, m, N = run.max_iter, min(memory, run.max_iter), run.layout.N
     x, x_best, r = run.x0.clone(), run.x0, torch.empty_like(run.x0)
-    # J v = (f(origin + s v) - f(origin)) / s with s about ||f(origin)||: a much smaller s v would drown in the rounding
-    # of f(origin + s v), a much larger one would drown f(origin).
+    # J v = (f(origin + s v) - f(origin)) / s with s about ||f(origin)||.  A much smaller s v would drown in
+    # the rounding of f(origin + s v), a much larger one would drown f(origin).
     if run.b is None:
         run.evaluate(x, r)
-        origin, size = x.clone(), run.per_sample(_norms(r + x, x.dtype))
+        origin, at_origin, size = x.clone(), r.clone(), run.norms(r + x)
         start, going, residual = run.lowest, run.improved(), run.trace[0]
         if run.finished():
             return run.result(x_best, r)
     else:                       # from zero, whose residual is known
-        origin, size = None, run.size
+        origin, at_origin, size = None, run.b, run.size
         x.zero_()
         r.copy_(run.b)
-        norm = run.per_sample(_norms(r, r.dtype))
+        norm = run.norms(r)
         going = norm.isfinite()
         residual = run.lowest = start = torch.where(going, run.relative(norm), math.inf)
         x_best.masked_fill_(run.per_row(going)[:, None], 0)
-    at_origin = r.clone() if run.b is None else run.b
     s = size.clamp(1, 1e15)                         # s^2 within float32
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
-    eps, seen = torch.finfo(x.dtype).eps, torch.zeros_like(going)
+    eps, seen = run.finfo.eps, torch.zeros_like(going)
 
-    # going: its last true residual was the lowest; rest: it was solved before this cycle; alive: it gets directions;
-    # good: this product is finite; left: it has a part outside the basis; turns: its rotation is defined; seen: f was
-    # finite once.
+    # Which samples (N,): going, its last true residual was the lowest; rest, it was solved before this cycle;
+    # alive, it gets directions; good, this product is finite; left, it has a part outside the basis; turns,
+    # its rotation is defined; seen, f was finite once.
     while run.evals < max_iter:                     # a product, and the last evaluation
-        norm = run.per_sample(_norms(r, r.dtype))
+        norm = run.norms(r)
         rest = ~(residual > tol)
         alive = going & ~rest & (norm > 0)
         # t is the norm over all parts, the trace is of the worst one: their ratio now is assumed to last.
         scale = torch.where(norm > 0, residual / run.relative(norm), 1)
         torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
         run.hold(rows[0], alive)
-        # (I + L)^-1; the product of the Givens rotations; R y = t.  They grow: max_iter may be hundreds, N thousands.
+        # (I + L)^-1; the product of the Givens rotations; R y = t.  They grow: m and N may be large.
         T, Q, R = x.new_zeros(3, N, min(m, 16) + 1, min(m, 16) + 1)
         Q[:, 0, 0], t, residuals = 1, [norm / s], [norm / s]
         for n in range(min(m, max_iter - run.evals)):
             if n + 1 == T.shape[1]:
                 T, Q, R = torch.nn.functional.pad(torch.stack([T, Q, R]), (0, 16, 0, 16))
-            v, w = rows[n], rows[n + 1]
-            run.call(v if origin is None else origin + v, w)
+            w = rows[n + 1]
+            run.call(rows[n] if origin is None else origin + rows[n], w)
             torch.sub(at_origin, w, out=w)                                              # (I - J) v
-            products = run.products(rows[n:n + 2], rows[:n + 1]) / s.square()[:, None, None]        # (N, 2, n + 1)
-            T[:, n, :n] = -torch.bmm(products[:, :1, :n], T[:, :n, :n])[:, 0]
-            T[:, n, n] = 1
-            c = 0
-            for last in (False, True):
-                more = torch.bmm(T[:, :n + 1, :n + 1], products[:, -1, :, None])[:, :, 0]
-                w[:, None].baddbmm_(run.per_row(more)[:, None], rows[:n + 1].transpose(0, 1), alpha=-1)
-                c = c + more
-                # If little is left of w, the rounding of the products is much of it: once more.  A GPU always does so,
-                # since to ask would be to wait.
-                if last or run.on_cpu:
-                    norm = run.per_sample(_norms(w, w.dtype)) / s
-                    if last or bool((~alive | (norm > 0.1 * torch.linalg.vector_norm(c, dim=1))).all()):
-                        break
-                products = run.products(w[None], rows[:n + 1]) / s.square()[:, None, None]
-            # If a product lies in the span of the basis, what is left of it is rounding: below 10 eps of its length it
-            # counts as zero.  A sample that has stopped, is lost or has no direction left gets directions of zero,
-            # which change nothing.
+            c, norm = _orthogonalize(run, rows, n, s, T, alive)
+            # If a product lies in the span of the basis, what is left of it is rounding: below 10 eps of its
+            # length it counts as zero.  A sample that has stopped, is lost or has no direction left gets
+            # directions of zero, which change nothing.
             good = alive & norm.isfinite()
             seen = seen | good
             rounding = 10 * eps * torch.hypot(norm, torch.linalg.vector_norm(c, dim=1))
@@ -763,17 +804,10 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             alive = left & (run.trace[run.evals - 1] > tol)
             w /= run.per_row(norm)[:, None]
             run.hold(w, alive)
-            if tol > 0 and run.evals % run.check_every == 0 and not bool(alive.any()):              # host sync
+            if tol > 0 and run.evals % run.check_every == 0 and not bool(alive.any()):          # host sync
                 break
-        n += 1
-        # y from the first 0, 1, ..., n directions: where I - J is nearly singular, the last of them may be rounding
-        # that is blown up, and cost more digits than the residual gains.
-        y = torch.stack(t[:n], dim=1)[:, :, None].expand(-1, -1, n).triu()
-        y = torch.nn.functional.pad(torch.linalg.solve_triangular(R[:, :n, :n], y, upper=True), (1, 0))
-        cost = torch.stack(residuals, dim=1) + 10 * eps * torch.linalg.vector_norm(y, dim=1)
-        best = cost.nan_to_num(nan=math.inf).argmin(dim=1)
-        y = y.gather(2, best[:, None, None].expand(-1, n, 1))
-        x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n].transpose(0, 1))[:, 0]
+        y = _best_coefficients(R[:, :n + 1, :n + 1], t[:n + 1], residuals)
+        x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n + 1].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
         residual = run.trace[run.evals - 1]         # a view: what is written to it is in the trace
         run.couple((rest & (residual > 10 * tol)).any())
@@ -782,54 +816,58 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
         if run.by_part:             # it may rise while the whole falls
             going = residual.isfinite()
-        if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):         # host sync
+        if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):     # host sync
             break
     found = seen | (run.lowest < start) | run.trace[run.evals - 1].isfinite()       # else f was never finite
     return run.result(x_best, r, torch.where(found, run.lowest, math.inf))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: float = 0.5, solver: Callable = broyden,
-                max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel", backward_solver: Callable = gmres,
-                backward_max_iter: int = 40, backward_tol: float = 1e-4, on_backward: Callable | None = None,
+def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: float = 0.5,
+                solver: Callable = broyden, max_iter: int = 40, tol: float = 1e-4, stop_mode: str = "rel",
+                backward_solver: Callable = gmres, backward_max_iter: int = 40, backward_tol: float = 1e-4,
+                on_backward: Callable | None = None,
                 offsets: Tensor | None = None) -> tuple[State, SolverResult]:
     """Solve h* = f(h*) without a graph, then attach the gradient `grad` (table at the top of this file).
 
-    Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg"; h* itself for
-    "npg" and "implicit", so that the loss is taken where evaluation will take it (the official implicit code returns
-    f(h*)); for "bptt", which runs all max_iter steps, the last iterate, here and in the result.  Under
-    `torch.no_grad()` it only solves; whether a gradient is attached depends on grad mode alone, never on `.training`,
-    nor on whether the solve has converged: look at result.converged.  Only with "bptt" does a gradient reach h0.
+    Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg".  It is h*
+    itself for "npg" and "implicit": the loss is taken where evaluation will take it.  (The official implicit
+    code returns f(h*).)  It is the last iterate for "bptt", which runs all max_iter steps.  Whether a
+    gradient is attached depends on grad mode alone (under `torch.no_grad()` it only solves), never on
+    `.training`, nor on whether the solve has converged: look at result.converged.  Only with "bptt" does a
+    gradient reach h0.
 
-    max_iter, tol, stop_mode, and what f may and may not do: as in `fixed_point`.
+    max_iter, tol, stop_mode, offsets, and what f gets and may do: as in `fixed_point`.
     k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
-    solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or functools.partial of
-    one, binding what is not passed here (m, beta, ridge, memory, lam).  One of your own is called as solver(f, h0,
-    max_iter=, tol=, stop_mode=), with offsets= if they are given, and returns a SolverResult.
-    backward_tol, on_backward: only for "implicit"; see there.
-    offsets (N + 1,): sample i is the rows offsets[i] to offsets[i + 1] of the state (graphs), for both solves.
-    f is handed states of h0's own dtype, or float32 instead of less under autocast (see `fixed_point`).
-    Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each: "upg"
-    3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve included.
+    solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or
+    functools.partial of one, binding what is not passed here (m, beta, ridge, memory, lam).  One of your own
+    is called as solver(f, h0, max_iter=, tol=, stop_mode=), with offsets= if they are given, and returns a
+    SolverResult.
+    backward_max_iter, backward_tol, on_backward: only for "implicit"; see there.
 
-    Under parametrize.cached() a weight is computed once for the solve, and once more with a graph for the gradient.  If
-    f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
-    backward_tol = 0, and, as it couples samples, another backward_solver than gmres.  If it contains
-    torch.utils.checkpoint, give that use_reentrant=False: the other kind loses a part of "upg" in silence and cannot do
-    "npg" and "implicit".  A checkpoint around `equilibrium` needs the same for "upg": the other kind's forward pass has
-    no graph and returns h*, not h_k.  Do not change the returned state in place. Raises ValueError for an impossible
-    argument, RuntimeError for a second derivative through "npg" or "implicit".
+    Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each:
+    "upg" 3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve
+    included.  Under parametrize.cached() a weight is computed once for the solve, and once more with a graph.
+
+    If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
+    backward_tol = 0, and, as it couples samples, another backward_solver than gmres.  A checkpoint inside f,
+    or with "upg" around `equilibrium`, needs use_reentrant=False: the other kind loses a part of "upg" in
+    silence, or returns h* without a graph, and cannot do "npg" and "implicit".  Do not change the returned
+    state in place.  Raises ValueError for an impossible argument, RuntimeError for a second derivative
+    through "npg" or "implicit".
     """
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
     _check_solver(solver)
     _check_solver(backward_solver, "backward_solver")
-    _require(isinstance(stop_mode, str), f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
+    _require(isinstance(stop_mode, str),
+             f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
     if grad == "bptt" and torch.is_grad_enabled():
-        _require(solver is fixed_point, "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
+        _require(solver is fixed_point,
+                 "grad='bptt' differentiates the plain iteration: it needs solver=fixed_point")
         try:
             return _bptt(f, h0, max_iter, tol, stop_mode, offsets)
         except RuntimeError as error:
@@ -838,7 +876,7 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
     if grad in ("upg", "npg"):
         _check_phantom(k, lam)
     elif grad == "implicit":
-        _check_budget(backward_max_iter, backward_tol, "rel", "backward_")
+        _check_budget(backward_max_iter, backward_tol, which="backward_")
     samples = {} if offsets is None else {"offsets": offsets}
     result = solver(f, h0, max_iter=max_iter, tol=tol, stop_mode=stop_mode, **samples)
     if not torch.is_grad_enabled():
@@ -852,11 +890,12 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
 
 
 def _check_solver(solver, name="solver"):
-    if not callable(solver):            # not _require: it would write out what a partial holds, and wait for a GPU
+    if not callable(solver):    # not _require: it would write out what a partial holds, and wait for a GPU
         raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, "
                          f"backwards also gmres, got {solver!r}")
     if name == "solver" and getattr(solver, "func", solver) is gmres:
-        raise ValueError("solver=gmres is for an affine f, as that of the backward solve: use it as backward_solver")
+        raise ValueError("solver=gmres is for an affine f, as that of the backward solve: "
+                         "use it as backward_solver")
 
 
 def _check_phantom(k, lam):
@@ -864,14 +903,14 @@ def _check_phantom(k, lam):
 
 
 def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
-    """Unrolling-based phantom gradient, Eq. (16), Algorithm 1: returns h_k, k steps from h* with the graph on:
+    """Unrolling-based phantom gradient, Eq. (16), Algorithm 1: returns h_k, k steps from h* with a graph,
 
         h <- (1 - lam) h + lam f(h)
 
-    Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as back-propagation
-    through time (Sec. 3, "Trade-offs between Unrolling and Neumann").  From h* = 0 with lam = 1 it is the unrolled
-    pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError for an impossible k or lam, and
-    where f(h) has another shape than h or f changes h in place.
+    Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as
+    back-propagation through time (Sec. 3, "Trade-offs between Unrolling and Neumann").  From h* = 0 with lam
+    = 1 it is the unrolled pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError
+    for an impossible k or lam, and where f(h) has another shape than h or f changes h in place.
     """
     k, lam = _check_phantom(k, lam)
     _forget_cached_weights()
@@ -879,7 +918,7 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     h, shapes = [p.detach() for p in h], [p.shape for p in h]
     for _ in range(k):
         f_h = _call(f, h, spec, shapes)
-        h = [torch.lerp(a, b.to(a.dtype), lam) for a, b in zip(h, f_h)]     # saves nothing for its own backward
+        h = [torch.lerp(a, b.to(a.dtype), lam) for a, b in zip(h, f_h)]     # saves nothing for its backward
     return tree_unflatten(h, spec)
 
 
@@ -888,11 +927,11 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
         g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g,  B = lam J + (1 - lam) I,   dL/dz = (df/dz)^T g_hat.
 
-    One graph of f whatever k is; k + 2 calls of f and VJPs.  Tends to the exact gradient as k grows if rho(B) < 1
-    (Theorem 2 has it for a contraction); at an exact fixed point it equals UPG.  Algorithms 2 and 3 of the paper
-    multiply by lam once more than Eq. (17), as their f already holds one; Theorem 2 holds for the series of Eq. (17),
-    which we follow.  Raises ValueError for an impossible k or lam and where f(h) has another shape than h, RuntimeError
-    for a second derivative.
+    One graph of f whatever k is; k + 2 calls of f and VJPs.  Tends to the exact gradient as k grows if rho(B)
+    < 1 (Theorem 2 has it for a contraction); at an exact fixed point it equals UPG.  Algorithms 2 and 3 of
+    the paper multiply by lam once more than Eq. (17), as their f already holds one; Theorem 2 holds for the
+    series of Eq. (17), which we follow.  Raises ValueError for an impossible k or lam and where f(h) has
+    another shape than h, RuntimeError for a second derivative.
     """
     k, lam = _check_phantom(k, lam)
 
@@ -907,29 +946,27 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
 def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: int = 40, tol: float = 1e-4,
              on_backward: Callable | None = None, offsets: Tensor | None = None) -> State:
-    """Implicit differentiation, Eq. (4): returns h* with the backward pass  g_hat = J^T g_hat + g,  g = dL/dh*.
+    """Implicit differentiation, Eq. (4): returns h* with the backward pass g_hat = J^T g_hat + g, g = dL/dh.
 
-    Exact at an exact fixed point with a converged backward solve.  `solver` is started at g (gmres at zero), and stops,
-    keeps its best state and reports by ||g + J^T g_hat - g_hat|| / ||g|| per sample.  (Relative to ||g_hat||, as other
-    solves are, a g_hat that explodes looks solved.)  A sample whose g is zero is measured by the batch's ||g|| and by
-    its own ||g_hat||; of several parts, whose g may be zero, each also by its own ||g_hat||.  on_backward(SolverResult)
-    is the only sign of a solve that failed: its best g_hat is used.  A solver of your own is called as
-    solver(f, g, max_iter=, tol=, stop_mode=g), with g a list, and with offsets= if they are given, and returns a
-    SolverResult.
+    Exact at an exact fixed point with a converged backward solve.  `solver` is started at g (gmres at zero),
+    and stops, keeps its best state and reports by ||g + J^T g_hat - g_hat|| / ||g||: stop_mode = g, as in
+    `fixed_point`.  (Relative to ||g_hat|| a g_hat that explodes would look solved.)
+    on_backward(SolverResult) is the only sign of a solve that failed: its best g_hat is used.  A solver of
+    your own is called as solver(f, g, max_iter=, tol=, stop_mode=g), with g a list, and with offsets= if they
+    are given, and returns a SolverResult.
 
-    g is multiplied by a power of two before the solve, and g_hat divided by it, so that the scale of the loss cannot
-    under- or overflow it.  If g is not finite, neither is the sample's gradient (torch.amp.GradScaler relies on that).
-    If f couples samples, use offsets (for BatchNorm [0, N]), or another solver than gmres.
+    g is multiplied by a power of two before the solve, and g_hat divided by it, so that the scale of the loss
+    cannot under- or overflow it.  If g is not finite, neither is the sample's gradient (torch.amp.GradScaler
+    relies on that).  If f couples samples, use offsets (for BatchNorm [0, N]), or another solver than gmres.
 
-    One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `equilibrium`.  Raises ValueError for an
-    impossible argument and where f(h) has another shape than h, RuntimeError for a second derivative.
+    One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `fixed_point`.  Raises
+    ValueError for an impossible argument and where f(h) has another shape than h, RuntimeError for a second
+    derivative.
     """
     if not callable(solver):            # not _require, as in `equilibrium`
         raise ValueError(f"solver must be a function, got {solver!r}")
-    _check_budget(max_iter, tol, "rel")
-    samples = {} if offsets is None else {"offsets": offsets}
-    if offsets is not None:
-        _check_offsets(offsets, len(_flatten(h_star)[0][0]))
+    _check_budget(max_iter, tol)
+    layout, samples = _Layout(h_star, offsets), {} if offsets is None else {"offsets": offsets}
 
     def adjoint(vjp, g):
         g = [gi.to(torch.promote_types(gi.dtype, torch.float32)) for gi in g]
@@ -937,13 +974,12 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
         if not largest:
             return g
         largest = torch.stack(largest).amax(0)                                          # (rows,)
-        finite = largest.isfinite()
-        if offsets is not None:                                 # of all rows of the sample
-            bad = _segments((~finite).float(), "sum", offsets)
-            finite = torch.repeat_interleave(bad == 0, offsets.diff(), output_size=len(finite))
+        bad_rows = layout.per_sample((~largest.isfinite()).float(), "sum")
+        finite = layout.per_row(bad_rows == 0)                      # of a sample all rows, or none
         # One factor for the whole batch: if f couples samples, a system scaled per sample is another system.
         exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent
-        exponent = exponent.clamp(*((-125, 125) if largest.dtype == torch.float32 else (-1000, 1000))).to(largest.dtype)
+        most = 125 if largest.dtype == torch.float32 else 1000
+        exponent = exponent.clamp(-most, most).to(largest.dtype)
         g = [gi * torch.exp2(-exponent) for gi in g]
         result = solver(lambda w: [ji + gi for ji, gi in zip(vjp(w), g)], list(g), max_iter=max_iter, tol=tol,
                         stop_mode=g, **samples)
@@ -979,16 +1015,16 @@ def _open(f, h):
     except RuntimeError as error:
         _explain(error)
         raise
-    # f gets views, not leaves: FlopCounterMode and its like put hooks on a layer's inputs, which a leaf may not have.
+    # Views, not leaves: FlopCounterMode and its like put hooks on f's inputs, which a leaf may not have.
     return leaves, _call(f, [p.view_as(p) for p in leaves], spec, [p.shape for p in leaves]), spec
 
 
 def _attach(f, h_star, adjoint):
-    """h* with a gradient: f is evaluated once with the graph on, and adjoint(vjp, dL/dh*) is sent into that graph.
+    """h* with a gradient: f is evaluated once with a graph, into which adjoint(vjp, dL/dh) is sent.
 
-    Parameters and u get their gradients through the ordinary graph of that evaluation, so DistributedDataParallel,
-    gradient accumulation and autocast work as ever.  No hook and no state on a module: two calls per forward, two
-    backward passes, or none, are all fine.
+    Parameters and u get their gradients through the ordinary graph of that evaluation, so
+    DistributedDataParallel, gradient accumulation and autocast work as ever.  No hook and no state on a
+    module: two calls per forward, two backward passes, or none, are all fine.
     """
     h, f_h, spec = _open(f, h_star)
     out = _Adjoint.apply(lambda g: adjoint(lambda v: _vjp(f_h, h, v), g), *(p.detach() for p in h), *f_h)
@@ -1017,7 +1053,7 @@ class _Adjoint(torch.autograd.Function):
 class _Undifferentiable(torch.autograd.Function):
     """g_hat as it is, but a second derivative through it raises: it would silently miss dJ/dh and dg/dh.
 
-    once_differentiable is not enough: its error node is not on the way to u, and autograd.grad(..., u) passes it by.
+    once_differentiable is not enough: autograd.grad(..., u) does not come by its error node.
     """
 
     @staticmethod
@@ -1026,15 +1062,16 @@ class _Undifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("no second derivative through grad='npg' or 'implicit': use 'upg' or 'bptt', which have one")
+        raise RuntimeError("no second derivative through grad='npg' or 'implicit': use 'upg' or 'bptt', "
+                           "which have one")
 
 
 def compiled(f: Callable) -> Callable:
-    """torch.compile(f), for an f inside `equilibrium`.
+    """torch.compile(f), for an f inside `equilibrium`.  Its settings are torch's, for all compiled later.
 
-    "npg" and "implicit" run f's backward pass several times on one graph: the first must not give its buffers away, as
-    it may by default.  And f meets more shapes and modes than torch compiles for by default: in the solver, in the
-    gradient, in evaluation, with a last, smaller batch.  Both are settings of torch for all that is compiled later.
+    "npg" and "implicit" run f's backward pass several times on one graph: the first must not give its buffers
+    away, as it may by default.  And f meets more shapes and modes than torch compiles for by default: in the
+    solver, in the gradient, in evaluation, with a last, smaller batch.
     """
     from torch._functorch import config
     config.donated_buffer = False
@@ -1043,80 +1080,99 @@ def compiled(f: Callable) -> Callable:
 
 
 def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
-    """The model, whose training pass is from now on two CUDA graphs, one forward and one backward.
+    """A new module that runs the model's training pass as two CUDA graphs, one forward and one backward.
 
-    A step of an implicit model is thousands of kernels of some microseconds each: the host takes longer to launch them
-    than the GPU to run them.  A graph launches them all at once.
+    A step of an implicit model is thousands of kernels of some microseconds each: the host takes longer to
+    launch them than the GPU to run them.  A graph launches them all at once.
 
-    The model, in training mode, takes and returns tensors and never looks at one on the host: `equilibrium` with
-    tol = 0 and backward_tol = 0, and any solver but anderson.  Its Python runs at capture only: what it branches on,
-    prints or keeps (on_backward) stays as it was then, and an autocast around `captured` is in both graphs.  Capturing
-    leaves buffers and random numbers as they were.  A call is a replay in training mode with grad on, for tensors of
-    the examples' shape, dtype and requires_grad and nothing else; others run as before, as do copies of the model.
+    The new module shares the model's parameters and buffers.  It replays the graphs in training mode with
+    grad on, for tensors of the examples' shape, dtype and requires_grad and no further arguments.  Otherwise
+    it calls the model, as its copies always do.  The model, its buffers and the random numbers stay as they
+    were.
 
-    One forward pass, then its backward pass, then optimizer.zero_grad(set_to_none=True): the next call overwrites what
-    this one has returned and saved, and what was None in .grad.  Move the model before, and wrap it in
-    DistributedDataParallel afterwards.  Raises ValueError without a GPU, for a model in evaluation mode or captured
-    before, and torch's RuntimeError, "operation not permitted when stream is capturing", where it waits for the GPU.
+    The model must be in training mode, take and return tensors and never look at one on the host:
+    `equilibrium` with tol = 0 and backward_tol = 0, and any solver but anderson.  Its Python runs during
+    capture only: changing k or lam later has no effect, and on_backward is not called again.  An autocast
+    around `captured` is in both graphs.
+
+    One forward pass, then its backward pass, then optimizer.zero_grad(set_to_none=True): the next call
+    overwrites what this one returned and saved, and what was None in .grad.  Move the model to its GPU
+    before, and wrap the result in DistributedDataParallel.  Raises ValueError without a GPU, for a model in
+    evaluation mode or captured before, and torch's RuntimeError, "operation not permitted when stream is
+    capturing", for one that waits for its GPU.
     """
     _require(isinstance(model, torch.nn.Module), f"captured takes an nn.Module, got {type(model).__name__}")
     _require(torch.cuda.is_available(), "captured needs a GPU")
     _require(model.training, "captured needs a model in training mode: model.train()")
-    _require("forward" not in vars(model), "this model's forward pass has been replaced or captured before")
-
-    def kind(tensors):
-        return [torch.is_tensor(x) and (x.shape, x.dtype, x.requires_grad) for x in tensors]
-
-    eager, buffers, expected = model.forward, [b.clone() for b in model.buffers()], kind(examples)
-    gc.collect()        # a captured model is a cycle: one that is no longer used would still hold its graphs' memory
+    _require(not isinstance(model, _Captured) and "forward" not in vars(model),
+             "this model's forward pass has been replaced or captured before")
+    buffers = [b.clone() for b in model.buffers()]
+    gc.collect()        # unused graphs are in a cycle of torch's, and still hold their memory
     # It is captured on a stream of its own, which its gradients then arrive from; torch waits where it must.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     with torch.random.fork_rng([torch.cuda.current_device()]), torch.autocast(
             "cuda", enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"),
             cache_enabled=False):                       # a cached weight would be the one of this moment
         torch.cuda.make_graphed_callables(model, examples, allow_unused_input=True)
-    replay = model.forward
+    replay = vars(model).pop("forward")         # torch has put it there; the model gets its own back
     for buffer, old in zip(model.buffers(), buffers):
         buffer.copy_(old)
+    return _Captured(model, replay, examples)
 
-    def forward(eager, *inputs, **options):
-        own = eager.__self__ is model           # and not a copy, whose eager pass is its own
-        same = own and model.training and torch.is_grad_enabled() and not options and kind(inputs) == expected
-        return replay(*inputs) if same else eager(*inputs, **options)
 
-    model.forward = functools.partial(forward, eager)
-    return model
+class _Captured(torch.nn.Module):
+    """Replays graphs of the model where they fit, and calls the model elsewhere: see `captured`."""
+
+    def __init__(self, model, replay=None, examples=()):
+        super().__init__()
+        self.model, self.replay, self.expected = model, replay, self.kind(examples)
+        self.training = model.training
+
+    @staticmethod
+    def kind(tensors):
+        return [torch.is_tensor(x) and (x.shape, x.dtype, x.requires_grad) for x in tensors]
+
+    def forward(self, *inputs, **options):
+        fits = (self.replay is not None and self.model.training and torch.is_grad_enabled() and not options
+                and self.kind(inputs) == self.expected)
+        return (self.replay if fits else self.model)(*inputs, **options)
+
+    def __reduce__(self):       # of copies and pickles: they have weights of their own, so no graphs
+        return _Captured, (self.model,)
 
 
 def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
-    """Eq. (9) and (10): max_iter plain steps with the graph on, then an evaluation without for the last residual."""
+    """Eq. (9) and (10): max_iter plain steps with a graph, then one call without for the last residual."""
     _forget_cached_weights()
     with torch.no_grad():
-        # It only measures: f is called below, and the result handed back to it.  states[-1] is f of states[-2].
-        run = _Progress(lambda _: tree_unflatten(states[-1], spec), h0, max_iter, tol, stop_mode, offsets)
-        g = torch.empty_like(run.x0)
+        run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     parts, spec = _flatten(h0)
-    states = [[p.clone() for p in parts]]
-    for i in range(run.max_iter + 1):
-        with torch.set_grad_enabled(i < run.max_iter):
-            f_h = _call(f, [p.view_as(p) for p in states[-1]], spec, run.layout.shapes)
-            states.append([b.to(a.dtype) for a, b in zip(parts, f_h)])      # also where f returns a lower precision
+    h = [p.clone() for p in parts]
+    for t in range(run.max_iter + 1):
+        with torch.set_grad_enabled(t < run.max_iter):
+            f_h = _call(f, [p.view_as(p) for p in h], spec, run.layout.shapes)
+            f_h = [b.to(a.dtype) for a, b in zip(h, f_h)]       # also where f returns a lower precision
         with torch.no_grad():
-            run.evaluate(run.layout.pack(states[-2]), g)
-            run.moving.fill_(True)          # no sample ever stands here, and none is disturbed
+            x, g = run.layout.pack(h), run.layout.pack([b - a for a, b in zip(h, f_h)])
+            run.record(run.measure(x, g, f_h)[1])
+        h = f_h if t < run.max_iter else h
     last = run.trace[-1].nan_to_num(nan=math.inf, posinf=math.inf)
-    h, detached = states[-2], [p.detach() for p in states[-2]]
-    return tree_unflatten(h, spec), SolverResult(tree_unflatten(detached, spec), last, run.evals, run.trace,
-                                                 last <= tol)
+    detached = tree_unflatten([p.detach() for p in h], spec)
+    return tree_unflatten(h, spec), SolverResult(detached, last, run.evals, run.trace, last <= tol)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Diagnostics
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+def _check_mode():
+    _require(not torch.is_inference_mode_enabled(),
+             "torch.inference_mode() has no derivatives: use torch.no_grad()")
+
 
 def _linearized(f, h):
-    """(leaves, outputs) as `_open` has them, whatever the grad mode; ValueError where there can be no derivative."""
-    _require(not torch.is_inference_mode_enabled(), "torch.inference_mode() has no derivatives: use torch.no_grad()")
+    """(leaves, outputs) as `_open` has them, in any grad mode; ValueError if there can be no derivative."""
+    _check_mode()
     with torch.enable_grad():
         inputs, outputs, _ = _open(f, h)
     if not any(o.requires_grad for o in outputs):
@@ -1128,35 +1184,26 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
                     offsets: Tensor | None = None) -> Tensor:
     """Spectral radius per sample (N,) of lam J + (1 - lam) I at h, J = df/dh, by the power method with VJPs.
 
-    A sample is a row of h, or with offsets (N + 1,) the rows offsets[i] to offsets[i + 1], as of a graph.  Estimates it
-    as a mean of the growth of log ||v|| over the last half of the iterations, weighted by a triangle, which takes out
-    what oscillates.  That is also right for a complex pair, where a Rayleigh quotient gives rho cos(angle).  Error O(1
-    / n_iter) for a J that is not normal, and while its largest eigenvalues are close: some per cent at 50.  Costs one
-    call of f and n_iter VJPs.  v is of torch's own random numbers.  Raises ValueError under torch.inference_mode(), and
-    for an f without a graph.
+    It is the mean growth of log ||v|| over the last half of the iterations, weighted by a triangle, which
+    takes out what oscillates.  So it is right for a complex pair too, where a Rayleigh quotient gives rho
+    cos(angle).  Error O(1 / n_iter) for a J that is not normal, and while its largest eigenvalues are close:
+    some per cent at 50.  Costs one call of f and n_iter VJPs.  v is of torch's own random numbers.  offsets:
+    as in `fixed_point`.  Raises ValueError under torch.inference_mode(), and for an f without a graph.
     """
     n_iter = _whole(n_iter, "n_iter")
     _require(n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
     lam = float(_fraction(lam, "lam"))
     inputs, outputs = _linearized(f, h)
-    layout = _Layout(inputs)
+    layout = _Layout(inputs, offsets)
     v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
-    if offsets is not None:
-        _check_offsets(offsets, len(v))
-        sample_of = torch.repeat_interleave(offsets.diff(), output_size=len(v))
-
-    def norms(v):           # in float64: the squares of an exploded J's v are beyond float32, and v / inf would be 0
-        norms = torch.linalg.vector_norm(v, dim=1, dtype=_wide(v))
-        return norms if offsets is None else _segments(norms.square(), "sum", offsets).sqrt()
-
-    size, growth = norms(v), []
+    # Summed in float64: the squares of a v that J has blown up are beyond float32, and v / inf would be 0.
+    wide = _wide(v)
+    size, growth = layout.norms(v, wide), []
     for _ in range(n_iter):
-        size = size.to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny)
-        v = v / (size if offsets is None else size[sample_of])[:, None]
-        j = layout.pack(_vjp(outputs, inputs, layout.split(v)))
-        v = torch.lerp(v, j, lam)
-        size = norms(v)
-        growth.append(size.to(v.dtype))
+        v = v / layout.per_row(size.clamp_min(torch.finfo(v.dtype).tiny))[:, None]
+        v = torch.lerp(v, layout.pack(_vjp(outputs, inputs, layout.split(v))), lam)
+        size = layout.norms(v, wide)
+        growth.append(size)
     growth = torch.stack(growth[len(growth) // 2:]).log()           # log 0 = -inf: a nilpotent J gives 0
     i = torch.arange(1, len(growth) + 1, device=v.device, dtype=v.dtype)
     weight = torch.minimum(i, len(growth) + 1 - i)[:, None]
@@ -1164,10 +1211,10 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
 
 
 def adaptive_damping(rho: Tensor | float) -> float:
-    """lam = 1 / rho(J) clipped to (0, 1] (App. D.3), for the largest of the rho given.  One host synchronisation.
+    """lam = 1 / rho(J) clipped to (0, 1] (App. D.3), for the largest of the rho given.  One host sync.
 
-    Helps where the largest eigenvalue is negative or complex; one above 1 stays above 1 under any damping.  Raises
-    ValueError for a rho that is not finite.
+    Helps where the largest eigenvalue is negative or complex; one above 1 stays above 1 under any damping.
+    Raises ValueError for a rho that is not finite.
     """
     largest = float(torch.as_tensor(rho).max())
     _require(math.isfinite(largest), f"rho must be finite, got {largest}")
@@ -1177,10 +1224,11 @@ def adaptive_damping(rho: Tensor | float) -> float:
 def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Tensor:
     """Hutchinson estimate of ||J||_F^2 / (numbers in h), J = df/dh at the detached h.
 
-    A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal, of torch's own
-    random numbers.  Costs one call of f and n_vectors VJPs, and as much again in the backward pass.  Bai et al.,
-    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for n_vectors below 1, where
-    f(h) has another shape than h, under torch.inference_mode(), and for an f without a graph.
+    A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal, of torch's
+    own random numbers.  Costs one call of f and n_vectors VJPs, and as much again in the backward pass.  Bai
+    et al., "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for
+    n_vectors below 1, where f(h) has another shape than h, under torch.inference_mode(), and for an f without
+    a graph.
     """
     n_vectors = _whole(n_vectors, "n_vectors")
     inputs, outputs = _linearized(f, h)
@@ -1188,69 +1236,106 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
     with torch.enable_grad():
         for _ in range(n_vectors):
             j = _vjp(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True)
-            total = total + sum(ji.to(torch.promote_types(ji.dtype, torch.float32)).square().sum() for ji in j)
+            j = [ji.to(torch.promote_types(ji.dtype, torch.float32)) for ji in j]
+            total = total + sum(ji.square().sum() for ji in j)
     return total / (n_vectors * sum(p.numel() for p in inputs))
 
 
 def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
-    """Cosine of the angle between two gradients (Fig. 2), lists over the same parameters; None counts as zero.
+    """Cosine of the angle between two gradients (Fig. 2), lists over the same parameters.  None is zero.
 
     A float64 scalar; 0 if one of them is zero.  Raises ValueError for lists of different length.
     """
-    _require(len(a) == len(b), f"two gradients over the same parameters are needed, got lists of {len(a)} and {len(b)}")
+    _require(len(a) == len(b),
+             f"two gradients over the same parameters are needed, got lists of {len(a)} and {len(b)}")
     zero = torch.zeros((), dtype=torch.float64)
-    dot = sum(((x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None), zero)
+    pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+    dot = sum(((x.double() * y.double()).sum() for x, y in pairs), zero)
     squares = [sum((x.double().square().sum() for x in grads if x is not None), zero) for grads in (a, b)]
     return dot / (squares[0].sqrt() * squares[1].sqrt()).clamp_min(torch.finfo(torch.float64).tiny)
 
 
+@contextlib.contextmanager
+def _unchanged(module, buffers):
+    """Leaves the buffers of the module, if there is one, and those in `buffers` as they were."""
+    owned = [] if module is None else [(m._buffers, name, b) for m in module.modules()
+                                       for name, b in m._buffers.items() if b is not None]
+    before = [(b, b.clone()) for b in (*buffers, *(b for _, _, b in owned))]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer in owned:       # the module may have put another tensor in its place
+                owner[name] = buffer
+            for buffer, old in before:
+                buffer.copy_(old)
+
+
+def _used(f, h, parameters):
+    """The parameters that f(h) depends on."""
+    outputs, parameters = _linearized(f, h)[1], [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return []
+    outputs = [o for o in outputs if o.requires_grad]
+    grads = torch.autograd.grad(outputs, parameters, [torch.zeros_like(o) for o in outputs],
+                                retain_graph=True, allow_unused=True)
+    return [p for p, g in zip(parameters, grads) if g is not None]
+
+
+def _check_rows(rows):
+    for row in rows:
+        _require(isinstance(row, (tuple, list)) and len(row) == 3 and row[0] in ("upg", "npg", "implicit"),
+                 f"rows is a list of (grad, k, lam) with grad 'upg', 'npg' or 'implicit', got {row!r} in it")
+    return [(grad, *_check_phantom(k, 1.0 if grad == "implicit" else lam)) for grad, k, lam in rows]
+
+
 def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.nn.Module | Sequence[Tensor],
-                      rows: Sequence[tuple] = (("upg", 5, 0.5), ("npg", 5, 0.5), ("upg", 1, 1), ("implicit", 5, None)),
-                      *, h: State | Callable | None = None, bptt: int = 0, solver: Callable = broyden,
-                      max_iter: int = 200, tol: float = 1e-4, exact_max_iter: int = 200, exact_tol: float = 1e-3,
-                      radius_iter: int = 50, offsets: Tensor | None = None, buffers: Sequence[Tensor] = ()) -> dict:
+                      rows: Sequence[tuple] = (("upg", 5, 0.5), ("npg", 5, 0.5), ("upg", 1, 1),
+                                               ("implicit", 5, None)), *,
+                      h: State | Callable | None = None, bptt: int = 0, solver: Callable = broyden,
+                      max_iter: int = 200, tol: float = 1e-4, exact_max_iter: int = 200,
+                      exact_tol: float = 1e-3, radius_iter: int = 50, offsets: Tensor | None = None,
+                      buffers: Sequence[Tensor] = ()) -> dict:
     """Fig. 2 for a model of your own: how close cheaper gradients of loss(h) come to the exact one.
 
-    f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: of the state, a scalar.  parameters: a module, or
-    the tensors to differentiate by; those that f does not use are left out, since a head's gradient at h* is the same
-    in every row.  rows: a list of (grad, k, lam); "implicit" is GMRES with k products, its lam is ignored.
-    h: the state the rows start from (default: h*), or a function of k that gives it: of a truncated solve that trains
-    through its last k calls of f, the state before them.  bptt: also compare with back-propagation through this many
-    plain steps from h0.
+    f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: of the state, a scalar.
+    parameters: a module, or the tensors to differentiate by.  Only those that f uses count: a head's gradient
+    at h* is the same in every row.
+    rows: a list of (grad, k, lam).  "implicit" is GMRES with k products, its lam is ignored.
+    h: the state the rows start from (default: h*), or a function of k that gives it.  For a truncated solve
+    that trains through its last k calls of f it is the state before them.
+    bptt: also compare with back-propagation through this many plain steps from h0.
 
-    The exact gradient is implicit differentiation at h* by `gmres` until exact_tol, at most exact_max_iter products
-    (restarted after 50).  Believe the cosines only as far as `exact` says: it is the share of the samples whose forward
-    and backward residual are both at most exact_tol.  If rho is above 1, h* is a root that your iteration leaves: a
-    solver=fixed_point finds none of these.  The samples with the largest gradients decide the cosine of a batch.
+    The exact gradient is implicit differentiation at h* by `gmres` until exact_tol, at most exact_max_iter
+    products (restarted after 50).  Believe the cosines only as far as `exact` says.  If rho is above 1, h* is
+    a root that your iteration leaves; solver=fixed_point finds none of these.  The samples with the largest
+    gradients decide the cosine of a batch.
 
     Returns a dict:
-        rows                dicts with grad, k, lam; cosine, to the exact gradient; norm_ratio, the length over its;
-                            f_calls and vjps, the cost (a VJP into h and one into the parameters count as one each);
-                            rho_B, the largest spectral radius of lam J + (1 - lam) I at h*; with bptt: cosine_bptt
-        exact               see above
+        rows                a dict per row: grad, k, lam; cosine, to the exact gradient; norm_ratio, its
+                            length over the exact one's; f_calls and vjps, the cost (a VJP into h and one into
+                            the parameters count as one each); rho_B, the largest spectral radius of
+                            lam J + (1 - lam) I at h*; with bptt: cosine_bptt
+        exact               share of the samples whose forward and backward residual are at most exact_tol
         forward_residual    (N,), of h*
         backward_residual   (N,), of the exact gradient
         rho                 (N,), spectral radius of J at h*; None with radius_iter = 0
         bptt                cosine of back-propagation to the exact gradient, or None
-    Every gradient sees the same random numbers.  Leaves no trace: random numbers, .grad, the buffers of the module and
-    those in `buffers` stay as they were.  Raises ValueError for an impossible argument, under torch.inference_mode(),
-    and if f uses none of the parameters.
+
+    Every gradient sees the same random numbers.  Leaves no trace: random numbers, .grad, the buffers of the
+    module and those in `buffers` stay as they were.  Raises ValueError for an impossible argument, under
+    torch.inference_mode(), and if f uses none of the parameters.
     """
-    _require(not torch.is_inference_mode_enabled(), "torch.inference_mode() has no derivatives: use torch.no_grad()")
+    _check_mode()
     _check_solver(solver)
-    for row in rows:
-        _require(isinstance(row, (tuple, list)) and len(row) == 3 and row[0] in ("upg", "npg", "implicit"),
-                 f"rows is a list of (grad, k, lam) with grad 'upg', 'npg' or 'implicit', got {row!r} in it")
-    rows = [(grad, *_check_phantom(k, 1.0 if grad == "implicit" else lam)) for grad, k, lam in rows]
+    rows = _check_rows(rows)
     bptt = bptt and _whole(bptt, "bptt")
-    _require(radius_iter == 0 or _whole(radius_iter, "radius_iter") >= 2, "radius_iter must be 0 or at least 2")
-    owned = []
-    if isinstance(parameters, torch.nn.Module):
-        owned = [(m._buffers, name, b) for m in parameters.modules() for name, b in m._buffers.items() if b is not None]
-        parameters = parameters.parameters()
+    _require(radius_iter == 0 or _whole(radius_iter, "radius_iter") >= 2,
+             "radius_iter must be 0 or at least 2")
+    module = parameters if isinstance(parameters, torch.nn.Module) else None
+    parameters = parameters if module is None else module.parameters()
     parameters = [parameters] if torch.is_tensor(parameters) else list(parameters)
     _require(all(map(torch.is_tensor, parameters)), "parameters must be a module or a list of tensors")
-    before = [(b, b.clone()) for b in (*buffers, *(b for _, _, b in owned))]
     samples = {} if offsets is None else {"offsets": offsets}
     parts, spec = _flatten(h0)
     shapes, device = [p.shape for p in parts], parts[0].device
@@ -1270,57 +1355,71 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
             _require(torch.is_tensor(value) and value.numel() == 1, "loss must return a scalar tensor")
             return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
 
-    def exact(solver, max_iter, tol, h):
-        return implicit(counted, h, solver=solver, max_iter=max_iter, tol=tol, on_backward=backward.append, **samples)
+    def exact(h, **options):
+        return implicit(counted, h, on_backward=backward.append, **samples, **options)
 
     def length(grads):
         return sum(x.double().square().sum() for x in grads if x is not None) ** 0.5
 
-    try:
-        with torch.enable_grad():
+    with torch.enable_grad(), _unchanged(module, buffers):
+        with forked():
+            star = solver(f, h0, max_iter=max_iter, tol=tol, **samples)
+            parameters = _used(f, star.h, parameters)
+        _require(parameters, "parameters: f uses none of them")
+        truth = gradient(lambda: exact(star.h, solver=functools.partial(gmres, memory=50),
+                                       max_iter=exact_max_iter, tol=exact_tol))
+        truth_solve, bptt_cosine = backward[0], None
+        if bptt:
+            unroll = functools.partial(equilibrium, grad="bptt", solver=fixed_point, max_iter=bptt)
+            bptt_grads = gradient(lambda: unroll(f, h0)[0])
+            bptt_cosine = cosine_similarity(bptt_grads, truth).item()
+        rho, found = {}, []
+        for lam in {1.0, *(lam for grad, _, lam in rows if grad != "implicit")} if radius_iter else ():
             with forked():
-                star = solver(f, h0, max_iter=max_iter, tol=tol, **samples)
-                outputs = [o for o in _linearized(f, star.h)[1] if o.requires_grad]
-            parameters = [p for p in parameters if p.requires_grad]
-            used = torch.autograd.grad(outputs, parameters, [torch.zeros_like(o) for o in outputs], retain_graph=True,
-                                       allow_unused=True) if parameters else ()
-            parameters = [p for p, g in zip(parameters, used) if g is not None]
-            _require(parameters, "parameters: f uses none of them")
-            truth = gradient(lambda: exact(functools.partial(gmres, memory=50), exact_max_iter, exact_tol, star.h))
-            truth_solve, bptt_grads, bptt_cosine = backward[0], None, None
+                rho[lam] = spectral_radius(f, star.h, lam=lam, n_iter=radius_iter, **samples)
+        for grad, k, lam in rows:
+            calls, start = 0, h(k) if callable(h) else star.h if h is None else h
+            _returned(start, spec, shapes, "h must be a state")
+            grads = gradient({"upg": lambda: upg(counted, start, k, lam),
+                              "npg": lambda: npg(counted, start, k, lam),
+                              "implicit": lambda: exact(start, max_iter=k, tol=0.0)}[grad])
+            vjps = {"upg": 2 * k - 1, "npg": k + 1, "implicit": backward[-1].n_evals + 2}[grad]
+            row = {"grad": grad, "k": k, "lam": None if grad == "implicit" else lam,
+                   "cosine": cosine_similarity(grads, truth).item(),
+                   "norm_ratio": float(length(grads) / length(truth)), "f_calls": calls, "vjps": vjps,
+                   "rho_B": rho[lam].max().item() if lam in rho and grad != "implicit" else None}
             if bptt:
-                bptt_grads = gradient(lambda: equilibrium(f, h0, grad="bptt", solver=fixed_point, max_iter=bptt)[0])
-                bptt_cosine = cosine_similarity(bptt_grads, truth).item()
-            rho, found = {}, []
-            for lam in {1.0, *(lam for grad, _, lam in rows if grad != "implicit")} if radius_iter else ():
-                with forked():
-                    rho[lam] = spectral_radius(f, star.h, lam=lam, n_iter=radius_iter, **samples)
-            for grad, k, lam in rows:
-                calls, start = 0, star.h if h is None else h(k) if callable(h) else h
-                _returned(start, spec, shapes, "h must be a state")
-                grads = gradient({"upg": lambda: upg(counted, start, k, lam),
-                                  "npg": lambda: npg(counted, start, k, lam),
-                                  "implicit": lambda: exact(gmres, k, 0.0, start)}[grad])
-                vjps = {"upg": 2 * k - 1, "npg": k + 1, "implicit": backward[-1].n_evals + 2}[grad]
-                row = {"grad": grad, "k": k, "lam": None if grad == "implicit" else lam,
-                       "cosine": cosine_similarity(grads, truth).item(),
-                       "norm_ratio": float(length(grads) / length(truth)), "f_calls": calls, "vjps": vjps,
-                       "rho_B": rho[lam].max().item() if lam in rho and grad != "implicit" else None}
-                found.append(row if not bptt else {**row, "cosine_bptt": cosine_similarity(grads, bptt_grads).item()})
-    finally:
-        with torch.no_grad():
-            for of, name, buffer in owned:          # a module may have put another tensor in its place
-                of[name] = buffer
-            for buffer, old in before:
-                buffer.copy_(old)
+                row["cosine_bptt"] = cosine_similarity(grads, bptt_grads).item()
+            found.append(row)
     solved = (star.residual <= exact_tol) & (truth_solve.residual <= exact_tol)
     return {"rows": found, "exact": solved.double().mean().item(), "forward_residual": star.residual,
             "backward_residual": truth_solve.residual, "rho": rho.get(1.0), "bptt": bptt_cosine}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run helpers: what loses somebody's work when it is wrong, so it stands once for all scripts
-# ---------------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+# Part 2, runs: what all scripts need beside the mathematics, and what loses somebody's work when it is wrong.
+# Nothing here calls a model.  Leave it out when you copy the mathematics.
+# ============================================================================================================
+
+import argparse
+import datetime
+import errno
+import io
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
 
 def die(message: str, code: int = 2):
     """End the run with one clear line on stderr; exit code 2 is for wrong usage or input."""
@@ -1328,143 +1427,230 @@ def die(message: str, code: int = 2):
     raise SystemExit(code)
 
 
-def flag_checks(parser):
-    """(refuse, check) for an argparse.ArgumentParser: each ends the run with its usage, one line and exit code 2.
+# --- options ------------------------------------------------------------------------------------------------
 
-    refuse(wrong, message): if `wrong`.  check(args, names, ok, must): if ok(x) is false for the value x of one of the
-    flags, or for an entry of its list; `names` are their destinations, separated by blanks, `must` what x must be.
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help texts end with their default, and whose errors do not end a page of usage."""
+    class Help(argparse.HelpFormatter):
+        def _get_help_string(self, action):
+            shown = action.default not in (None, False, argparse.SUPPRESS)
+            return action.help + " (default: %(default)s)" * shown
+
+    return argparse.ArgumentParser(description=description, formatter_class=Help,
+                                   usage="%(prog)s [options]    (--help lists them)")
+
+
+def within(kind: type, interval: str) -> Callable:
+    """An argparse type: a number of this kind, int or float, in an interval such as "[1, inf)"."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def parse(text):
+        try:
+            value, must = kind(text), "must be"
+        except ValueError:
+            value, must = math.nan, "must be a whole number" if kind is int else "must be a number"
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"{must} in {interval}, got {text}")
+        return value
+
+    return parse
+
+
+def existing_file(text: str) -> str:
+    """An argparse type: "auto", or the path of a file, refused now and not when the data has been read."""
+    if text != "auto" and not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
+
+
+def add_run_flags(parser: argparse.ArgumentParser, name: str, *, seed: int = 0, save_every: float = 5.0,
+                  log_every: int = 50, log_unit: str = "steps"):
+    """Adds the options of a run's folder and log.  Returns the group of modes, of which one can be chosen."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=within(int, "[0, 4294967296)"), default=seed,
+                     help="seed of weights, data order, augmentation and dropout")
+    run.add_argument("--out", metavar="DIR", help="folder of checkpoint.pt and metrics.jsonl; several "
+                     f"machines must share it (default: the folder of --resume, or runs/{name}-TIME-PID)")
+    run.add_argument("--resume", metavar="FILE", type=existing_file,
+                     help="continue from this checkpoint; 'auto': from the one in --out, if there is one")
+    run.add_argument("--save-every", metavar="MINUTES", type=within(float, "[0, inf)"), default=save_every,
+                     help="minutes between checkpoints; SIGTERM and Ctrl-C save one, too")
+    run.add_argument("--log-every", metavar="N", type=within(int, "[1, inf)"), default=log_every,
+                     help=f"{log_unit} between lines of the log")
+    modes = run.add_mutually_exclusive_group()
+    modes.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume, ours "
+                       "or an official one; ours brings its flags of data, model and solver")
+    modes.add_argument("--benchmark", action="store_true",
+                       help="only measure the time and memory of training steps, on random input")
+    return modes
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv, presets: Callable = lambda args: {},
+                from_checkpoint: str = ""):
+    """The options of a run: what is given wins, then what a checkpoint brings, then presets(args).
+
+    from_checkpoint: the names that a checkpoint of ours brings in --eval, separated by blanks.  A training
+    that is continued has its `data` from there; other flags must be given again (`Run` compares them). 
+    --help shows the presets of the parser's own defaults.
     """
-    def refuse(wrong, message):
-        if wrong:
-            parser.error(message)
+    usual, brought = presets(parser.parse_args([])), {}
+    parser.set_defaults(**usual)
+    args = parser.parse_args(argv)
+    modes = [name for name in ("eval", "generate", "benchmark")
+             if getattr(args, name, None) not in (None, False)]
+    path = args.resume
+    if path == "auto":
+        path = Path(args.out or ".", "checkpoint.pt")
+        path = path if path.exists() else Path(f"{path}.previous")
+    if args.benchmark and args.resume:
+        parser.error("--benchmark measures a model with fresh weights: it takes no --resume")
+    if args.resume == "auto" and not args.out:
+        parser.error("--resume auto continues the training in --out DIR")
+    if modes and not args.benchmark and args.resume in (None, "auto"):
+        parser.error(f"--{modes[0]} needs --resume FILE, the checkpoint to use")
+    if modes and not args.eval and launched():
+        parser.error(f"--{modes[0]} is for one process: run it without torchrun")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and not modes and not (args.out and args.resume == "auto"):
+        parser.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its "
+                     "checkpoint")
+    if path and os.path.exists(path):
+        state = load_checkpoint(path)
+        if is_ours(state):
+            check_version(path, state["args"], args)
+            brought = {name: state["args"][name] for name in (from_checkpoint.split() if modes else ["data"])
+                       if name in state["args"]}
+    parser.set_defaults(**brought)
+    parser.set_defaults(**{**usual, **presets(parser.parse_args(argv)), **brought})
+    return parser.parse_args(argv)
 
-    def check(args, names, ok, must):
-        for name in names.split():
-            value = getattr(args, name)
-            refuse(not all(map(ok, value if isinstance(value, list) else [value])),
-                   f"--{name.replace('_', '-')} {must}, got {value}")
 
-    return refuse, check
+def note_differences(saved: dict, args, names: str, process):
+    """Says which of these flags, separated by blanks, had another value in training."""
+    for name in names.split() if process.rank == 0 else ():
+        if saved.get(name) != getattr(args, name):
+            print(f"note: trained with --{name.replace('_', '-')} {saved.get(name)}, evaluated with "
+                  f"{getattr(args, name)}", file=sys.stderr, flush=True)
 
 
-def check_run_flags(args, refuse: Callable):
-    """Refuses flags of --out, --resume, torchrun and, in scripts with it, --init and --cuda-graph that do not fit."""
-    refuse(args.resume == "auto" and not args.out, "--resume auto continues the training in --out DIR")
-    refuse(int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval and not (
-        args.out and args.resume == "auto"),
-        "torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its checkpoint")
-    for flag in ("resume", "init"):                     # now, and not when the data has been read
-        path = getattr(args, flag, None)
-        refuse(path not in (None, "auto") and not os.path.exists(path), f"--{flag}: there is no file {path}")
-    if getattr(args, "cuda_graph", False):
-        refuse(args.tol or "anderson" in (args.solver, args.backward_solver) or args.sync_bn, "--cuda-graph needs "
-               "--tol 0, and neither anderson nor --sync-bn: a graph cannot wait for an answer")
-        refuse(getattr(args, "accumulate", 1) > 1,
-               "--cuda-graph needs --accumulate 1: a graph's gradients overwrite those of the micro-batch before")
-        refuse(not torch.cuda.is_available(), "--cuda-graph needs a GPU")
+# --- processes ----------------------------------------------------------------------------------------------
+
+def launched() -> bool:
+    """Whether torchrun, or its like, has started this process.  (Some platforms set RANK alone.)"""
+    return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1")
 
 
 class Process(NamedTuple):
-    """This process's place in the run."""
+    """This process's place in the run.  All processes must call the same of its methods."""
     rank: int
     world_size: int
     device: torch.device
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
 
-def launched() -> bool:
-    """Whether torchrun has started this process, or what sets its environment.  (Some platforms set RANK=0 alone.)"""
-    return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1")
+    def gather(self, value) -> list:
+        """[the value of each process], by rank, of any picklable kind; others' tensors come to the CPU."""
+        if self.world_size == 1:
+            return [value]
+        file, values = io.BytesIO(), [None] * self.world_size
+        torch.save(value, file)
+        dist.all_gather_object(values, file.getvalue())     # bytes: a tensor would be on its sender's GPU
+        return [torch.load(io.BytesIO(v), map_location="cpu", weights_only=False) for v in values]
 
+    def first(self, make: Callable):
+        """make() on the first process of each machine, then on the others, which find its files on the disk.
 
-def line_by_line():
-    """A log file shows each line when it is printed, in UTF-8; a terminal shows a letter that it lacks as "?"."""
-    with contextlib.suppress(AttributeError):           # a notebook's stream
-        sys.stdout.reconfigure(line_buffering=True, errors="replace",
-                               encoding=None if sys.stdout.isatty() else "utf-8")
+        If it ends the run on one process (`die`), all end with exit code 2, and only that one has printed.
+        """
+        for turn in (True, False):
+            code = torch.zeros((), device=self.device)
+            if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn or self.world_size == 1:
+                try:
+                    result = make()
+                except SystemExit:
+                    code += 1
+            if self.sum(code) > 0:              # the others wait here
+                self.end()
+                raise SystemExit(2)
+            if self.world_size == 1:
+                break
+        return result
+
+    def die(self, message: str, code: int = 2):
+        """`die` on all processes at once, with one line for all of them."""
+        if self.rank == 0:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        self.sum(torch.zeros((), device=self.device))       # torchrun kills the rest when one ends
+        self.end()
+        raise SystemExit(code)
+
+    def broadcast_buffers(self, model: torch.nn.Module):
+        """Gives all the first process's BatchNorm statistics, before the model is used in evaluation mode."""
+        for buffer in model.buffers() if self.world_size > 1 else ():
+            dist.broadcast(buffer, 0)
+
+    def bar(self, items, what: str, **more):
+        """A progress bar over `items` on the first process's terminal; elsewhere nothing."""
+        return tqdm(items, desc=what, leave=False, disable=self.rank > 0 or not sys.stderr.isatty(), **more)
+
+    def end(self):
+        """Leaves the process group: a process that ends while its gloo group exists may abort."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a notebook's process lives on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def init_process() -> Process:
     """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
-    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    with contextlib.suppress(AttributeError):           # a notebook's stream has no reconfigure
+        # A log file gets each line when it is printed, in UTF-8; a terminal shows "?" for a letter it lacks.
+        sys.stdout.reconfigure(line_buffering=True, errors="replace",
+                               encoding=None if sys.stdout.isatty() else "utf-8")
+    needed = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if launched() and missing:
-        die(f"the environment has RANK, but not {', '.join(missing)}: start the script with torchrun, or set RANK, "
-            "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every process")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        die(f"the environment has RANK, but not {', '.join(missing)}: start the script with torchrun, or set "
+            "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every process")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it "
-            "--standalone or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead processes "
-            "(github.com/pytorch/pytorch/issues/167288)")
+            "--standalone or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead "
+            "processes (github.com/pytorch/pytorch/issues/167288)")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            die(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
+            die(f"--nproc_per_node: process {local_rank} has no GPU, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if not launched():
         return Process(0, 1, device)
     if device.type == "cuda":
-        # gloo's own timeout: of nccl's, 10 minutes, a download that the other processes wait for may take more
+        # gloo's own timeout: in nccl's, 10 minutes, a download that the other processes wait for may not end
         dist.init_process_group("nccl", device_id=device, timeout=datetime.timedelta(minutes=30))
     else:
         dist.init_process_group("gloo")
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, in place; x itself for a single process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def gather_objects(value) -> list:
-    """[the value of each process], by rank, for anything that can be pickled; all processes must call it.
-
-    Of several processes the tensors come back on the CPU.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    file, values = io.BytesIO(), [None] * dist.get_world_size()
-    torch.save(value, file)
-    dist.all_gather_object(values, file.getvalue())     # of bytes: a tensor would come back on the GPU of its sender
-    return [torch.load(io.BytesIO(v), map_location="cpu", weights_only=False) for v in values]
-
-
-def first_then_others(make: Callable, process: Process):
-    """make() on the first process of each machine, then on the others, which find on the disk what it has left there.
-
-    If it ends the run (`die`) on one process, all end with exit code 2, and only that one has printed.
-    """
-    for turn in (True, False):
-        code = torch.zeros((), device=process.device)
-        if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
-            try:
-                result = make()
-            except SystemExit:
-                code += 1
-        if all_reduce_sum(code) > 0:            # the others wait here
-            if dist.is_available() and dist.is_initialized():
-                dist.destroy_process_group()    # a process that ends while its gloo group exists may abort
-            raise SystemExit(2)
-    return result
-
-
 def seed_everything(seed: int):
-    """Seeds torch (all devices) and Python's random.  Seed alike before the model is built, then with seed + rank."""
+    """Seeds torch and Python's random: alike before the model is built, then with seed + rank."""
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 def rng_state() -> dict:
-    """The state of the generators that `seed_everything` seeds: Python's and torch's, of this process's GPU alone."""
+    """The state of the generators that `seed_everything` seeds; of GPUs, of this process's alone."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def rng_states() -> list[dict]:
-    """`rng_state` of every process, by rank, for a checkpoint; all processes must call it."""
-    return gather_objects(rng_state())
 
 
 def set_rng_state(state: dict):
@@ -1475,95 +1661,17 @@ def set_rng_state(state: dict):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def set_rng_states(states: list[dict], process: Process):
-    """Puts back what `rng_states` has returned; with another number of processes the seeds stay, with a note."""
-    if len(states) == process.world_size:
-        set_rng_state(states[process.rank])
-    elif process.rank == 0:
-        print(f"note: the checkpoint is of {len(states)} process(es): dropout and augmentation are seeded anew",
-              flush=True)
-
-
-def note_differences(saved: dict, args, names: str):
-    """Says, on the first process, which of these flags, separated by blanks, had another value in training."""
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    for name in names.split() if first else ():
-        if saved.get(name) != getattr(args, name):
-            print(f"note: trained with --{name.replace('_', '-')} {saved.get(name)}, evaluated with "
-                  f"{getattr(args, name)}", file=sys.stderr, flush=True)
-
-
-def load_weights(model, state: dict, load_official: Callable, what: str):
-    """Strictly, from a checkpoint of ours, or from another release's by load_official(model, state).
-
-    Where they do not fit, `what` begins the line that ends the run.
-    """
-    try:
-        model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
-    except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-        die(f"{what}: {' '.join(str(error).split())[:400]}")
-
-
-def choose_out(args, name: str):
-    """Sets --out where it is not given: the folder of --resume, or runs/NAME-TIME-PID; all processes must call it."""
-    if not args.out and args.resume:
-        args.out = str(Path(args.resume).parent)
-    elif not args.out:
-        args.out = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    args.out = gather_objects(args.out)[0]              # time and process differ from process to process
-
-
-def open_run(out: str | os.PathLike, resume: str | None) -> tuple[Path, str | None]:
-    """(the checkpoint of the run in --out, the file to continue from or None), from --out and --resume.
-
-    Ends the run if `out` holds one that is not to be continued, so that none is overwritten.  If the checkpoint is
-    gone, the one before it counts.  All processes must call it.
-    """
-    checkpoint = Path(out) / "checkpoint.pt"
-    kept = [path for path in (checkpoint, checkpoint.with_name("checkpoint.pt.previous")) if os.path.exists(path)]
-    here = gather_objects(bool(kept))
-    if any(here) != all(here):
-        die(f"--out {out}: {checkpoint.name} is there for {sum(here)} of {len(here)} processes; all machines must see "
-            "one and the same folder")
-    if resume == "auto":
-        resume = str(kept[0]) if kept else None
-        if kept and kept[0] != checkpoint and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-            print(f"warning: {checkpoint} is gone; continues from {kept[0].name}", file=sys.stderr, flush=True)
-    if kept and not (resume and Path(resume).resolve().parent == checkpoint.resolve().parent):
-        die(f"--out {out} already holds a run: continue it with --resume auto, or choose another folder")
-    return checkpoint, resume
-
-
-def own_folder(out: str | os.PathLike):
-    """Makes the folder --out this process's own until it ends or is killed; ends the run if another process has it."""
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        die(f"--out {out}: cannot make this folder ({error.strerror})")
-    try:
-        import fcntl            # Windows has none
-        # Never closed: the system takes the lock back when the process ends.
-        fcntl.lockf(os.open(Path(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for rest in (*Path(out).glob("*.pt.*.new"), *Path(out).glob("*.pt.*.old")):     # of a run killed while saving
-            rest.unlink(missing_ok=True)
-    except ImportError:
-        return
-    except (BlockingIOError, PermissionError) as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES) or not os.access(out, os.W_OK):
-            die(f"--out {out}: cannot write in this folder ({error.strerror})")
-        die(f"--out {out}: another run is writing there; wait for its end, or choose another folder")
-    except OSError as error:                            # a file system without locks
-        print(f"note: --out {out} cannot be locked against a second run ({error.strerror})", flush=True)
-
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 def save_checkpoint(path: str | os.PathLike, state: dict):
-    """Writes `state`; `path` is a complete checkpoint at every moment, and the one before stays as `path`.previous.
+    """Writes `state`; `path` is complete at every moment, and the checkpoint before stays as `path`.previous.
 
-    Where it cannot be written (a full disk, no permission), both stay as they are and the run ends with exit code 1.
+    If it cannot be written (a full disk, no permission), both stay as they are and the run ends with exit
+    code 1.
     """
     path = Path(path)
     new, old, previous = (path.with_name(path.name + end) for end in (
-        f".{os.getpid()}.new", f".{os.getpid()}.old", ".previous"))         # two writers would mix one file's bytes
+        f".{os.getpid()}.new", f".{os.getpid()}.old", ".previous"))     # of this process: two would mix
     try:
         with open(new, "wb") as file:
             torch.save(state, file)
@@ -1587,14 +1695,14 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
 
 
 def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
-    """Reads a checkpoint onto the CPU, tensors and plain values only; names a broken file and uses the previous one.
+    """Reads a checkpoint onto the CPU, tensors and plain values only; if it is broken, the one before it.
 
     flag: what the user gave the path with, for the messages.
     """
     path = Path(path)
-    if not os.path.isfile(path):            # unlike Path.is_file, False also where a folder may not be entered
-        die(f"{flag}: {path} is a folder; give a file in it, as {path / 'checkpoint.pt'}" if os.path.isdir(path) else
-            f"{flag}: there is no file {path}")
+    if not os.path.isfile(path):    # Path.is_file would raise in a folder that may not be entered
+        die(f"{flag}: {path} is a folder; give a file in it, as {path / 'checkpoint.pt'}"
+            if os.path.isdir(path) else f"{flag}: there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
@@ -1604,7 +1712,7 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         reason = (str(error).splitlines() or [""])[0]
         if could_run_code:
             reason = "it holds more than tensors and plain values"
-        elif not reason or "weights" in reason.lower():        # torch advises to load it in a way that could run code
+        elif not reason or "weights" in reason.lower():     # torch's advice is a way that could run code
             reason = type(error).__name__
     previous = path.with_name(path.name + ".previous")
     with contextlib.suppress(Exception):
@@ -1613,80 +1721,285 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
               flush=True)
         return state
     if could_run_code:
-        die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust it, "
-            f"convert it: x = torch.load('{path}', weights_only=False); torch.save(x.state_dict(), 'converted.pt'), or "
-            "x['state_dict'] where x is not the model itself")
-    die(f"{flag}: {path} is damaged or not a checkpoint ({reason}), and no usable {previous.name} is beside it")
+        die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust "
+            f"it, convert it: x = torch.load('{path}', weights_only=False); torch.save(x.state_dict(), "
+            "'converted.pt'), or x['state_dict'] if x is not the model itself")
+    die(f"{flag}: {path} is damaged or not a checkpoint ({reason}), and no usable "
+        f"{previous.name} is beside it")
 
 
 def is_ours(state) -> bool:
-    """Whether a checkpoint was written by one of these scripts, with the run's flags, and not by another release."""
+    """Whether a checkpoint was written by one of these scripts, and not by another release."""
     return isinstance(state, dict) and isinstance(state.get("args"), dict)
 
 
-def check_same_run(path, saved: dict, args, free, flag: str = "--resume",
-                   remedy: str = "use the same flags, or start afresh with another --out"):
-    """Ends the run where the flags `saved` in a checkpoint of ours differ from `args`, those in `free` set aside."""
-    unknown = [name for name in saved if not hasattr(args, name)]
+def load_weights(model, state: dict, load_official: Callable, what: str):
+    """Strictly, from a checkpoint of ours, or from another release's by load_official(model, state).
+
+    If they do not fit, `what` begins the line that ends the run.
+    """
+    try:
+        model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
+    except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        die(f"{what}: {' '.join(str(error).split())[:400]}")
+
+
+def check_version(path, saved: dict, args, flag: str = "--resume"):
+    """Ends the run if the flags `saved` in a checkpoint are not those that this script has."""
+    unknown, missing = set(saved) - set(vars(args)), set(vars(args)) - set(saved)
     if unknown:
         die(f"{flag} {path} is of another script, or of another version of this one: there is no "
-            f"--{unknown[0].replace('_', '-')} here")
-    missing = [name for name in vars(args) if name not in saved and name not in free]
+            f"--{min(unknown).replace('_', '-')} here")
     if missing:
-        die(f"{flag} {path} is of another version of this script, which had no --{missing[0].replace('_', '-')}")
-    differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
-              for name, value in saved.items() if name not in free and value != getattr(args, name)]
-    if differ:
-        die(f"{flag} {path} is of a run with {', '.join(differ)}; {remedy}")
+        die(f"{flag} {path} is of another version of this script, which had no "
+            f"--{min(missing).replace('_', '-')}")
 
 
-class SaveTimer:
-    """Says when to save: every `minutes`, and as soon as one process was sent SIGTERM, which also ends the run.
+def output_folder(args, process: Process, name: str) -> str:
+    """--out, or its default: the folder of --resume, or one of this name and time."""
+    out = args.out or (Path(args.resume).parent if args.resume else
+                       f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    return process.gather(str(out))[0]          # time and process differ from process to process
 
-    SIGTERM is what a cluster sends some seconds before it kills a job; without this the work since the last
-    checkpoint is lost.  Takes over the process's SIGTERM.  Inside `saved()` a process that is sent it ends at once,
-    without telling the others: SIGTERM must go to all, as from clusters and torchrun.
+
+class Run:
+    """A training's folder --out, which no other run may use: checkpoint.pt, the one before it, metrics.jsonl.
+
+        run = Run(args, process, name, images=50000)    # stops if --out or --resume does not fit these facts
+        run.state                                       # what --resume has read, or None
+        run.start("about the model and the data")       # seeds; the log begins
+        run.report("train", step=step, loss=loss)       # a line on the screen, and the same in metrics.jsonl
+        save, stop = run.due()
+        run.save({"model": model.state_dict(), ...})
+        if stop: return run.stopped(step)
+
+    All processes call the same methods; the first one writes.  may_differ: flags, separated by blanks, that
+    may change when a run is continued.  facts: what may not, such as the number of training images.
     """
 
-    def __init__(self, minutes: float):
-        self.minutes, self.last = minutes, time.monotonic()
-        self.group = None
-        if dist.is_available() and dist.is_initialized():
+    def __init__(self, args, process: Process, name: str, may_differ: str = "", **facts):
+        self.args, self.process, self.facts, self.lines, self.residuals = args, process, facts, 0, {}
+        args.out = output_folder(args, process, name)
+        self.folder, self.state = Path(args.out), None
+        self.checkpoint = self.folder / "checkpoint.pt"
+        process.first(lambda: process.rank == 0 and lock(self.folder))
+        resume = self._find_checkpoint(args.resume)
+        if resume:
+            self.state = process.first(lambda: self._read(resume, may_differ))
+            self.residuals = {name: [(r if process.rank == 0 else r[:0]).to(process.device)]
+                              for name, r in self.state["residuals"].items()}       # of all processes
+            here = Path(resume).resolve().parent == self.folder.resolve()
+            self.lines = self.state["lines"] if here else 0
+        if process.rank == 0:
+            self._cut_log()
+        self.began = time.perf_counter() - (self.state["seconds"] if self.state else 0)
+        self.saved_at, self.came, self.group = time.monotonic(), catch_signals(process.rank == 0), None
+        if process.world_size > 1:
             self.group = dist.new_group(backend="gloo")         # between the hosts: a GPU is not waited for
-        self.sigterm = sigterm = types.SimpleNamespace(came=False, nothing_to_lose=False)
 
-        def note(*_):       # does not hold self: a process that ends while its gloo group still exists may crash then
-            sigterm.came = True
-            if sigterm.nothing_to_lose:
-                print("SIGTERM: ends here, all is saved", file=sys.stderr, flush=True)
-                raise SystemExit(0)
+    def _find_checkpoint(self, resume):
+        """The file to continue from, or None.  Stops if --out has a run that is not to be continued."""
+        both = f"{self.checkpoint}", f"{self.checkpoint}.previous"
+        kept = [path for path in both if os.path.exists(path)]
+        seen = self.process.gather(bool(kept))
+        if any(seen) != all(seen):
+            self.process.die(f"--out {self.folder}: {self.checkpoint.name} is there for {sum(seen)} of "
+                             f"{len(seen)} processes; all machines must see one and the same folder")
+        if resume == "auto" and kept and kept[0] != str(self.checkpoint) and self.process.rank == 0:
+            print(f"warning: {self.checkpoint} is gone; continues from {kept[0]}", file=sys.stderr)
+        if resume == "auto":
+            resume = kept[0] if kept else None
+        if kept and not (resume and Path(resume).resolve().parent == self.folder.resolve()):
+            self.process.die(f"--out {self.folder} already holds a run: continue it with --resume auto, or "
+                             "choose another folder")
+        return resume
 
-        signal.signal(signal.SIGTERM, note)
+    def _read(self, path, may_differ):
+        """The checkpoint, which must be of the same script, flags and data."""
+        state, args = load_checkpoint(path), self.args
+        if not is_ours(state):
+            die(f"--resume {path} was not written by this script: an official checkpoint can be evaluated "
+                "(--eval), not continued")
+        check_version(path, state["args"], args)
+        if "lines" not in state:
+            die(f"--resume {path} has weights alone, or is of another version of this script: it can be "
+                "evaluated (--eval), not continued")
+        free = {"data", "out", "resume", "eval", "benchmark", "save_every", "log_every", *may_differ.split()}
+        differ = [f"--{name.replace('_', '-')} {value} (here {getattr(args, name)})"
+                  for name, value in state["args"].items()
+                  if name not in free and value != getattr(args, name)]
+        if differ:
+            die(f"--resume {path} is of a run with {', '.join(differ)}; use the same flags, or start afresh "
+                "with another --out")
+        for name, value in self.facts.items():
+            before = state["facts"].get(name)
+            if before != value:
+                die(f"--resume {path} is of a run with {name} {str(before)[:60]}, here {str(value)[:60]} "
+                    f"(--data {args.data})")
+        return state
 
-    def poll(self) -> tuple[bool, bool]:
-        """(save now, then stop): the same answer on all processes, which must all call it, after every step."""
-        wishes = torch.tensor([time.monotonic() - self.last >= 60 * self.minutes, self.sigterm.came], dtype=torch.int32)
+    def _cut_log(self):
+        """Drops the lines of metrics.jsonl that the checkpoint does not know: they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True)[:self.lines] if path.exists() else []
+        self.lines = len(lines)
+        try:
+            new = path.with_name(path.name + ".new")
+            new.write_text("".join(lines))
+            os.replace(new, path)
+        except OSError as error:
+            die(f"--out: cannot write {new} ({error.strerror})", code=1)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, those before it was continued included."""
+        return time.perf_counter() - self.began
+
+    def start(self, about: str = "", **record):
+        """Seeds this process, or puts back its generators, and begins the log; prints what a reader needs.
+
+        Call it after everything that draws random numbers and is repeated when the run is continued.
+        """
+        process, main = self.process, self.process.rank == 0
+        seed_everything(self.args.seed + process.rank)
+        if self.state and len(self.state["rng"]) == process.world_size:
+            set_rng_state(self.state["rng"][process.rank])
+        elif self.state and main:
+            print(f"note: the checkpoint is of {len(self.state['rng'])} process(es): dropout and "
+                  "augmentation are seeded anew", flush=True)
+        circumstances, step = describe_run(process), self.state["step"] if self.state else 0
+        self._write(event="start", step=step, **record, args=vars(self.args), **circumstances)
+        if about and main:
+            print("{command}\n{device} x {processes}, torch {torch}, commit {commit}".format(**circumstances)
+                  + f"; writing to {self.folder}\n{about}"
+                  + (f"; continues after step {step}" if step else ""), flush=True)
+
+    def _write(self, **record):
+        path = self.folder / "metrics.jsonl"
+        if self.process.rank == 0:
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps(finite(record)) + "\n")
+            except OSError as error:
+                die(f"--out: cannot write {path} ({error.strerror})", code=1)
+            self.lines += 1
+
+    def report(self, event: str, show: bool = True, **record):
+        """Prints the record, and writes it to metrics.jsonl.  A loss that is not finite ends the run."""
+        if not math.isfinite(record.get("loss", 0.0)):
+            self.broke(f"the loss became {record['loss']} by step {record['step']}", record["step"])
+        self._write(event=event, **record, seconds=self.seconds)
+        if show and self.process.rank == 0:
+            tqdm.write(spell(record))
+
+    def broke(self, what: str, step: int, remedy: str = "try a lower --lr or --lam"):
+        """Ends a run whose loss or weights are not finite, on all processes."""
+        self._write(event="broken", step=step, what=what)
+        kept = f"the last good state is {self.checkpoint}"
+        self.process.die(f"{what}: {remedy}; {kept if self.checkpoint.exists() else 'nothing was saved yet'}",
+                         code=1)
+
+    def due(self) -> tuple[bool, bool]:
+        """(save now, then stop), to be called after every step; the same answer on all processes."""
+        late = time.monotonic() - self.saved_at >= 60 * self.args.save_every
+        wishes = torch.tensor([late, bool(self.came)], dtype=torch.int32)
         if self.group is not None:
             dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
-        due, stop = (bool(wish) for wish in wishes.tolist())
-        if due or stop:
-            self.last = time.monotonic()
-        return due or stop, stop
+        save, stop = (bool(wish) for wish in wishes.tolist())
+        return save or stop, stop
 
-    @contextlib.contextmanager
-    def saved(self):
-        """While all is saved and `poll` is not called, as in an evaluation: SIGTERM ends the process, with code 0."""
-        self.sigterm.nothing_to_lose = True
-        if self.sigterm.came:               # since the last poll
-            raise SystemExit(0)
-        try:
-            yield
-        finally:
-            self.sigterm.nothing_to_lose = False
+    def save(self, state: dict):
+        """Saves {"model", "step", ...} as checkpoint.pt, with what `Run` needs to continue.
 
+        A weight that is not finite ends the run, as the loss shows it one step late: a checkpoint is a good
+        state.
+        """
+        bad = torch.stack([~w.isfinite().all() for w in state["model"].values() if w.is_floating_point()])
+        if self.process.sum(bad.any().float()) > 0:         # host sync; BatchNorm's differ among processes
+            self.broke(f"a weight became infinite or not a number by step {state['step']}", state["step"])
+        rng = self.process.gather(rng_state())
+        own = {name: torch.cat(r).cpu() for name, r in self.residuals.items()}
+        everyone = self.process.gather(own)
+        residuals = {name: torch.cat([r[name] for r in everyone]) for name in own}
+        if self.process.rank == 0:
+            save_checkpoint(self.checkpoint, {
+                **state, "rng": rng, "residuals": residuals, "facts": self.facts, "args": vars(self.args),
+                "seconds": self.seconds, "lines": self.lines})
+        self.saved_at = time.monotonic()
+
+    def stopped_by(self) -> str:
+        """The signal's name."""
+        return "Ctrl-C" if signal.SIGINT in self.came else "SIGTERM"
+
+    def stopped(self, step: int):
+        """Says, when `due` has asked to stop and all is saved, how to continue."""
+        if self.process.rank == 0:
+            print(f"{self.stopped_by()}: saved after step {step} to {self.checkpoint}; continue with the same command, "
+                  f"--out {self.folder} and --resume auto", flush=True)
+
+    def note_residuals(self, **residuals: Tensor):
+        """Keeps the residuals (N,) of a step's solves for `health`, also in checkpoints; no host sync."""
+        for name, r in residuals.items():
+            self.residuals.setdefault(name, []).append(r.detach().clone())
+
+    def health(self, tol: float) -> dict:
+        """`health` of all solves since the last call."""
+        found = {}
+        for name, r in self.residuals.items():
+            found.update(health(name, r, tol, self.process))
+        self.residuals = {}
+        return found
+
+
+def catch_signals(speaks: bool) -> dict:
+    """{signal that came: when}.  SIGTERM, which precedes a cluster's kill, and Ctrl-C ask to stop."""
+    before = signal.getsignal(signal.SIGTERM)
+    if hasattr(before, "came"):             # of the run before this one, in the same process
+        return before.came
+    came = {}
+
+    def note(number, frame):                # holds no Run: its gloo group must go before the process ends
+        now = time.monotonic()
+        if number == signal.SIGINT and now - came.get(number, now) > 1:     # torchrun repeats the terminal's
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not came and speaks:
+            os.write(2, f"{signal.Signals(number).name}: will save and stop after this step or evaluation"
+                        f"{'; Ctrl-C again stops at once' * (number == signal.SIGINT)}\n".encode())
+        came.setdefault(number, now)
+
+    note.came = came
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return came
+
+
+def lock(folder: Path):
+    """Makes the folder this process's own until it ends or is killed; ends the run if another one has it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        die(f"--out {folder}: cannot make this folder ({error.strerror})")
+    try:
+        import fcntl            # Windows has none
+        # Never closed: the system takes the lock back when the process ends.
+        fcntl.lockf(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for rest in (*folder.glob("*.pt.*.new"), *folder.glob("*.pt.*.old")):   # of a run killed while saving
+            rest.unlink(missing_ok=True)
+    except ImportError:
+        return
+    except (BlockingIOError, PermissionError) as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES) or not os.access(folder, os.W_OK):
+            die(f"--out {folder}: cannot write in this folder ({error.strerror})")
+        die(f"--out {folder}: another run is writing there; wait for its end, or choose another folder")
+    except OSError as error:                            # a file system without locks
+        print(f"note: --out {folder} cannot be locked against a second run ({error.strerror})", flush=True)
+
+
+# --- what a run writes --------------------------------------------------------------------------------------
 
 def finite(value):
-    """The value with null for every number that is not finite, at any depth: JSON has neither NaN nor Infinity."""
+    """The value with None for every number that is not finite, at any depth: JSON has no NaN and Infinity."""
     if isinstance(value, dict):
         return {name: finite(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1694,68 +2007,99 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class MetricsLog:
-    """Appends one JSON object per line to `path`, in a folder that it makes.
+def spell(record: dict) -> str:
+    """A record as people read it: names and values, then what `health` has found on a line of its own."""
+    solves = [name.removesuffix("_solved") for name in record if name.endswith("_solved")]
+    words, health_of = [], []
+    for name, value in record.items():
+        if not name.startswith(tuple(f"{s}_{x}" for s in solves for x in ("residual_p", "solved", "above_"))):
+            words.append(f"{name.replace('_', ' ')} {f'{value:.5g}' if isinstance(value, float) else value}")
+    for s in solves:
+        p10, p50, p90 = (record[f"{s}_residual_p{p}"] for p in (10, 50, 90))
+        health_of.append(f"{s} {p10:.0e} {p50:.0e} {p90:.0e}, {100 * record[f'{s}_solved']:.0f} %")
+    heading = "\n  relative residual (10, 50, 90 %) and share solved: " if solves else ""
+    return "  ".join(words) + heading + "; ".join(health_of)
 
-    A resumed run drops what it will repeat: records with step > last_step; last_step_of, as {"epoch": 500}, gives
-    another limit for an event.
+
+def health(name: str, residuals: list[Tensor], tol: float, process: Process) -> dict:
+    """{NAME_residual_p10, _p50, _p90: quantiles over many solves, NAME_solved, NAME_above_0.1: shares}.
+
+    Solved: to tol, or to 1e-3 if tol is 0.  Over all processes, which must all call it.  {} without a solve.
+    """
+    own = torch.cat(residuals).float().cpu() if residuals else torch.empty(0)
+    r = torch.cat(process.gather(own)).sort().values    # torch.quantile: 16 million numbers at most
+    if len(r) == 0:
+        return {}
+    return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
+            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item(),
+            f"{name}_above_0.1": (r > 0.1).float().mean().item()}
+
+
+class Meter:
+    """Running means, throughput, peak memory.  `add` costs no synchronisation, `read` one; it starts afresh.
+
+    The means and the throughput are of all processes, which must all call `read`, with values of the same
+    names.
     """
 
-    def __init__(self, path: str | os.PathLike, last_step: int | None = None, last_step_of: dict | None = None):
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            die(f"--out {self.path.parent}: cannot make this folder ({error.strerror})")
-        if last_step is not None and os.path.exists(self.path):
-            kept = []
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):         # a killed run may leave half a line
-                    record = json.loads(line)
-                    if record.get("step", 0) <= (last_step_of or {}).get(record.get("event"), last_step):
-                        kept.append(line + "\n")
-            new = self.path.with_name(self.path.name + ".new")
-            try:
-                new.write_text("".join(kept))
-                os.replace(new, self.path)
-            except OSError as error:
-                die(f"--out: cannot write {new} ({error.strerror})", code=1)
+    def __init__(self, process: Process):
+        self.process = process
+        self.reset()
 
-    def write(self, **record):
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite(record)) + "\n")
-        except OSError as error:
-            die(f"--out: cannot write {self.path} ({error.strerror})", code=1)
+    def reset(self):
+        self.sums, self.counts, self.samples, self.steps, self.start = {}, {}, 0, 0, time.perf_counter()
+
+    def add(self, n: int, **values: Tensor):
+        """values: 0-dimensional tensors on the device, means over n samples."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * n
+            self.counts[name] = self.counts.get(name, 0) + n
+        self.samples += n
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is done inside, such as diagnostics, does not count as time of training."""
+        began = clock(self.process.device)
+        yield
+        self.start += clock(self.process.device) - began
+
+    def read(self) -> dict:
+        """Means of the values, ms per step, samples per second, and this process's peak GPU memory (GB)."""
+        device, n = self.process.device, len(self.sums)
+        counts = torch.tensor([*self.counts.values(), self.samples], dtype=torch.float64, device=device)
+        totals = torch.stack([x.double() for x in (*self.sums.values(), *counts)])
+        totals = self.process.sum(totals).tolist()                                              # host sync
+        seconds = time.perf_counter() - self.start
+        record = {name: total / count for name, total, count in zip(self.sums, totals, totals[n:])}
+        record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
+        record["samples_per_s"] = totals[-1] / seconds
+        if device.type == "cuda":
+            record["peak_gb"] = peak_memory(device)
+        self.reset()
+        return record
 
 
-def start_log(args, process: Process, step: int, parameters: int, about_run: str, last_step_of: dict | None = None,
-              steps: float = math.inf) -> MetricsLog | None:
-    """The log of the run in --out, after its start has been noted and printed; None on all processes but the first.
-
-    steps: of the whole run; if the warm-up or --pretrain-steps take all of them, that is printed too.
-    """
-    if process.rank > 0:
-        return None
-    own_folder(args.out)
-    if getattr(args, "warmup_steps", 0) >= steps:
-        about_run += f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
-    if getattr(args, "pretrain_steps", 0) >= steps:
-        about_run += f"; all steps are pretraining, without a solver: lower --pretrain-steps {args.pretrain_steps}"
-    log = MetricsLog(Path(args.out) / "metrics.jsonl", step, last_step_of)
-    about = describe_run(process.device, process.world_size)
-    log.write(event="start", step=step, parameters=parameters, args=vars(args), **about)
-    print(f"{about['command']}\n{about['device']} x {process.world_size}, torch {about['torch']}, commit "
-          f"{about['commit']}; writing to {args.out}\n{about_run}"
-          + (f"; continues after step {step}" if step else ""), flush=True)
-    return log
+def describe_run(process: Process) -> dict:
+    """What a reader of a log needs to repeat the run: command, commit, torch version, device, processes."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    threads = torch.get_num_threads()
+    name = (torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else
+            f"CPU, {threads} thread{'s' * (threads > 1)}")
+    return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__, "device": name,
+            "processes": process.world_size}
 
 
 class TrainingPass(torch.nn.Module):
-    """A model's training pass from tensors to tensors, as CUDA graphs need it: x -> (output, residual (N,) or None).
+    """A model's training pass from tensors to tensors, as CUDA graphs need it: x -> (output, residual or
+    None).
 
-    model(x, unroll=..., with_result=True, on_backward=...) returns (output, SolverResult or None).  What its backward
-    solve, if it has one, ends at is left in backward_residual (N,).  batch: the largest N.
+    model(x, unroll=..., with_result=True, on_backward=...) returns (output, SolverResult or None).  The
+    residual of its backward solve, if it has one, is left in backward_residual (N,).  batch: the largest N.
     """
 
     def __init__(self, model: torch.nn.Module, batch: int, device: torch.device):
@@ -1770,6 +2114,15 @@ class TrainingPass(torch.nn.Module):
         self.backward_residual[:len(result.residual)].copy_(result.residual)
 
 
+# --- benchmark ----------------------------------------------------------------------------------------------
+
+def clock(device: torch.device) -> float:
+    """Seconds, when `device` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def reset_peak_memory(device: torch.device):
     """Starts a new measurement of `peak_memory`."""
     if device.type == "cuda":
@@ -1779,7 +2132,7 @@ def reset_peak_memory(device: torch.device):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak GB since `reset_peak_memory`: allocated on a GPU; on a CPU the resident set (Linux; nan elsewhere)."""
+    """Peak GB since `reset_peak_memory`: allocated on a GPU, or the resident set (Linux; else nan)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if os.access("/proc/self/clear_refs", os.W_OK):
@@ -1789,16 +2142,10 @@ def peak_memory(device: torch.device) -> float:
     return math.nan
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, when `device` has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def timed_step(forward: Callable, finish: Callable, device: torch.device) -> list[float]:
-    """[ms of forward(), which returns the loss, ms of its backward pass, ms of both and finish(), peak GB]."""
+    """[ms of forward(), which returns the loss, of its backward pass, with finish(), growth to peak GB]."""
     reset_peak_memory(device)
+    before = peak_memory(device)
     times = [clock(device)]
     loss = forward()
     times.append(clock(device))
@@ -1808,110 +2155,50 @@ def timed_step(forward: Callable, finish: Callable, device: torch.device) -> lis
     times.append(clock(device))
     start, after_forward, after_backward, end = times
     return [1e3 * (after_forward - start), 1e3 * (after_backward - after_forward), 1e3 * (end - start),
-            peak_memory(device)]
+            peak_memory(device) - before]
 
 
-def medians_in_turns(measures: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """{name: the medians of the numbers that measures[name]() returns}, all called in turns.
+def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, about: str, unit: str, n: int,
+              solve: Callable, f: Callable, h0: State, sometimes: dict = {}, repeats: int = 3) -> dict:
+    """Times training steps in turns and prints a table.  Returns {row: [forward, backward, step ms, peak
+    GB]}.
 
-    A machine that is slow for a while is so for all of them.  A first turn does not count: warm-up, compilation.
+    rows: {name: a forward pass that returns the loss}.  finish: what ends a step.  n, unit: what a step
+    processes. sometimes: {name: (share, forward)}, if a share of a row's steps has another forward pass. 
+    solve(f, h0) is timed beside its calls of f alone.  Numbers are medians over the repeats, taken in turns,
+    as a machine that is slow for a while is so for all rows.  A first turn, which may compile or capture,
+    counts for the memory alone.
     """
-    found = {name: [] for name in measures}
+    device, found, overheads = process.device, {}, []
+    reset_peak_memory(device)
+    at_start = peak_memory(device)
     for turn in range(repeats + 1):
-        for name, measure in measures.items():
-            numbers = measure()
-            if turn > 0:
-                found[name].append(numbers)
-    return {name: [statistics.median(column) for column in zip(*rows)] for name, rows in found.items()}
-
-
-def solver_overhead(solve: Callable, f: Callable, h0: State, device: torch.device) -> tuple[float, float]:
-    """(time of solve(f, h0) / that of its calls of f alone, ms per call of f); 1 is a solver that costs nothing."""
-    with torch.no_grad():
-        start = clock(device)
-        result = solve(f, h0)
-        solved = clock(device)
-        for _ in range(result.n_evals):
-            f(result.h)
-        seconds = clock(device) - solved
-    return (solved - start) / seconds, 1e3 * seconds / result.n_evals
-
-
-class Meter:
-    """Running means, throughput, peak memory.  `add` costs no synchronisation; `read` costs one, and starts afresh.
-
-    The means and the throughput are of all processes, which must all call `read`, with values of the same names.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
-
-    def reset(self):
-        self.sums, self.counts, self.samples, self.steps, self.start = {}, {}, 0, 0, time.perf_counter()
-
-    def add(self, n: int, **values: Tensor):
-        """values: 0-dimensional tensors on the device, means over n samples."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * n
-            self.counts[name] = self.counts.get(name, 0) + n
-        self.samples += n
-        self.steps += 1
-
-    def read(self) -> dict:
-        """Means of the values, ms per step, samples per second, and this process's peak GPU memory (GB)."""
-        counts = torch.tensor([*self.counts.values(), self.samples], dtype=torch.float64, device=self.device)
-        totals = all_reduce_sum(torch.stack([x.double() for x in (*self.sums.values(), *counts)])).tolist()  # host sync
-        seconds, n = time.perf_counter() - self.start, len(self.sums)
-        record = {name: total / count for name, total, count in zip(self.sums, totals, totals[n:])}
-        record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
-        record["samples_per_s"] = totals[-1] / seconds
-        if self.device.type == "cuda":
-            record["peak_gb"] = peak_memory(self.device)
-        self.reset()
-        return record
-
-
-def what_broke(loss: float, parameters=()) -> str:
-    """What is not a finite number, the loss or a parameter, or "".  The loss shows a broken weight one step late."""
-    if not math.isfinite(loss):
-        return f"the loss became {loss}"
-    finite = [p.isfinite().all() for p in parameters]
-    return "a weight became infinite or not a number" if finite and not torch.stack(finite).all() else ""   # host sync
-
-
-def health(name: str, residuals: list[Tensor], tol: float, alone: bool = False) -> dict:
-    """{NAME_residual_p10, _p50, _p90: quantiles of the residuals of many solves, NAME_solved, NAME_above_0.1: shares}.
-
-    Solved: to tol, or to 1e-3 where tol is 0.  Of all processes, which must all call it, or of this one `alone`.  {}
-    where there was no solve.
-    """
-    own = torch.cat(residuals).float().cpu() if residuals else torch.empty(0)
-    r = torch.cat([own] if alone else gather_objects(own)).sort().values    # torch.quantile: 16 million numbers at most
-    if len(r) == 0:
-        return {}
-    return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
-            f"{name}_solved": (r <= (tol or 1e-3)).float().mean().item(),
-            f"{name}_above_0.1": (r > 0.1).float().mean().item()}
-
-
-def spell_health(record: dict, *names: str) -> str:
-    """What `health` found of each name, on one line."""
-    return "relative residual (10, 50, 90 %) and share solved: " + "; ".join(
-        "{} {:.0e} {:.0e} {:.0e}, {:.0f} %".format(
-            name, *(record[f"{name}_residual_p{p}"] for p in (10, 50, 90)), 100 * record[f"{name}_solved"])
-        for name in names if f"{name}_solved" in record)
-
-
-def describe_run(device: torch.device, world_size: int) -> dict:
-    """What a reader of a log needs to repeat the run: command line, commit, torch version, device, processes."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    threads = torch.get_num_threads()
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"CPU, {threads} thread{'s' * (threads > 1)}")
-    return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__, "device": name,
-            "processes": world_size}
+        for name, forward in rows.items():
+            times = timed_step(forward, finish, device)
+            if name in sometimes:
+                share, other = sometimes[name]
+                more = timed_step(other, finish, device)
+                mean = [(1 - share) * a + share * b for a, b in zip(times[:3], more)]
+                times = [*mean, max(times[3], more[3])]
+            found.setdefault(name, []).append(times)
+        with torch.no_grad():
+            start = clock(device)
+            result = solve(f, h0)
+            solved = clock(device)
+            for _ in range(result.n_evals):
+                f(result.h)
+            seconds = clock(device) - solved
+        overheads.append(((solved - start) / seconds, 1e3 * seconds / result.n_evals))
+    median = {name: [statistics.median(column) for column in list(zip(*times[1:]))[:3]]
+              + [at_start + max(row[3] for row in times)] for name, times in found.items()}
+    run, width = describe_run(process), max(map(len, rows))
+    print(f"\n{about}; {run['device']}, torch {run['torch']}, commit {run['commit']}")
+    print(f"{'':{width}s} forward ms  backward ms   step ms  peak GB  {unit + '/s':>10s}  backward    step  "
+          f"(ratios: {next(iter(rows))} / this)")
+    _, first_backward, first_step, _ = next(iter(median.values()))
+    for name, (forward_ms, backward_ms, step_ms, gb) in median.items():
+        print(f"{name:{width}s} {forward_ms:10.1f} {backward_ms:12.1f} {step_ms:9.1f} {gb:8.3f} "
+              f"{1e3 * n / step_ms:11.1f} {first_backward / backward_ms:8.2f}x {first_step / step_ms:6.2f}x")
+    ratio, f_ms = (statistics.median(column) for column in zip(*overheads[1:]))
+    print(f"F: {f_ms:.2f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}", flush=True)
+    return median

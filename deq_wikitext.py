@@ -26,9 +26,7 @@ torchrun --nproc_per_node=4 deq_wikitext.py with
 The paper solves backwards by Broyden's method; the default here is GMRES.
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
 in training, and twelve unrolled steps from zero:
-    22.34             --norm pre --preln-residual raw --n-blocks 3 --d-inner 14800 --ln-affine --attn-out-ln
-                      --init-before-norm --k 12 --lam 1 --max-iter 0 --checkpoint-blocks --pretrain-steps 0
-                      --steps 150000 --warmup-steps 8000
+    22.34             --model deq-lm
 
 What makes it faster (--benchmark with the flag measures all but --accumulate):
     --compile                   F by torch.compile: fewer launches; the same numbers to rounding
@@ -51,7 +49,6 @@ two that share storage, each updated by Adam); the forward solver of the PreLN r
 script that it cites has Anderson).  NPG follows Eq. (17), not Algorithms 2 and 3.  Pretraining is as in the official
 protocol also for UPG (the paper leaves that open); --pretrain-steps 0 drops it.
 """
-import argparse
 import collections
 import contextlib
 import functools
@@ -62,7 +59,6 @@ import os
 import random
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +67,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F       # in prose F is the equilibrium module, DEQTransformer.f
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -79,182 +74,160 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from common import (Meter, SaveTimer, adaptive_damping, all_reduce_sum, anderson, broyden, check_run_flags,
-                    check_same_run, choose_out, clock, compiled, describe_run, die, equilibrium, first_then_others,
-                    fixed_point, flag_checks, gather_objects, gmres, health, init_process, is_ours,
-                    jacobian_regularization, launched, line_by_line, load_checkpoint, load_weights, medians_in_turns,
-                    note_differences, open_run, rng_state, rng_states, save_checkpoint, seed_everything, set_rng_state,
-                    set_rng_states, solver_overhead, spectral_radius, spell_health, start_log, timed_step, upg,
-                    what_broke)
+from common import (Meter, Run, adaptive_damping, add_run_flags, anderson, benchmark, broyden, check_version,
+                    compiled, die, equilibrium, existing_file, fixed_point, gmres, health, init_process, is_ours,
+                    jacobian_regularization, load_checkpoint, load_weights, make_parser, note_differences,
+                    parse_flags, rng_state, save_checkpoint, seed_everything, set_rng_state, spectral_radius, spell,
+                    upg, within)
 
-SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point}
-BACKWARD_SOLVERS = {"gmres": gmres, **SOLVERS}
-DEFAULTS = {        # for WikiText-103, and for --data toy; None until then, so that what was given can be told
-    "d_model": (700, 64), "n_head": (10, 4), "d_inner": (48000, 256), "cutoffs": ([20000, 40000, 200000], [200, 800]),
-    "dropout": (0.05, 0.0), "solver": ("broyden", "broyden"), "max_iter": (30, 12), "backward_max_iter": (35, 12),
-    "pretrain_steps": (32000, 0), "steps": (300000, 1000), "warmup_steps": (16000, 50), "batch_size": (56, 20),
-    "segment": (150, 30), "mem_len": (150, 30), "lr": (2.5e-4, 2e-3), "eval_every": (5000, 250), "log_every": (200, 50)}
-MODEL_FLAGS = {"norm", "preln_residual", "d_model", "d_embed", "n_head", "d_inner", "n_blocks", "cutoffs", "div_val",
-               "ln_affine", "attn_out_ln"}
-EVALUATION_FLAGS = {"data", "vocab", "local_size", "solver", "max_iter", "tol", "k", "lam", "segment", "mem_len",
-                    "pretrain_steps", "pretrain_layers", "eval_streams", "eval_mem_len", "eval_solver", "eval_max_iter"}
+SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
+# What --model decides beside the options: torchdeq's F differs in more than its size.
+MODELS = {"deq": {}, "deq-lm": dict(n_blocks=3, preln_residual="raw", ln_affine=True, attn_out_ln=True,
+                                    init_before_norm=True)}
+# The defaults of options.  A later row wins: the paper's PostLN row, torchdeq's model, the generated text.
+PRESETS = {
+    "deq": dict(norm="post", d_model=700, n_head=10, d_inner=48000, cutoffs=[20000, 40000, 200000], dropout=0.05,
+                k=5, lam=0.8, max_iter=30, backward_max_iter=35, pretrain_steps=32000, steps=300000,
+                warmup_steps=16000, batch_size=56, segment=150, mem_len=150, lr=2.5e-4, eval_every=5000,
+                log_every=200),
+    "deq-lm": dict(norm="pre", d_inner=14800, k=12, lam=1.0, max_iter=0, pretrain_steps=0, steps=150000,
+                   warmup_steps=8000),
+    "toy": dict(d_model=64, n_head=4, d_inner=256, cutoffs=[200, 800], dropout=0.0, max_iter=12,
+                backward_max_iter=12, pretrain_steps=0, steps=1000, warmup_steps=50, batch_size=20, segment=30,
+                mem_len=30, lr=2e-3, eval_every=250, log_every=50)}
+MODEL_FLAGS = "model norm d_model d_embed n_head d_inner cutoffs div_val"
+# What --eval and --generate take from a checkpoint of ours if it is not given.
+FROM_CHECKPOINT = MODEL_FLAGS + (" data vocab local_size solver max_iter tol k lam segment mem_len pretrain_steps "
+                                 "pretrain_layers eval_streams eval_mem_len eval_solver eval_max_iter")
+# What may change when a run is continued: it changes the training by rounding at most.
+MAY_DIFFER = ("init radius_every compile checkpoint_blocks accumulate eval_streams eval_mem_len eval_solver "
+              "eval_max_iter generate generate_tokens temperature")
+
+
+def presets(args):
+    found = {**PRESETS["deq"], **(PRESETS["deq-lm"] if args.model == "deq-lm" else {})}
+    if args.data == "toy":
+        found.update(PRESETS["toy"])
+        if args.model == "deq-lm":
+            found["max_iter"] = 0
+    return found
+
+
+def eval_memories(args):
+    """Memory lengths in evaluation."""
+    return args.eval_mem_len or [args.mem_len]
+
+
+def number_or_auto(text):
+    """The type of --lam."""
+    return text if text == "auto" else within(float, "(0, 1]")(text)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Trains a DEQ-Transformer on WikiText-103; no flags: PostLN, UPG.  --data "
-                                "DIR has wiki.{train,valid,test}.tokens or {train,valid,test}.txt.")
+    p = make_parser("Trains a DEQ-Transformer on WikiText-103.  Without options: PostLN, UPG A_{5,0.8}.  The "
+                    "defaults of --model deq-lm and --data toy are in PRESETS.")
+    count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
+    share, positive = within(float, "[0, 1)"), within(float, "[0, inf)")
+    add = p.add_argument_group("data").add_argument
+    add("--data", default="data/wikitext-103", help="folder with wiki.{train,valid,test}.tokens or "
+        "{train,valid,test}.txt; or 'toy': text of a known random source")
+    add("--vocab", choices=["train", "all"], default="train", help="types are of the training text, or of all three")
 
-    def add(flag, text, **more):
-        full, toy = DEFAULTS.get(flag[2:].replace("-", "_"), 2 * (more.get("default"),))
-        if full is not None:
-            text += f" (default {full})" if full == toy else f" (default {full}, toy {toy})"
-        p.add_argument(flag, help=text, **more)
+    add = p.add_argument_group("model").add_argument
+    add("--model", choices=list(MODELS), default="deq", help="the paper's, or torchdeq's of three thinner blocks")
+    add("--norm", choices=["post", "pre"], help="where the layer normalisation is")
+    add("--d-model", type=count, help="width of the state, a multiple of --n-head")
+    add("--d-embed", type=count, help="embedding width of the most frequent types (default: --d-model)")
+    add("--n-head", type=count, help="attention heads")
+    add("--d-inner", type=count, help="hidden width of the feed-forward part")
+    add("--cutoffs", type=count, nargs="+", help="the first types, by falling frequency, of the softmax clusters "
+        "after the first")
+    add("--div-val", type=count, default=4, help="factor between the embedding widths of a cluster and the next")
+    add("--local-size", type=natural, default=0, help="keys that a position sees, itself included; 0: 1000, and "
+        "--mem-len plus --segment must then be at most that")
+    add("--dropout", type=share, help="probability of variational dropout")
+    add("--dropatt", type=share, default=0.0, help="the same for attention probabilities")
+    add("--output-dropout", choices=["tokens", "channels"], default="tokens",
+        help="what is dropped before the softmax: whole tokens, as in the official code, or channels")
+    add("--init", type=existing_file, metavar="FILE", help="begin with the weights of this checkpoint, ours or an "
+        "official one")
 
-    # data
-    add("--data", "folder of the texts; or 'toy': text of a known random source", default="data/wikitext-103")
-    add("--vocab", "types are of the training text, or of all three", choices=["train", "all"], default="train")
-    # model
-    add("--norm", "layer normalisation", choices=["post", "pre"], default="post")
-    add("--preln-residual", "what --norm pre adds the feed-forward part to: locuslab/deq's, or the textbook's",
-        choices=["normalized", "raw"], default="normalized")
-    add("--d-model", "width of the state", type=int)
-    add("--d-embed", "embedding width of the most frequent types (default --d-model)", type=int)
-    add("--n-head", "attention heads", type=int)
-    add("--d-inner", "hidden width of the feed-forward part", type=int)
-    add("--n-blocks", "different pairs of attention and feed-forward part in F", type=int, default=1)
-    add("--cutoffs", "first types, by falling frequency, of the softmax clusters after the first", type=int, nargs="+")
-    add("--div-val", "each cluster's embedding is so many times narrower than the one before", type=int, default=4)
-    add("--local-size", "keys that a position sees, itself included; 0: 1000, and --mem-len plus --segment must then "
-        "be at most that", type=int, default=0)
-    add("--ln-affine", "layer normalisation with scale and shift", action="store_true")
-    add("--attn-out-ln", "one more, on the concatenated heads", action="store_true")
-    add("--init-before-norm", "F's weights begin as N(0, 0.01), not as PyTorch's default", action="store_true")
-    add("--dropout", "probability of variational dropout", type=float)
-    add("--dropatt", "the same for attention probabilities", type=float, default=0.0)
-    add("--output-dropout", "what is dropped before the softmax: whole tokens, as official, or channels",
-        choices=["tokens", "channels"], default="tokens")
-    add("--init", "begin with the weights of this checkpoint, ours or an official one", metavar="FILE")
-    # equilibrium
-    add("--grad", "how the gradient is computed", choices=["upg", "npg", "implicit", "bptt"], default="upg")
-    add("--k", "steps of the phantom gradient", type=int, default=5)
-    add("--lam", "damping of the phantom gradient; or 'auto': 1 / rho(J), each 100 steps, App. D.3", default="0.8")
-    add("--solver", "finds the equilibrium", choices=list(SOLVERS))
-    add("--backward-solver", "solves for the gradient of --grad implicit; the paper's is broyden",
-        choices=list(BACKWARD_SOLVERS), default="gmres")
-    add("--max-iter", "steps of the forward solver; 0: none, for UPG", type=int)
-    add("--jitter", "in training up to so many steps fewer, drawn for each batch", type=int, default=0)
-    add("--backward-max-iter", "steps of the backward solver of --grad implicit", type=int)
-    add("--tol", "relative residual at which a stream is solved; 0: always the whole budget", type=float, default=1e-3)
-    add("--pretrain-steps", "first optimiser steps, with an unrolled network in place of the solver", type=int)
-    add("--pretrain-layers", "evaluations of F in that network", type=int, default=2)
-    add("--jr", "weight of Jacobian regularisation; 0: none", type=float, default=0.0)
-    add("--jr-freq", "share of the steps that have it", type=float, default=0.4)
-    add("--jr-increment", "it grows by 0.1 at each multiple of this step after pretraining; 0: it does not", type=int,
-        default=0)
-    # optimisation
-    add("--steps", "optimiser steps", type=int)
-    add("--warmup-steps", "of linear warm-up", type=int)
-    add("--batch-size", "streams of text over all processes", type=int)
-    add("--segment", "tokens of each stream per step", type=int)
-    add("--mem-len", "earlier tokens that are kept as memory", type=int)
-    add("--accumulate", "micro-batches per step and process", type=int, default=1)
-    add("--lr", "peak, of Adam; cosine to 0 over all steps", type=float)
-    add("--clip", "largest norm of the gradient; 0: none", type=float, default=0.25)
-    add("--seed", "of weights, dropout and probes", type=int, default=0)
-    # evaluation
-    add("--eval-every", "steps between evaluations on valid", type=int)
-    add("--eval-streams", "streams that valid and test are cut into", type=int, default=16)
-    add("--eval-mem-len", "memory in evaluation; evaluations during training use the first (default --mem-len)",
-        type=int, nargs="+")
-    add("--eval-solver", "solver in evaluation; 'unrolled': --eval-max-iter plain steps, which alone never look ahead "
-        "in the text (default --solver; with --max-iter 0 unrolled)", choices=[*SOLVERS, "unrolled"])
-    add("--eval-max-iter", "steps in evaluation (default --max-iter, or --k where that is 0)", type=int)
-    # speed
-    add("--amp", "bf16 autocast; the solver's own vectors and the softmax stay float32", action="store_true")
-    add("--no-tf32", "GPU matrix products in full float32; TF32 is the default", action="store_true")
-    add("--compile", "torch.compile F", action="store_true")
-    add("--checkpoint-blocks", "compute F's parts again in the backward pass", action="store_true")
-    # run
-    add("--out", "folder of checkpoint.pt, best.pt and metrics.jsonl, a shared one on several machines (default "
-        "--resume's, or runs/wikitext-GRAD-TIME-PID)")
-    add("--resume", "continue from this checkpoint; 'auto': from --out's, if there is one", metavar="FILE")
-    add("--save-every", "minutes between checkpoints; each evaluation, and SIGTERM, saves one too", type=float,
-        default=15.0)
-    add("--log-every", "steps between log lines", type=int)
-    add("--radius-every", "steps between spectral radii of J and J_lam on valid; 0: never", type=int, default=0)
-    add("--eval", "only evaluate the checkpoint of --resume, ours or an official one; as with --generate, ours brings "
-        "the flags of text, model, solver and memory that are not given", action="store_true")
-    add("--generate", "only continue this text with the checkpoint of --resume", metavar="TEXT")
-    add("--generate-tokens", "how many tokens --generate adds", type=int, default=100)
-    add("--temperature", "of --generate; 0: the likeliest token", type=float, default=0.9)
-    add("--benchmark", "only measure step time, memory and solver overhead of Table 3's rows, on random tokens",
-        action="store_true")
-    args = p.parse_args(argv)
-    refuse, check = flag_checks(p)
-    only = [flag for flag, given in (("--eval", args.eval), ("--generate", args.generate is not None),
-                                     ("--benchmark", args.benchmark)) if given]
-    mode = " and ".join(only)
-    refuse(len(only) > 1, f"{mode} are different things to do: choose one")
-    refuse(only and not args.eval and launched(), f"{mode} is for one process: run it without torchrun")
-    refuse(args.benchmark and args.resume, "--benchmark measures a model with fresh weights: it takes no --resume")
-    refuse(args.init and only, "--init begins a training: evaluate a checkpoint with --eval --resume FILE")
-    check_run_flags(args, refuse)
-    if only and not args.benchmark:
-        refuse(args.resume in (None, "auto"), f"{mode} needs --resume FILE, the checkpoint to use")
-        state = load_checkpoint(args.resume)
-        if is_ours(state):                          # what is not given here is as it was in training
-            saved = state["args"]
-            check_same_run(args.resume, saved, args, free=vars(args))                   # of this script at all?
-            for name in ("solver", "max_iter", "mem_len"):      # a given --solver also overrides a saved --eval-solver
-                saved = {k: v for k, v in saved.items() if k != f"eval_{name}" or getattr(args, name) is None}
-            p.set_defaults(**{name: value for name, value in saved.items() if name in MODEL_FLAGS | EVALUATION_FLAGS})
-            args = p.parse_args(argv)
+    add = p.add_argument_group("equilibrium").add_argument
+    add("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg", help="how the gradient is computed")
+    add("--k", type=count, help="steps of the phantom gradient")
+    add("--lam", type=number_or_auto, help="damping of the phantom gradient; 'auto': 1 / rho(J), measured every 100 "
+        "steps, App. D.3")
+    add("--solver", choices=["broyden", "anderson", "fixed-point"], default="broyden", help="finds the equilibrium")
+    add("--max-iter", type=natural, help="iterations of the solver; 0: no solver, UPG from zero")
+    add("--jitter", type=natural, default=0, help="in training up to this many fewer, drawn for each batch")
+    add("--tol", type=positive, default=1e-3,
+        help="relative residual at which a stream counts as solved; 0: always the whole budget")
+    add("--backward-solver", choices=list(SOLVERS), default="gmres", help="solver of --grad implicit's backward pass")
+    add("--backward-max-iter", type=count, help="its iterations")
+    add("--pretrain-steps", type=natural, help="first steps, which unroll F in place of the solver")
+    add("--pretrain-layers", type=count, default=2, help="evaluations of F in a step of pretraining")
+    add("--jr", type=positive, default=0.0, help="weight of the Jacobian regularisation")
+    add("--jr-freq", type=within(float, "(0, 1]"), default=0.4, help="share of the steps that have it")
+    add("--jr-increment", type=natural, default=0,
+        help="after pretraining, --jr grows by 0.1 at each multiple of this step; 0: it does not")
 
-    for name, (full, toy) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, toy if args.data == "toy" else full)
-    args.d_embed, args.eval_mem_len = args.d_embed or args.d_model, args.eval_mem_len or [args.mem_len]
-    args.eval_solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")   # as it was trained
-    if args.eval_max_iter is None:
-        args.eval_max_iter = args.max_iter or args.k
+    add = p.add_argument_group("optimisation").add_argument
+    add("--steps", type=count, help="optimiser steps")
+    add("--warmup-steps", type=natural, help="first steps, in which the learning rate grows linearly")
+    add("--batch-size", type=count, help="streams of text over all processes")
+    add("--segment", type=count, help="tokens of each stream in a step")
+    add("--mem-len", type=natural, help="earlier tokens that are kept as memory")
+    add("--accumulate", type=count, default=1, help="micro-batches per step and process")
+    add("--lr", type=within(float, "(0, inf)"), help="largest learning rate of Adam; a cosine to 0 over all steps")
+    add("--clip", type=positive, default=0.25, help="largest norm of the gradient; 0: any")
 
-    check(args, "max_iter jitter tol pretrain_steps jr jr_increment warmup_steps mem_len eval_mem_len local_size "
-          "save_every radius_every temperature clip", lambda x: x >= 0, "must not be negative")
-    check(args, "d_model n_head d_inner n_blocks div_val k backward_max_iter pretrain_layers steps batch_size segment "
-          "accumulate eval_every eval_streams eval_max_iter log_every generate_tokens", lambda x: x >= 1,
-          "must be at least 1")
-    check(args, "lr", lambda x: 0 < x < math.inf, "must be positive and finite")
-    check(args, "dropout dropatt", lambda x: 0 <= x < 1, "must be in [0, 1)")
-    check(args, "jr_freq", lambda x: 0 < x <= 1, "must be in (0, 1]")
-    check(args, "temperature", lambda x: x == 0 or x >= 0.01, "must be 0 or at least 0.01")
-    check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
-    if args.lam != "auto":
-        with contextlib.suppress(ValueError):
-            args.lam = float(args.lam)
-        check(args, "lam", lambda x: not isinstance(x, str) and 0 < x <= 1, "must be a number in (0, 1] or 'auto'")
-    refuse(args.d_model % args.n_head or args.d_model % 2,
-           f"--d-model {args.d_model} must be even, and a multiple of --n-head {args.n_head}")
-    refuse(any(a >= b for a, b in zip([0, *args.cutoffs], args.cutoffs)),
-           f"--cutoffs must be positive and increase, got {args.cutoffs}")
-    n = len(args.cutoffs)
-    refuse(args.d_embed < args.div_val ** n, f"--d-embed {args.d_embed}: the last of {n + 1} clusters would have width "
-           f"{args.d_embed} / {args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
-    longest = max(args.mem_len, *args.eval_mem_len) + args.segment
-    refuse(args.local_size == 0 and longest > 1000,
-           f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest has no "
-           "effect; shorten the memory, or say how many it sees with --local-size")
-    refuse(args.lam == "auto" and args.grad not in ("upg", "npg"),
-           "--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
-    refuse(args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"),
-           "--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
-    refuse(args.jitter and args.jitter >= args.max_iter,
-           f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
-    refuse(args.grad == "bptt" and args.solver != "fixed-point",
-           "--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    add = p.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=count, help="steps between evaluations on the validation text")
+    add("--eval-streams", type=count, default=16, help="streams that the validation and test texts are cut into")
+    add("--eval-mem-len", type=natural, nargs="+", help="memory in evaluation; in training the first one counts "
+        "(default: --mem-len)")
+    add("--eval-solver", choices=["broyden", "anderson", "fixed-point", "unrolled"], help="solver in evaluation; "
+        "'unrolled': plain steps, which alone never look ahead in the text (default: --solver, unrolled without one)")
+    add("--eval-max-iter", type=count, help="its iterations (default: --max-iter, or --k without a solver)")
+    add("--radius-every", type=natural, default=0,
+        help="steps between spectral radii of J and J_lam on the validation text; 0: never")
+    add("--generate-tokens", type=count, default=100, help="tokens that --generate adds")
+    add("--temperature", type=positive, default=0.9, help="of --generate's distribution; 0: the likeliest token")
+
+    add = p.add_argument_group("speed").add_argument
+    add("--amp", action="store_true", help="bf16 autocast; the solver's vectors and the softmax stay float32")
+    add("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
+    add("--compile", action="store_true", help="torch.compile F")
+    add("--checkpoint-blocks", action="store_true", help="compute F's parts again in the backward pass: less memory")
+    modes = add_run_flags(p, "wikitext-GRAD", save_every=15.0, log_every=200)
+    modes.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
+    args = parse_flags(p, argv, presets, FROM_CHECKPOINT)
+    n, longest = len(args.cutoffs), max(args.mem_len, *eval_memories(args)) + args.segment
+    d_embed = args.d_embed or args.d_model
+    if args.d_model % args.n_head or args.d_model % 2:
+        p.error(f"--d-model {args.d_model} must be even, and a multiple of --n-head {args.n_head}")
+    if any(a >= b for a, b in zip(args.cutoffs, args.cutoffs[1:])):
+        p.error(f"--cutoffs must increase, got {args.cutoffs}")
+    if d_embed < args.div_val ** n:
+        p.error(f"--d-embed {d_embed}: the last of {n + 1} clusters would have width {d_embed} / "
+                f"{args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
+    if args.local_size == 0 and longest > 1000:
+        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest has "
+                "no effect; shorten the memory, or say how many it sees with --local-size")
+    if args.lam == "auto" and args.grad not in ("upg", "npg"):
+        p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
+    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
+        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
+    if args.jitter and args.jitter >= args.max_iter:
+        p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
+    if args.grad == "bptt" and args.solver != "fixed-point":
+        p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    if args.init and (args.eval or args.benchmark or args.generate is not None):
+        p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     return args
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 class Text(NamedTuple):
     """Three texts as ids, on the host.  Type 0 is <eos>; others follow by falling frequency in the training text."""
@@ -294,7 +267,7 @@ def load_text(args, process):
     """--data as a Text.  The first process of each machine reads and caches it while the others wait."""
     if args.data == "toy":
         return toy_text()
-    return first_then_others(lambda: read_text(args), process)
+    return process.first(lambda: read_text(args))
 
 
 def read_text(args):
@@ -389,7 +362,7 @@ def checksum(vocabulary):
     return hashlib.sha1("\n".join(vocabulary).encode()).hexdigest()
 
 
-# --- model -----------------------------------------------------------------------------------------------------------
+# --- model --------------------------------------------------------------------------------------------------
 
 class Memory(NamedTuple):
     """What is kept of earlier segments: M states and their injections.  States alone could not rebuild the keys."""
@@ -529,21 +502,27 @@ class Block(nn.Module):
         return self.ln2(t + y)
 
 
+def unrolled(f, h0, k, lam=1.0, on_backward=None):
+    """A `solve` without a solver: k steps from h0."""
+    return upg(f, h0, k=k, lam=lam), None
+
+
 class DEQTransformer(nn.Module):
     """Deep equilibrium language model: -log p = softmax(h*), h* = F(h*; memory, u), u = injection(embedding(ids)).
 
     The state h is (B, T, D): B streams, T tokens of the present segment, D = d_model.  K = M + T with M the length of
     the memory.  F is n_blocks pairs of attention and feed-forward part; all of them see the same u and memory.
     Embedding and softmax are adaptive, with the types split at `cutoffs`; cluster i has width d_embed // div_val^i.
-    Layer norms have no scale and shift unless ln_affine.  Solver settings as in common.equilibrium; max_iter = 0 with
-    grad = "upg" unrolls k steps from zero without a solver.
+    Layer norms have no scale and shift unless ln_affine.  solve(f, h0) -> (h*, result) is the solver and its gradient,
+    as common.equilibrium with its settings, or `unrolled`.
     """
 
     def __init__(self, n_token=267735, cutoffs=(20000, 40000, 200000), d_model=700, d_embed=None, n_head=10,
                  d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
                  ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
-                 dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False, grad="upg", k=5, lam=0.8,
-                 solver=broyden, max_iter=30, tol=1e-3, backward_solver=gmres, backward_max_iter=35):
+                 dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False,
+                 solve=functools.partial(equilibrium, lam=0.8, max_iter=30, tol=1e-3, backward_max_iter=35,
+                                         backward_tol=1e-3)):
         super().__init__()
         d_embed = d_embed or d_model
         if d_model % n_head or d_model % 2:
@@ -558,9 +537,7 @@ class DEQTransformer(nn.Module):
                              f"{preln_residual!r}, {output_dropout!r}")
         self.d_model, self.edges, self.local_size, self.mem_len = d_model, edges, local_size or 1000, mem_len
         self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
-        self.checkpoint_blocks = checkpoint_blocks
-        self.grad, self.k, self.lam, self.solver, self.max_iter = grad, k, lam, solver, max_iter
-        self.tol, self.backward_solver, self.backward_max_iter = tol, backward_solver, backward_max_iter
+        self.checkpoint_blocks, self.solve = checkpoint_blocks, solve
 
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
@@ -696,43 +673,32 @@ class DEQTransformer(nn.Module):
                  for i in range(1, len(self.edges) - 1)]
         return torch.cat([head[:, :first], *tails], dim=1)
 
-    def forward(self, ids, targets=None, memory=None, mem_len=None, unroll=0, max_iter=None, regularize=False,
-                on_backward=None):
+    def forward(self, ids, targets=None, memory=None, mem_len=None, solve=None, regularize=False, on_backward=None):
         """Output of a segment ids (B, T), of which targets (B, T) are the next tokens; memory: of the segment before.
 
         mem_len: length of the memory that is handed on (default self.mem_len).
-        unroll > 0: the pretraining network of so many layers in place of the solver.
-        max_iter: steps of the solver (default self.max_iter).
-        regularize: compute the Jacobian regularisation term too.
+        solve: in place of self.solve, as in pretraining.
+        regularize: compute the Jacobian regularisation term too, at the solver's h*.
         on_backward: called with the result of the backward solve of grad="implicit".
         """
         B, T = ids.shape
         mem_len = self.mem_len if mem_len is None else mem_len
-        max_iter = self.max_iter if max_iter is None else max_iter
         masks = self.masks(B, T, T + (0 if memory is None else memory.h.shape[1]), self.injection.weight.device)
         f, h0, u, memory = self.segment(ids, memory, masks)
-        result = jr = None
-        if unroll:
-            h = upg(f, h0, k=unroll, lam=1.0)
-        elif max_iter == 0:
-            h = upg(f, h0, k=self.k, lam=self.lam)
-        else:
-            h, result = equilibrium(f, h0, grad=self.grad, k=self.k, lam=self.lam, solver=self.solver,
-                                    max_iter=max_iter, tol=self.tol, backward_solver=self.backward_solver,
-                                    backward_max_iter=self.backward_max_iter, backward_tol=self.tol,
-                                    on_backward=on_backward)
-            if regularize:
-                # One more call of F.  To share the gradient's would cost UPG's backward as much; npg and implicit would
-                # save it, but their graph belongs to common.equilibrium, and a compiled one has no second derivative.
-                eager = functools.partial(type(self).f, self, **f.keywords)
-                jr = jacobian_regularization(eager, result.h)
+        h, result = (solve or self.solve)(f, h0, on_backward=on_backward)
+        jr = None
+        if regularize:
+            # One more call of F.  To share the gradient's would cost UPG's backward as much; npg and implicit would
+            # save it, but their graph belongs to common.equilibrium, and a compiled one has no second derivative.
+            eager = functools.partial(type(self).f, self, **f.keywords)
+            jr = jacobian_regularization(eager, result.h)
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in zip(memory, (h, u))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
         nll = None if targets is None else self.nll(h if masks.output is None else h * masks.output, targets)
         return Output(nll, kept, result, jr, h)
 
 
-# --- official checkpoints --------------------------------------------------------------------------------------------
+# --- official checkpoints -----------------------------------------------------------------------------------
 
 def grouped_by_head(rows, n_head, back=False):
     """Rows of W_qkv or the injection from thirds (queries, keys, values; heads within each) to heads; back: reversed.
@@ -769,8 +735,8 @@ def official_names(model, lm):
 def load_official(model, state_dict):
     """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
 
-    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict: ValueError names
-    keys that are unknown, missing, of another shape, or not tied where they must be.
+    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict: RuntimeError names
+    keys that are unknown, missing or of another shape; ValueError those that are not tied as they must be.
     """
     state_dict = state_dict.get("state_dict", state_dict) if isinstance(state_dict, dict) else None
     if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
@@ -782,84 +748,288 @@ def load_official(model, state_dict):
             continue
         found[key] = value.flatten(1) if value.dim() == 3 else value                # kernel-1 convolutions
     lm = any(key.startswith(("injection.", "func.dec_attn.0.")) for key in found)
-    own, names = model.state_dict(), official_names(model, lm)
+    names = official_names(model, lm)
     for key in [k for k in names.values() if k.endswith(".weight_v") and k[:-2] in found]:
         found[key] = found.pop(key[:-2])                        # without weight norm: v = W, g = ||W||
         found[key[:-1] + "g"] = torch.linalg.vector_norm(found[key], dim=1, keepdim=True)
-    problems = []
-    for i in range(len(model.tables)):
-        for tied in ("layers", "projs"):
-            copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{tied}.{i}.weight"
-            if copy in found and copy not in names.values():
-                value = found.pop(copy)
-                if original in found and not torch.equal(value, found[original]):
-                    problems.append(f"{copy} differs from {original}, which is the same parameter here")
-    problems += [f"unknown {k}" for k in sorted(found.keys() - set(names.values()))]
-    problems += [f"missing {k}" for k in names.values() if k not in found]
-    problems += [f"{theirs} is {tuple(found[theirs].shape)} instead of {tuple(own[ours].shape)}"
-                 for ours, theirs in names.items() if theirs in found and found[theirs].shape != own[ours].shape]
-    if problems:
-        raise ValueError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    for i, tied in itertools.product(range(len(model.tables)), ("layers", "projs")):
+        copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{tied}.{i}.weight"
+        value = None if copy in names.values() else found.pop(copy, None)
+        if value is not None and original in found and not torch.equal(value, found[original]):
+            raise ValueError(f"{copy} differs from {original}, which is the same parameter here")
     for key in [k for k in names.values() if lm and ("qkv_net" in k or k.startswith("injection."))]:
         found[key] = grouped_by_head(found[key], model.blocks[0].n_head, back=True)
-    model.load_state_dict({ours: found[theirs] for ours, theirs in names.items()})
+    ours = {theirs: ours for ours, theirs in names.items()}
+    model.load_state_dict({ours.get(key, key): value for key, value in found.items()})
 
 
-def official_state_dict(model, lm=False):
-    """The model's weights as locuslab/deq names and shapes them, or with `lm` as torchdeq's deq-lm does."""
-    own, state = model.state_dict(), {}
-    for ours, theirs in official_names(model, lm).items():
-        value = own[ours]
-        if lm and ("qkv_net" in theirs or theirs.startswith("injection.")):
-            value = grouped_by_head(value, model.blocks[0].n_head)
-        if not lm and value.dim() == 2 and theirs.startswith(("inject_conv", "func.dec_attn")) and "bias" not in theirs:
-            value = value[:, :, None]
-        state[theirs] = value
-    for i in range(len(model.tables)):
-        state[f"crit.out_layers.{i}.weight"] = own[f"tables.{i}"]
-        if i > 0 and f"projections.{i}" in own:
-            state[f"crit.out_projs.{i}.weight"] = own[f"projections.{i}"]
-    state["pos_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0.0, model.d_model, 2.0) / model.d_model)
-    return state
-
-
-# --- evaluation and diagnostics --------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def autocast(args, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
 
 
+def build_model(args, vocabulary, process):
+    """The model of the flags; a narrow one begins with wider weights, so that its injections are of equal size."""
+    types = len(vocabulary)
+    if args.cutoffs[-1] >= types:
+        fits = [c for c in args.cutoffs if c < types] or [types // 2]
+        process.die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {types} types; all cutoffs "
+                    f"must be below that, as in --cutoffs {' '.join(map(str, fits))}")
+    solve = functools.partial(
+        equilibrium, grad=args.grad, k=args.k, lam=1.0 if args.lam == "auto" else args.lam, tol=args.tol,
+        solver=SOLVERS[args.solver], max_iter=args.max_iter, backward_solver=SOLVERS[args.backward_solver],
+        backward_max_iter=args.backward_max_iter, backward_tol=args.tol)
+    if args.max_iter == 0:
+        solve = functools.partial(unrolled, k=args.k, lam=args.lam)
+    same = "d_model d_embed n_head d_inner div_val local_size mem_len dropout dropatt output_dropout checkpoint_blocks"
+    seed_everything(args.seed)          # the same weights on all processes
+    model = DEQTransformer(types, args.cutoffs, pre_ln=args.norm == "pre", solve=solve, **MODELS[args.model],
+                           init_std=0.01 * math.sqrt(700 / args.d_model),
+                           **{name: getattr(args, name) for name in same.split()}).to(process.device)
+    if args.compile:
+        model.f = compiled(model.f)
+    return model
+
+
+def learning_rate(args, done):
+    """Of step done + 1, as a factor of --lr."""
+    s = done + 1
+    return s / args.warmup_steps if s < args.warmup_steps else (1 + math.cos(math.pi * s / args.steps)) / 2
+
+
+def jr_weight(args, done):
+    """Weight of the JR term after `done` steps: --jr, and 0.1 more per --jr-increment, after pretraining."""
+    if not args.jr_increment:
+        return args.jr
+    return args.jr + 0.1 * (done // args.jr_increment - min(done, args.pretrain_steps) // args.jr_increment)
+
+
+def step_settings(args, model, done):
+    """(solve, whether the step has the JR term) of step done + 1.
+
+    The same on all processes, and again after a restart: drawn from seed and step alone.
+    """
+    draw = random.Random(f"{args.seed}-{done}")
+    if done < args.pretrain_steps:
+        return functools.partial(unrolled, k=args.pretrain_layers), False
+    regularize = jr_weight(args, done) > 0 and draw.random() < args.jr_freq
+    solve = model.solve
+    if args.jitter:
+        solve = functools.partial(solve, max_iter=args.max_iter - draw.randint(0, args.jitter))
+    return solve, regularize
+
+
+def measured_damping(args, process, model, streams, memories, step):
+    """--lam auto: 1 / rho(J), of the mean over the streams of this segment.
+
+    Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the toy text
+    50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
+    """
+    with autocast(args, process.device):
+        rho = sum(radius(model, ids, memory)[0].mean() for ids, memory in zip(streams, memories))
+    rho = process.sum(rho.double()) / (len(memories) * process.world_size)
+    if not torch.isfinite(rho):
+        process.die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
+                    "--grad upg", code=1)
+    return adaptive_damping(rho)
+
+
+def train(args, process, model, text):
+    """Trains, evaluates every --eval-every steps, and reads the test text with the best weights."""
+    device, world = process.device, process.world_size
+    B, T, n = args.batch_size, args.segment, args.accumulate
+    if len(text.train) < 2 * B:
+        process.die(f"--batch-size {B}: the training text has only {len(text.train)} tokens")
+    tokens = streams(text.train, B)                                                          # (B, length)
+    segments = math.ceil((tokens.shape[1] - 1) / T)                                          # per epoch; last: short
+    own = tokens.tensor_split(world)[process.rank].tensor_split(n)                           # n micro-batches
+    run = Run(args, process, f"wikitext-{args.grad}", MAY_DIFFER, types=checksum(text.vocabulary),
+              train_text=fingerprint(text.train))
+    best_path = run.folder / "best.pt"
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, args))
+    first, evaluated, memories, lam = 0, 0, [None] * n, 1.0 if args.lam == "auto" else args.lam
+    score = {"best": math.inf, "best_step": 0, "measured_on": fingerprint(text.valid)}
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        scheduler.load_state_dict(run.state["scheduler"])
+        first, evaluated, lam = (run.state[name] for name in ("step", "evaluated", "lam"))
+        if run.state["memory"] is not None:
+            parts = [part.tensor_split(world)[process.rank].to(device).tensor_split(n) for part in run.state["memory"]]
+            memories = [Memory(*pair) for pair in zip(*parts)]
+        if run.state["score"]["measured_on"] == score["measured_on"]:
+            score = run.state["score"]
+        elif process.rank == 0:
+            print("note: the validation text is another one than before: the best perplexity starts anew", flush=True)
+    elif args.init:
+        load_init(args, process, model, run)
+    # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    parameters = sum(p.numel() for p in model.parameters())
+    note = f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
+    run.start(f"{parameters:,} parameters; {len(text.train)} training tokens of {len(text.vocabulary)} types; "
+              f"{args.steps} steps, {args.steps / segments:.1f} epochs of {segments}"
+              + note * (args.warmup_steps >= args.steps), parameters=parameters)
+    meter = Meter(process)
+
+    def save(step):
+        memory = None
+        if memories[0] is not None:                         # of all processes: their number may change
+            memory = [torch.cat(process.gather(torch.cat(parts).cpu())) for parts in zip(*memories)]
+        run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory, "lam": lam,
+                  "scheduler": scheduler.state_dict(), "step": step, "evaluated": evaluated, "score": score})
+
+    step = first
+    for end in [*range(args.eval_every, args.steps, args.eval_every), args.steps]:
+        if end <= evaluated:                    # all done before the run was continued
+            continue
+        for done in process.bar(range(step, end), f"to step {end}"):
+            start = done % segments * T
+            stop_at = min(start + T, tokens.shape[1] - 1)
+            if start == 0:
+                memories = [None] * n                       # an epoch begins
+            if args.lam == "auto" and done >= args.pretrain_steps and (
+                    done % 100 == 0 or done == args.pretrain_steps):
+                lam = measured_damping(args, process, model, [ids[:, start:stop_at] for ids in own], memories, done)
+            if args.lam == "auto":
+                model.solve = functools.partial(model.solve, lam=lam)
+            solve, regularize = step_settings(args, model, done)
+            means = collections.defaultdict(float)          # over the micro-batches
+            for i in range(n):
+                ids, targets = own[i][:, start:stop_at], own[i][:, start + 1:stop_at + 1]
+                reduce = world == 1 or i == n - 1           # gradients meet once per step
+                with contextlib.nullcontext() if reduce else net.no_sync():
+                    with autocast(args, device):
+                        output = net(ids, targets, memories[i], solve=solve, regularize=regularize,
+                                     on_backward=lambda r: run.note_residuals(backward=r.residual))
+                    loss = nll = output.nll.mean()
+                    if regularize:
+                        loss = nll + jr_weight(args, done) * output.jr
+                        means["jr"] += output.jr.detach() / n
+                    (loss / n).backward()
+                means["loss"] += nll.detach() / n
+                memories[i] = output.memory
+                if output.result is not None:
+                    run.note_residuals(train=output.result.residual)
+            means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            lr = scheduler.get_last_lr()[0]                 # of this step
+            scheduler.step()
+            step = done + 1
+
+            # --- the step ends here; what follows is diagnostics, logging and saving ---
+            meter.add(n * ids.numel(), **means)
+            if args.radius_every and step % args.radius_every == 0:
+                with meter.paused():
+                    run.report("radius", step=step, **radii(model, text.valid, args, process, lam))
+            saving, stop = run.due()
+            saving = saving or step == end                  # the evaluation may take long
+            if saving or step % args.log_every == 0:
+                record = meter.read()                                                       # host sync
+                run.report("train", step=step, epoch=step / segments, lr=lr, lam=lam, **record,
+                           perplexity=math.exp(min(record["loss"], 700.0)))
+            if saving:
+                save(step)
+                meter.reset()
+            if stop:
+                return run.stopped(step)
+
+        record = evaluate(model, "valid", text.valid, args, process, eval_memories(args)[0], step)
+        if evaluated <= args.pretrain_steps < step:
+            score["best"] = math.inf                        # until now it was of the pretraining network
+        evaluated = step
+        if record["valid_perplexity"] < score["best"]:
+            score["best"], score["best_step"] = record["valid_perplexity"], step
+            if process.rank == 0:
+                save_checkpoint(best_path, {"model": model.state_dict(), "args": vars(args), "lam": lam, "step": step,
+                                            "facts": run.facts, "valid_perplexity": score["best"]})
+        run.report("eval", step=step, **record, best_perplexity=score["best"], best_step=score["best_step"],
+                   **run.health(args.tol))
+        save(step)
+        meter.reset()
+
+    # best.pt is not there if the run was continued in another folder.
+    here, of_step = (best_path, score["best_step"]) if best_path.exists() else (run.checkpoint, step)
+    if of_step != step:
+        model.load_state_dict(load_checkpoint(here, flag="--out")["model"])
+    record = evaluate(model, "test", text.test, args, process, eval_memories(args)[0], of_step)
+    run.report("test", step=step, of_step=of_step, **record)
+    if process.rank == 0:
+        flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
+        print(f"done: test perplexity {record['test_perplexity']:.6g} of {record['test_tokens']} tokens, memory "
+              f"{record['test_mem_len']} (weights of step {of_step}; best on valid: step {score['best_step']}); "
+              f"{run.seconds / 60:.1f} minutes\n" + (BEST.format(*text.best) + "\n" if text.best else "")
+              + f"weights: {here}; evaluate them with: python deq_wikitext.py --eval --resume {shlex.quote(str(here))}"
+              + flags, flush=True)
+
+
+def fingerprint(ids):
+    return hashlib.sha256(ids.numpy()).hexdigest()[:16]
+
+
+# --- evaluation and diagnostics -----------------------------------------------------------------------------
+
+def check_model(args, process, state, types, flag, path):
+    """Ends the run if a checkpoint of ours is of another model, or of another vocabulary, than this run."""
+    check_version(path, state["args"], args, flag)
+    for name in MODEL_FLAGS.split():
+        if state["args"][name] != getattr(args, name):
+            process.die(f"{flag} {path} is of a run with --{name.replace('_', '-')} {state['args'][name]} (here "
+                        f"{getattr(args, name)})")
+    if state["facts"]["types"] != types:
+        process.die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
+
+
+MISFIT = "{} {} does not fit the model (--model, --d-model, --d-inner, --cutoffs, ..., types of --data)"
+
+
+def load_init(args, process, model, run):
+    """--init: the weights of a checkpoint, ours or an official one."""
+    state = load_checkpoint(args.init, flag="--init")
+    if is_ours(state):
+        check_model(args, process, state, run.facts["types"], "--init", args.init)
+    load_weights(model, state, load_official, MISFIT.format("--init", args.init))
+
+
 @contextlib.contextmanager
-def evaluating(model, args):
-    """The model in evaluation mode, with the solver of evaluation.
+def evaluating(model, args, step=math.inf):
+    """The model in evaluation mode, with the solver of evaluation; step: of its weights, which may be pretrained.
 
     A solver sees the future a little: its inner products, its stop and its choice of the best state are of a stream's
     whole segment.  The leak is of the size of the residual.
     """
-    before = model.solver, model.max_iter, model.training
-    model.solver, model.max_iter = SOLVERS.get(args.eval_solver, fixed_point), args.eval_max_iter
+    before, training, max_iter = model.solve, model.training, args.eval_max_iter or args.max_iter or args.k
+    solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")         # as it was trained
+    if step <= args.pretrain_steps:
+        model.solve = functools.partial(unrolled, k=args.pretrain_layers)
+    elif solver == "unrolled":
+        model.solve = functools.partial(unrolled, k=max_iter)
+    else:
+        model.solve = functools.partial(equilibrium, solver=SOLVERS[solver], max_iter=max_iter, tol=args.tol)
     model.eval()
     yield
-    model.solver, model.max_iter, training = before
+    model.solve = before
     model.train(training)
 
 
 @torch.no_grad()
-def evaluate(model, name, ids, args, process, mem_len, unroll=0):
+def evaluate(model, name, ids, args, process, mem_len, step=math.inf):
     """Perplexity of a text in --eval-streams streams with a memory of their own; the first token of each is given.
 
-    unroll: layers of the unrolled network in place of the solver; 0: the solver.
+    step: of the weights, see `evaluating`.
     """
     text = streams(ids, args.eval_streams)
     own = text.tensor_split(process.world_size)[process.rank]              # some may have one stream more, or none
     sums, residuals, memory = torch.zeros(4, dtype=torch.float64, device=process.device), [], None
     starts = range(0, text.shape[1] - 1, args.segment)
-    with evaluating(model, args):
-        for start in tqdm(starts if len(own) else (), desc=f"evaluating {name}", leave=False,
-                          disable=process.rank > 0 or not sys.stderr.isatty()):
+    with evaluating(model, args, step):
+        for start in process.bar(starts if len(own) else (), f"evaluating {name}"):
             stop = min(start + args.segment, text.shape[1] - 1)
             with autocast(args, process.device):
-                out = model(own[:, start:stop], own[:, start + 1:stop + 1], memory, mem_len=mem_len, unroll=unroll)
+                out = model(own[:, start:stop], own[:, start + 1:stop + 1], memory, mem_len=mem_len)
             memory = out.memory
             sums[0] += out.nll.sum()
             sums[1] += out.nll.numel()
@@ -867,68 +1037,77 @@ def evaluate(model, name, ids, args, process, mem_len, unroll=0):
                 residuals.append(out.result.residual)
                 sums[2] += out.result.n_evals
                 sums[3] += 1
-    nll, count, evals, solves = all_reduce_sum(sums).tolist()
+    nll, count, evals, solves = process.sum(sums).tolist()
     record = {f"{name}_nll": nll / count, f"{name}_perplexity": math.exp(min(nll / count, 700.0)),
               f"{name}_tokens": int(count), f"{name}_mem_len": mem_len}
     if solves:
-        record.update(health(name, residuals, args.tol), **{f"{name}_evals": evals / solves})
+        record.update(health(name, residuals, args.tol, process), **{f"{name}_evals": evals / solves})
     return record
-
-
-def spell(name, record):
-    """What `evaluate` found, on one line."""
-    return (f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
-            f"{record[f'{name}_mem_len']}")
-
-
-def spell_solves(name, record):
-    """A second line: how its solves went, and those of training where they are in the record; "" without a solver."""
-    if f"{name}_evals" not in record:
-        return ""
-    return (f"\n  {spell_health(record, 'train', name, 'backward')}; {record[f'{name}_evals']:.1f} calls of F per "
-            "segment")
 
 
 @torch.no_grad()
 def radius(model, ids, memory, lams=(1.0,), n_iter=50):
     """Spectral radius per stream of lam J + (1 - lam) I at h* of a segment, for each lam; dropout off."""
     f, h0, *_ = model.segment(ids, memory)
-    h = model.solver(f, h0, max_iter=model.max_iter, tol=model.tol).h
+    h, _ = model.solve(f, h0)
     return [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
 
 
 @torch.no_grad()
-def radii(model, ids, args, process):
+def radii(model, ids, args, process, lam):
     """App. D.3: spectral radii of J and lam J + (1 - lam) I at h*, means over the streams' second segment; no trace."""
     rng, own = rng_state(), streams(ids, args.eval_streams)
     own = own.tensor_split(process.world_size)[process.rank]
     sums, T = torch.zeros(4, dtype=torch.float64, device=process.device), min(args.segment, own.shape[1] // 2)
     if len(own):
         with evaluating(model, args), autocast(args, process.device):
-            memory = model(own[:, :T], mem_len=args.eval_mem_len[0]).memory
-            rho, rho_lam = radius(model, own[:, T:2 * T], memory, lams=(1.0, model.lam))
+            memory = model(own[:, :T], mem_len=eval_memories(args)[0]).memory
+            rho, rho_lam = radius(model, own[:, T:2 * T], memory, lams=(1.0, lam))
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     set_rng_state(rng)
-    rho, rho_lam, above, count = all_reduce_sum(sums).tolist()
-    return {"rho_J": rho / count, "rho_J_lam": rho_lam / count, "rho_J_above_1": above / count, "lam": model.lam}
+    rho, rho_lam, above, count = process.sum(sums).tolist()
+    return {"rho_J": rho / count, "rho_J_lam": rho_lam / count, "rho_J_above_1": above / count, "lam": lam}
+
+
+def evaluate_checkpoint(args, process, model, text, state):
+    """--eval: perplexities at each memory length, and spectral radii."""
+    step, main = state["step"] if is_ours(state) else math.inf, process.rank == 0
+    with evaluating(model, args, step):
+        used = {"unrolled": "an unrolled network of {k} layers", "equilibrium": "{max_iter} iterations at most, "
+                "tolerance {tol:g}"}[model.solve.func.__name__].format(**model.solve.keywords)
+    if main:
+        print(f"{args.resume}, step {step}: {used}; {args.eval_streams} streams, segments of {args.segment}", flush=True)
+    for mem_len, name in itertools.product(eval_memories(args), ("valid", "test")):
+        record = evaluate(model, name, getattr(text, name), args, process, mem_len, step)
+        if main:
+            print(f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
+                  f"{mem_len}\n  {spell(record)}", flush=True)
+    if step > args.pretrain_steps:                      # else it has not seen its equilibrium yet
+        lam = args.lam if args.lam != "auto" else state["lam"]
+        record = radii(model, text.valid, args, process, lam)
+        if main:
+            print(spell(record))
+    if main and text.best:
+        print(BEST.format(*text.best))
 
 
 @torch.no_grad()
-def generate(model, vocabulary, args, process, unroll=0):
+def generate(model, vocabulary, args, process, step):
     """Continues --generate token by token, each drawn from the model's distribution; prints as it goes."""
     known = {word: i for i, word in enumerate(vocabulary)}
     words = args.generate.replace("\n", " <eos> ").split() or ["<eos>"]
     missing = [word for word in words if word not in known]
     if missing and "<unk>" not in known:
-        die(f"--generate: {missing[0]!r} is not in the vocabulary; it has whole words, and punctuation marks as words")
+        die(f"--generate: {missing[0]!r} is not in the vocabulary, which has whole words, such as "
+            f"{' '.join(vocabulary[1:4])!r}")
     if missing:
         print(f"note: not in the vocabulary, read as <unk>: {' '.join(missing)}", file=sys.stderr, flush=True)
     ids, memory = torch.tensor([[known.get(word, known.get("<unk>")) for word in words]]), None
     print(args.generate, end=" ", flush=True)
-    with evaluating(model, args), autocast(args, process.device):
+    with evaluating(model, args, step), autocast(args, process.device):
         for _ in range(args.generate_tokens):
             for segment in ids.split(args.segment, dim=1):
-                out = model(segment, memory=memory, mem_len=args.eval_mem_len[0], unroll=unroll)
+                out = model(segment, memory=memory, mem_len=eval_memories(args)[0])
                 memory = out.memory
             log_prob = model.log_prob(out.h[:, -1])
             ids = (torch.multinomial((log_prob / args.temperature).softmax(1), 1) if args.temperature else
@@ -938,384 +1117,89 @@ def generate(model, vocabulary, args, process, unroll=0):
     print()
 
 
-# --- benchmark -------------------------------------------------------------------------------------------------------
+# --- benchmark ----------------------------------------------------------------------------------------------
 
-TABLE3 = {      # of the model: norm, gradient, forward and backward steps; and whether the loss has the JR term
-    "PostLN implicit": (False, "implicit", 30, 35, False), "PostLN UPG": (False, "upg", 30, 35, False),
-    "PreLN JR implicit": (True, "implicit", 14, 14, True), "PreLN JR UPG": (True, "upg", 14, 14, True),
-    "PreLN JR UPG, 20": (True, "upg", 20, 14, True), "PostLN NPG": (False, "npg", 30, 35, False)}
+TABLE3 = {      # norm, gradient, forward and backward iterations; and whether the loss has the JR term
+    "PostLN implicit": ("post", "implicit", 30, 35, False), "PostLN UPG": ("post", "upg", 30, 35, False),
+    "PreLN JR implicit": ("pre", "implicit", 14, 14, True), "PreLN JR UPG": ("pre", "upg", 14, 14, True),
+    "PreLN JR UPG, 20": ("pre", "upg", 20, 14, True), "PostLN NPG": ("post", "npg", 30, 35, False)}
 
 
-def benchmark(model, args, device, repeats=3):
-    """Times training steps of Table 3's rows in turns, and the solver's overhead: medians over the repeats.
+def run_benchmark(args, process):
+    """--benchmark: training steps of Table 3's rows on random tokens; NPG's memory at k = 1 and 20.
 
     A row with JR is the mean of steps with and without the term, weighted by --jr-freq.  All rows have the --mem-len,
     --dropout, --dropatt and --backward-solver of the command and no jitter: only gradient, JR and iterations differ.
     """
+    types = 2000 if args.data == "toy" else max(267735, args.cutoffs[-1] + 1)
+    model, device = build_model(args, range(types), process), process.device
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
-    model.train()
-    model.tol, n, rng = 0.0, model.edges[-1], torch.Generator().manual_seed(0)
-    text = (n * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4).long().clamp_max(n - 1)
+    rng = torch.Generator().manual_seed(0)
+    text = (types * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4).long().clamp_max(types - 1)
     B, M, D = args.batch_size, args.mem_len, args.d_model
     memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device)) if M else None
 
-    def configure(row):
-        pre_ln, model.grad, model.max_iter, model.backward_max_iter, regular = TABLE3[row]
-        for block in model.blocks:
-            block.pre_ln = pre_ln
-        return regular
+    def row(norm, grad, max_iter, backward_max_iter, regularize, k=args.k):
+        solve = functools.partial(
+            equilibrium, grad=grad, k=k, lam=1.0 if args.lam == "auto" else args.lam, solver=SOLVERS[args.solver],
+            max_iter=max_iter, tol=0.0, backward_solver=SOLVERS[args.backward_solver],
+            backward_max_iter=backward_max_iter, backward_tol=0.0)
 
-    def step(regularize):
         def forward():
+            for block in model.blocks:
+                block.pre_ln = norm == "pre"
             with autocast(args, device):
-                out = model(text[:, :-1], text[:, 1:], memory, regularize=regularize)
+                out = model(text[:, :-1], text[:, 1:], memory, solve=solve, regularize=regularize)
             return out.nll.mean() + (0.1 * out.jr if regularize else 0)
 
-        return timed_step(forward, finish, device)
+        return forward
 
     def finish():
         nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def measure(row):
-        share = args.jr_freq if configure(row) else 0
-        plain = step(False)
-        more = step(True) if share else plain
-        return [(1 - share) * a + share * b for a, b in zip(plain[:3], more)] + [max(plain[3], more[3])]
-
-    def overhead():
-        configure("PostLN UPG")
-        with torch.no_grad(), autocast(args, device):
-            f, h0, *_ = model.segment(text[:, :-1], memory)
-            return solver_overhead(functools.partial(model.solver, max_iter=model.max_iter, tol=0), f, h0, device)
-
-    median = medians_in_turns({**{row: functools.partial(measure, row) for row in TABLE3}, "overhead": overhead},
-                              repeats)
-    ratio, f_ms = median.pop("overhead")
-    about = describe_run(device, 1)
-    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, memory "
-          f"{M}, dropatt {args.dropatt}, no jitter, {args.solver} forward, {args.backward_solver} backward, k = "
-          f"{model.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
-    print("row                forward ms  backward ms  step ms  peak GB  tokens/s  backward    step (first row / this)")
-    base = median["PostLN implicit"]
-    for row, (forward, backward, whole, gb) in median.items():
-        print(f"{row:18s} {forward:10.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} "
-              f"{1e3 * B * args.segment / whole:9.0f} {base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
-    print(f"F: {f_ms:.1f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
-    configure("PostLN NPG")
-    few, many = (step(False)[3] for model.k in (1, 20))
-    print(f"NPG peak memory: k = 1 {few:.3f} GB, k = 20 {many:.3f} GB, ratio {many / few:.3f}")
+    rows = {name: row(*settings[:4], False) for name, settings in TABLE3.items()}
+    rows.update({f"PostLN NPG, k = {k}": row(*TABLE3["PostLN NPG"], k=k) for k in (1, 20)})
+    with torch.no_grad(), autocast(args, device):
+        f, h0, *_ = model.segment(text[:, :-1], memory)
+    benchmark(rows, finish, process, unit="tokens", n=B * args.segment, h0=h0, f=autocast(args, device)(f),
+              sometimes={name: (args.jr_freq, row(*settings)) for name, settings in TABLE3.items() if settings[4]},
+              solve=functools.partial(SOLVERS[args.solver], max_iter=args.max_iter or 30, tol=0.0),
+              about=f"{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, "
+              f"memory {M}, dropatt {args.dropatt}, no jitter, {args.solver} forward, {args.backward_solver} backward, "
+              f"k = {args.k}")
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-def build_model(args, n_token, process):
-    """The model of the flags; a narrow one begins with wider weights, so that its injections are of equal size."""
-    if args.cutoffs[-1] >= n_token:
-        die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {n_token} types")
-    same = ("d_model d_embed n_head d_inner div_val n_blocks preln_residual ln_affine attn_out_ln init_before_norm "
-            "local_size mem_len dropout dropatt output_dropout checkpoint_blocks grad k max_iter tol backward_max_iter")
-    model = DEQTransformer(n_token, args.cutoffs, pre_ln=args.norm == "pre", solver=SOLVERS[args.solver],
-                           backward_solver=BACKWARD_SOLVERS[args.backward_solver],
-                           init_std=0.01 * math.sqrt(700 / args.d_model), lam=1.0 if args.lam == "auto" else args.lam,
-                           **{name: getattr(args, name) for name in same.split()}).to(process.device)
-    if args.compile:
-        model.f = compiled(model.f)
-    return model
-
-
-MISFIT = "{} {} does not fit the model (--d-model, --d-inner, --cutoffs, ..., types of --data)"
-
-
-def check_model_flags(flag, path, state, args, types, remedy):
-    """Ends the run where a checkpoint of ours is of another model, or of another vocabulary, than this run."""
-    check_same_run(path, state["args"], args, set(vars(args)) - MODEL_FLAGS, flag, remedy)
-    check_vocabulary(flag, path, state, args, types)
-
-
-def check_vocabulary(flag, path, state, args, types):
-    if state["types"] != types:
-        die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
-
-
-def restore(args, model, types, train_text, optimizer, scheduler):
-    """--resume in training: all of the state.  Returns what was read."""
-    state = load_checkpoint(args.resume)
-    if not is_ours(state):
-        die(f"--resume {args.resume} was not written by this script: an official checkpoint can be evaluated (--eval), "
-            "or begun with (--init)")
-    free = ("data out resume init save_every log_every radius_every compile checkpoint_blocks accumulate eval "
-            "eval_streams eval_mem_len eval_solver eval_max_iter benchmark generate generate_tokens temperature")
-    check_same_run(args.resume, state["args"], args, free.split())
-    check_vocabulary("--resume", args.resume, state, args, types)
-    if "optimizer" not in state:
-        die(f"--resume {args.resume} has weights alone: continue from checkpoint.pt, or begin with --init")
-    if state.get("train_text") != train_text:
-        die(f"--resume {args.resume} is of a run on another training text than --data {args.data} holds")
-    load_weights(model, state, load_official, MISFIT.format("--resume", args.resume))
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    model.lam = state["lam"]
-    return state
-
-
-def unrolled_layers(args, step, evaluation=False):
-    """Layers of the unrolled network in place of the solver after `step` steps, in pretraining above all; 0: none."""
-    if step < args.pretrain_steps:
-        return args.pretrain_layers
-    return args.eval_max_iter if evaluation and args.eval_solver == "unrolled" else 0
-
-
-def jr_weight(args, step):
-    """Weight of the JR term after `step` steps: --jr, and 0.1 more per --jr-increment, after pretraining."""
-    if not args.jr_increment:
-        return args.jr
-    return args.jr + 0.1 * (step // args.jr_increment - min(step, args.pretrain_steps) // args.jr_increment)
-
-
-def train(args, process, model, text):
-    device, rank, world = process.device, process.rank, process.world_size
-    main, types = rank == 0, checksum(text.vocabulary)
-    train_text = hashlib.sha256(text.train.numpy()).hexdigest()[:16]
-    checkpoint, args.resume = open_run(args.out, args.resume)
-    best_path = checkpoint.with_name("best.pt")
-    B, T, n = args.batch_size, args.segment, args.accumulate
-    if len(text.train) < 2 * B:
-        die(f"--batch-size {B}: the training text has only {len(text.train)} tokens")
-    tokens = streams(text.train, B)                                                          # (B, length)
-    segments = math.ceil((tokens.shape[1] - 1) / T)                                          # per epoch; last: short
-    own = tokens.tensor_split(world)[rank].tensor_split(n)                                   # n micro-batches
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-
-    def schedule(done):             # the rate of step done + 1
-        s = done + 1
-        return s / args.warmup_steps if s < args.warmup_steps else (1 + math.cos(math.pi * s / args.steps)) / 2
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    state = {"step": 0, "evaluated": 0, "best": math.inf, "best_step": 0, "seconds": 0.0}
-    memories = [None] * n
-    if args.resume:
-        state = restore(args, model, types, train_text, optimizer, scheduler)
-        if state["memory"] is not None:
-            parts = [part.tensor_split(world)[rank].to(device).tensor_split(n) for part in state["memory"]]
-            memories = [Memory(*pair) for pair in zip(*parts)]
-    elif args.init:
-        first = load_checkpoint(args.init, flag="--init")
-        if is_ours(first):
-            check_model_flags("--init", args.init, first, args, types, "use the same flags")
-        load_weights(model, first, load_official, MISFIT.format("--init", args.init))
-    step, evaluated, best, best_step = (state[k] for k in ("step", "evaluated", "best", "best_step"))
-    seed_everything(args.seed + rank)
-    if args.resume:
-        set_rng_states(state["rng"], process)
-    # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    timer = SaveTimer(args.save_every)
-    parameters = sum(p.numel() for p in model.parameters())
-    log = start_log(args, process, step, parameters, f"{parameters:,} parameters; {len(text.train)} training tokens of "
-                    f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of "
-                    f"{segments}", last_step_of={"eval": evaluated, "test": -1}, steps=args.steps)
-
-    def save():
-        rng, memory = rng_states(), None                    # all processes take part
-        if memories[0] is not None:
-            memory = [torch.cat(gather_objects(torch.cat(parts).cpu())) for parts in zip(*memories)]
-        if main:
-            save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                         "scheduler": scheduler.state_dict(), "rng": rng, "memory": memory,
-                                         "lam": model.lam, "step": step, "evaluated": evaluated, "best": best,
-                                         "best_step": best_step, "types": types, "train_text": train_text,
-                                         "args": vars(args), "seconds": time.perf_counter() - started})
-
-    meter, residuals, backward_residuals, stop = Meter(device), [], [], False
-    started, due = time.perf_counter() - state["seconds"], step % args.eval_every == 0 or step == args.steps
-    bar = tqdm(total=args.steps, initial=step, disable=not (main and sys.stderr.isatty()))
-    # Evaluation comes first: a run that was cut off in one finds its checkpoint just before it.
-    while not stop and (step < args.steps or evaluated < step):
-        if step > evaluated and due:
-            unroll = unrolled_layers(args, step - 1, evaluation=True)
-            with timer.saved():
-                record = evaluate(model, "valid", text.valid, args, process, args.eval_mem_len[0], unroll)
-            if evaluated <= args.pretrain_steps < step:
-                best = math.inf                             # until now it was of the pretraining network
-            evaluated, last = step, record["valid_perplexity"]
-            if last < best:
-                best, best_step = last, step
-                if main:
-                    save_checkpoint(best_path, {"model": model.state_dict(), "types": types, "args": vars(args),
-                                                "lam": model.lam, "step": step, "valid_perplexity": last})
-            for name, found in (("train", residuals), ("backward", backward_residuals)):
-                record.update(health(name, found, args.tol))
-                found.clear()
-            if main:
-                log.write(event="eval", step=step, best_perplexity=best, best_step=best_step,
-                          seconds=time.perf_counter() - started, **record)
-                tqdm.write(f"step {step}: {spell('valid', record)}; best {best:.6g} (step {best_step})"
-                           + spell_solves("valid", record))
-            save()
-            meter.reset()
-            continue
-
-        start = step % segments * T
-        end = min(start + T, tokens.shape[1] - 1)
-        if start == 0:
-            memories = [None] * n                           # an epoch begins
-        # The same choices on all processes, and again after a restart: drawn from seed and step alone.
-        draw = random.Random(f"{args.seed}-{step}")
-        unroll = unrolled_layers(args, step)
-        regularize = not unroll and jr_weight(args, step) > 0 and draw.random() < args.jr_freq
-        max_iter = args.max_iter - draw.randint(0, args.jitter)
-        # Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the toy
-        # text 50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
-        if args.lam == "auto" and not unroll and (step % 100 == 0 or step == args.pretrain_steps):
-            with autocast(args, device):
-                rho = sum(radius(model, ids[:, start:end], memory)[0].mean() for ids, memory in zip(own, memories))
-            rho = all_reduce_sum(rho.double()) / (n * world)
-            if not torch.isfinite(rho):
-                die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
-                    "--grad upg", code=1)
-            model.lam = adaptive_damping(rho)                   # of the mean over the streams
-        means = collections.defaultdict(float)              # over the micro-batches
-        for i in range(n):
-            ids, targets = own[i][:, start:end], own[i][:, start + 1:end + 1]
-            reduce = world == 1 or i == n - 1               # gradients meet once per step
-            with contextlib.nullcontext() if reduce else net.no_sync():
-                with autocast(args, device):
-                    output = net(ids, targets, memories[i], unroll=unroll, max_iter=max_iter, regularize=regularize,
-                                 on_backward=lambda r: backward_residuals.append(r.residual))
-                loss = nll = output.nll.mean()
-                if regularize:
-                    loss = nll + jr_weight(args, step) * output.jr
-                    means["jr"] += output.jr.detach() / n
-                (loss / n).backward()
-            means["loss"] += nll.detach() / n
-            memories[i] = output.memory
-            if output.result is not None:
-                residuals.append(output.result.residual)
-        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        meter.add(n * ids.numel(), **means)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        lr = scheduler.get_last_lr()[0]                     # of this step
-        scheduler.step()
-        step += 1
-        bar.update()
-
-        # --- the step ends here; what follows is logging, diagnostics and saving ---
-        saving, stop = timer.poll()
-        due = step % args.eval_every == 0 or step == args.steps
-        saving = saving or due                              # before the evaluation, which may take long
-        if args.radius_every and step % args.radius_every == 0:
-            paused = clock(device)
-            record = radii(model, text.valid, args, process)
-            if main:
-                log.write(event="radius", step=step, **record)
-                tqdm.write(f"step {step}: spectral radius of J {record['rho_J']:.3f}, of J_lam "
-                           f"{record['rho_J_lam']:.3f} (lam = {model.lam:.2f})")
-            meter.start += clock(device) - paused     # diagnostics do not count as training time
-        if step % args.log_every == 0 or saving:
-            record = meter.read()                                           # host sync
-            broken = what_broke(record["loss"], model.parameters() if saving else ())
-            if broken:
-                kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
-                die(f"{broken} by step {step}: try a lower --lr or --lam, or --jr; {kept}", code=1)
-            if main:
-                log.write(event="train", step=step, epoch=step / segments, lr=lr, lam=model.lam,
-                          seconds=time.perf_counter() - started, **record)
-                more = f"  JR {record['jr']:.3f}" if "jr" in record else ""
-                more += f"  lam {model.lam:.2f}" if args.lam == "auto" else ""
-                more += f"  {record['peak_gb']:.2f} GB" if "peak_gb" in record else ""
-                tqdm.write(f"step {step:6d}  epoch {step / segments:5.2f}  loss {record['loss']:.4f}  perplexity "
-                           f"{math.exp(min(record['loss'], 700.0)):<8.6g}  lr {lr:.2e}  |g| {record['grad_norm']:.3f}  "
-                           f"{record['ms_per_step']:.0f} ms/step  {record['samples_per_s']:.0f} tokens/s{more}")
-        if saving:
-            save()
-            meter.reset()
-    bar.close()
-    if stop:
-        if main:
-            print(f"SIGTERM: saved after step {step} to {checkpoint}; continue with the same command, --out {args.out} "
-                  "and --resume auto", flush=True)
-        return
-    # best.pt is not there where the run was continued in another folder.
-    here, of_step = (best_path, best_step) if best_path.exists() else (checkpoint, step)
-    if of_step != step:
-        load_weights(model, load_checkpoint(here, flag="--out"), load_official, MISFIT.format("--out", here))
-    unroll = unrolled_layers(args, of_step - 1, evaluation=True)
-    with timer.saved():
-        record = evaluate(model, "test", text.test, args, process, args.eval_mem_len[0], unroll)
-    if main:
-        log.write(event="test", step=step, of_step=of_step, seconds=time.perf_counter() - started, **record)
-        print(f"done: {spell('test', record)} (weights of step {of_step}; best on valid: step {best_step}); "
-              f"{(time.perf_counter() - started) / 60:.1f} minutes{spell_solves('test', record)}", flush=True)
-        if text.best:
-            print(BEST.format(*text.best), flush=True)
-        flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
-        print(f"weights: {here}; evaluate them with: python deq_wikitext.py --eval --resume {shlex.quote(str(here))}"
-              + flags, flush=True)
-
-
-# --- main ------------------------------------------------------------------------------------------------------------
-
-def evaluate_checkpoint(args, process, model, text, state):
-    """--eval: perplexities at each memory length, and spectral radii."""
-    ours, main = is_ours(state), process.rank == 0
-    unroll = unrolled_layers(args, state["step"] - 1 if ours else math.inf, evaluation=True)
-    if main:
-        print(args.resume + (f", step {state['step']}: " if ours else ": ")
-              + (f"an unrolled network of {unroll} layers" if unroll else
-                 f"{args.eval_solver}, at most {args.eval_max_iter} steps, tolerance {args.tol:g}")
-              + f"; {args.eval_streams} streams, segments of {args.segment}", flush=True)
-    for mem_len, name in itertools.product(args.eval_mem_len, ("valid", "test")):
-        record = evaluate(model, name, getattr(text, name), args, process, mem_len, unroll)
-        if main:
-            print(spell(name, record) + spell_solves(name, record), flush=True)
-    if ours and state["step"] <= args.pretrain_steps:
-        return                          # it has not seen its equilibrium yet
-    record = radii(model, text.valid, args, process)
-    if main:
-        print(f"spectral radius of J {record['rho_J']:.3f} (above 1 for {100 * record['rho_J_above_1']:.0f} % of the "
-              f"streams), of J_lam {record['rho_J_lam']:.3f} (lam = {record['lam']:.2f})")
-        if text.best:
-            print(BEST.format(*text.best))
-
+# --- main ---------------------------------------------------------------------------------------------------
 
 def main(args):
-    line_by_line()
-    process, state = init_process(), None
-    if args.eval or args.generate is not None:
-        state = load_checkpoint(args.resume)
-    elif args.batch_size % (process.world_size * args.accumulate):
-        die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x --accumulate "
-            f"{args.accumulate}")
+    process = init_process()
+    training = not (args.eval or args.benchmark or args.generate is not None)
+    if training and args.batch_size % (process.world_size * args.accumulate):
+        process.die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x "
+                    f"--accumulate {args.accumulate}")
     torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")       # "high": TF32, on GPUs only
-    seed_everything(args.seed)          # the same weights on all processes
     if args.benchmark:
-        n_token = 267735 if args.cutoffs[-1] < 267735 else args.cutoffs[-1] + 1
-        benchmark(build_model(args, 2000 if args.data == "toy" else n_token, process), args, process.device)
-        return
+        return run_benchmark(args, process)
     text = load_text(args, process)
     for name, ids in (("valid", text.valid), ("test", text.test)):
         if len(ids) < 2 * args.eval_streams:
-            die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
-    model = build_model(args, len(text.vocabulary), process)
-    if state is None:
-        choose_out(args, f"wikitext-{args.grad}")
+            process.die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
+    model = build_model(args, text.vocabulary, process)
+    if training:
         train(args, process, model, text)
     else:
+        state = load_checkpoint(args.resume)
         if is_ours(state):
-            check_model_flags("--resume", args.resume, state, args, checksum(text.vocabulary), "leave them out")
-            note_differences(state["args"], args, "solver max_iter tol segment mem_len local_size amp")
-            model.lam = state["lam"] if args.lam == "auto" else args.lam
+            check_model(args, process, state, checksum(text.vocabulary), "--resume", args.resume)
+            note_differences(state["args"], args, "solver max_iter tol segment mem_len local_size amp", process)
         load_weights(model, state, load_official, MISFIT.format("--resume", args.resume))
         if args.eval:
             evaluate_checkpoint(args, process, model, text, state)
         else:
-            step = state["step"] - 1 if is_ours(state) else math.inf
-            generate(model, text.vocabulary, args, process, unrolled_layers(args, step, evaluation=True))
-    if process.world_size > 1:
-        dist.destroy_process_group()
+            generate(model, text.vocabulary, args, process, state["step"] if is_ours(state) else math.inf)
+    process.end()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ zoo is torchdeq's model with the solver budget of this file (there: 40 iteration
 """
 import argparse
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import functools
@@ -51,7 +50,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -60,162 +58,129 @@ from typing import NamedTuple
 # Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")          # by torch_geometric's import
-
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch_geometric.data import Batch, Data
-from torch_geometric.datasets import PPI, TUDataset
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import degree, to_undirected
-from tqdm import tqdm
 
-from common import (SaveTimer, all_reduce_sum, anderson, broyden, check_run_flags, check_same_run, choose_out,
-                    describe_run, die, equilibrium, finite, first_then_others, fixed_point, flag_checks,
-                    gather_objects, gmres, health, init_process, is_ours, launched, line_by_line, load_checkpoint,
-                    medians_in_turns, open_run, save_checkpoint, seed_everything, solver_overhead, start_log,
-                    timed_step, upg, what_broke)
+from common import (Process, Run, add_run_flags, anderson, benchmark, broyden, die, equilibrium, finite, fixed_point,
+                    gmres, health, init_process, is_ours, launched, load_checkpoint, make_parser, output_folder,
+                    parse_flags, save_checkpoint, seed_everything, upg, within)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
          "PPI": ("97.6", "98.2", "97.4", "96.2")}
 METHODS = (("implicit", None), ("upg", 0.5), ("upg", 0.8), ("upg", 1.0))        # Table 4's rows
+# The defaults of options, by --dataset and, for PPI and its look-alike, by --ppi-model: that row wins.
+GRAPHS = dict(hidden=64, kappa=0.9, epochs=200, batch_size=128, lr=0.001, clip=0.0, tol=1e-5, solver="fixed-point",
+              backward_solver="fixed-point")
+NODES = dict(kappa=0.98, clip=1.0, tol=1e-6, solver="anderson", backward_solver="gmres")
+PRESETS = {"COX2": GRAPHS, "PROTEINS": GRAPHS,
+           "PPI": dict(NODES, hidden=256, epochs=1000, batch_size=1, lr=0.005),
+           "PPI-synthetic": dict(NODES, hidden=32, epochs=100, batch_size=1, lr=0.005),
+           "chains": dict(NODES, hidden=16, epochs=200, batch_size=64, lr=0.01),
+           "robust": {}, "zoo": dict(clip=0.0),
+           "literal": dict(clip=0.0, tol=3e-6, solver="fixed-point", backward_solver="fixed-point")}
+ONLY_FOR = {"folds val unstratified_folds evaluate_2a_too dropout": ("COX2", "PROTEINS"),
+            "clip": ("PPI", "PPI-synthetic", "chains"), "chain_length hops": ("chains",),
+            "ppi_model": ("PPI", "PPI-synthetic"), "graph_scale": ("PPI-synthetic",)}
+
+
+def presets(args):
+    ppi = args.dataset in ("PPI", "PPI-synthetic")
+    return {**PRESETS[args.dataset], **(PRESETS[args.ppi_model] if ppi else {})}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Trains IGNN on graphs; no flags: the generated chains, a minute.")
-    # data
-    p.add_argument("--dataset", choices=["COX2", "PROTEINS", "PPI", "PPI-synthetic", "chains"], default="chains",
-                   help="COX2, PROTEINS: graph classification; PPI: node classification; PPI-synthetic: its generated "
-                   "look-alike; chains: generated long-range task (default chains)")
-    p.add_argument("--data", default="data", help="folder with NAME/raw/*; PyG downloads what is not there "
-                   "(default data)")
-    p.add_argument("--folds", type=int, default=10, help="of the cross-validation, COX2 and PROTEINS (default 10)")
-    p.add_argument("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
-    p.add_argument("--unstratified-folds", action="store_true", help="the official folds: graphs are shuffled after "
-                   "stratification")
-    p.add_argument("--evaluate-2a-too", action="store_true", help="also evaluate with the normalised 2A + I, as the "
-                   "official release does; its own columns")
-    p.add_argument("--graph-scale", type=float, default=0.1, help="nodes of PPI-synthetic's graphs as a fraction of "
-                   "PPI's (default 0.1)")
-    p.add_argument("--chain-length", type=int, default=20, help="nodes of the longest chain (default 20)")
-    # model
-    p.add_argument("--hidden", type=int, help="width (default 64, PPI 256, PPI-synthetic 32, chains 16)")
-    p.add_argument("--kappa", type=float, help="bound of ||W||_inf rho(A), in (0, 1) (default 0.9; PPI, chains 0.98)")
-    p.add_argument("--dropout", type=float, default=0.5, help="before the last layer of COX2, PROTEINS (default 0.5)")
-    p.add_argument("--ppi-model", choices=["robust", "literal", "zoo"], default="robust",
-                   help="robust: A / rho(A), relative tolerance, clipping; literal: the paper's, raw A; zoo: raw A, "
-                   "spectral norm and Omega_2, torchdeq's (default robust)")
-    p.add_argument("--hops", type=int, default=2, help="iterations of each of the two layers of the few-hop network of "
-                   "chains, which sees twice as far (default 2)")
-    # equilibrium
-    p.add_argument("--grad", choices=["implicit", "upg", "npg"], default="upg",
-                   help="how the gradient is computed (default upg)")
-    p.add_argument("--solver", choices=["fixed-point", "anderson", "broyden"], help="finds the equilibrium (default "
-                   "fixed-point for COX2, PROTEINS and --ppi-model literal, else anderson)")
-    p.add_argument("--backward-solver", choices=["gmres", "fixed-point", "anderson", "broyden"],
-                   help="solves for the gradient of --grad implicit; the paper's is fixed-point (default fixed-point "
-                   "for COX2, PROTEINS and --ppi-model literal, whose F contracts fast, else gmres)")
-    p.add_argument("--k", type=int, default=5, help="steps of the phantom gradient (default 5)")
-    p.add_argument("--lam", type=float, default=0.5, help="damping of the phantom gradient, in (0, 1] (default 0.5)")
-    p.add_argument("--max-iter", type=int, default=300, help="steps of the forward solver (default 300)")
-    p.add_argument("--tol", type=float, help="residual at which a graph is solved: relative, or the largest entry with "
-                   "--ppi-model literal (default COX2, PROTEINS 1e-5, else 1e-6; literal 3e-6)")
-    p.add_argument("--backward-max-iter", type=int, default=300, help="steps of the backward solver of --grad "
-                   "implicit (default 300)")
-    p.add_argument("--backward-tol", type=float, help="residual at which the backward solve of a graph stops, "
-                   "relative to dL/dH* (default ten times --tol, 1e-5 with literal)")
-    # optimisation
-    p.add_argument("--epochs", type=int, help="passes over the training graphs (default 200; PPI 1000; PPI-synthetic "
-                   "100; chains 200)")
-    p.add_argument("--batch-size", type=int, help="graphs per step over all processes; for COX2 and PROTEINS, whose "
-                   "folds are divided, per fold (default 128; PPI 1; chains all)")
-    p.add_argument("--lr", type=float, help="Adam's (default 0.001, halved from epoch 51 on; PPI 0.005; chains 0.01)")
-    p.add_argument("--clip", type=float, help="largest norm of the gradient, PPI and chains; 0: none (default 1; "
-                   "literal, zoo 0)")
-    p.add_argument("--seed", type=int, default=42, help="of folds, weights, order and dropout (default 42)")
-    # run
-    p.add_argument("--table4", action="store_true", help="train implicit, UPG lam 0.5, 0.8, 1.0 and print Table 4")
-    p.add_argument("--out", help="folder of checkpoint.pt, metrics.jsonl, results.json (default "
-                   "--resume's, or runs/ignn-DATASET-TIME-PID)")
-    p.add_argument("--resume", metavar="FILE", help="continue from this checkpoint; 'auto': from --out's, if "
-                   "there is one")
-    p.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints; each fold, and SIGTERM, "
-                   "saves one too (default 5)")
-    p.add_argument("--log-every", type=int, help="epochs between log lines (default a tenth of --epochs)")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume, ours or an official "
-                   "one; ours brings the flags that are not given")
-    p.add_argument("--benchmark", action="store_true", help="only measure step time, memory and solver overhead of "
-                   "implicit, UPG and NPG, on generated graphs")
-    p.set_defaults(stop_mode=None)          # no flag: it follows from --ppi-model
-    args = p.parse_args(argv)
-    refuse, check = flag_checks(p)
-    refuse(args.table4 and (args.eval or args.resume not in (None, "auto")),
-           "--table4 takes neither --eval nor a FILE to --resume: use --out DIR --resume auto")
-    for name in ("grad", "lam"):
-        refuse(args.table4 and getattr(args, name) != p.get_default(name),
-               f"--table4 sets --{name} itself: leave it out")
-    refuse(args.eval and args.resume in (None, "auto"), "--eval needs --resume FILE, the checkpoint to evaluate")
-    refuse(args.benchmark and (args.eval or args.resume or args.table4),
-           "--benchmark measures a model with fresh weights: it takes no --eval, --resume or --table4")
-    refuse((args.benchmark or args.eval) and launched(),
-           f"--{'benchmark' if args.benchmark else 'eval'} is for one process: run it without torchrun")
-    refuse(args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"),
-           "--benchmark needs --dataset COX2, PPI or PPI-synthetic: graphs of those sizes are generated for it")
-    if args.eval:                                   # what is not given here is as it was in training
-        state = load_checkpoint(args.resume)
-        if is_ours(state):
-            check_same_run(args.resume, state["args"], args, free=vars(args))           # of this script at all?
-            p.set_defaults(**{name: value for name, value in state["args"].items()
-                              if hasattr(args, name) and (name == "data" or name not in FREE)})
-            args = p.parse_args(argv)
+    p = make_parser("Trains IGNN on graphs.  Without options: the generated chains, a minute.  Defaults are those of "
+                    "the chains; PRESETS has the others.")
+    count, positive = within(int, "[1, inf)"), within(float, "[0, inf)")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", choices=["COX2", "PROTEINS", "PPI", "PPI-synthetic", "chains"], default="chains",
+        help="COX2, PROTEINS: classification of graphs; PPI: of nodes; PPI-synthetic: its generated look-alike; "
+        "chains: a generated task of long range")
+    add("--data", default="data", help="folder with NAME/raw/*; PyG downloads what is not there")
+    add("--folds", type=within(int, "[2, inf)"), default=10, help="folds of the cross-validation on COX2 and PROTEINS")
+    add("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
+    add("--unstratified-folds", action="store_true", help="the official folds: graphs are shuffled after stratification")
+    add("--evaluate-2a-too", action="store_true", help="also evaluate with the normalised 2A + I, as the official "
+        "release does, in columns of its own")
+    add("--graph-scale", type=within(float, "(0, inf)"), default=0.1,
+        help="nodes of PPI-synthetic's graphs as a fraction of PPI's")
+    add("--chain-length", type=within(int, "[2, inf)"), default=20, help="nodes of the longest chain")
 
-    graphs, chains, ppi = args.dataset in ("COX2", "PROTEINS"), args.dataset == "chains", args.dataset == "PPI"
-    official = args.ppi_model != "robust" and not graphs and not chains
-    for names, of, here in (("folds val unstratified_folds evaluate_2a_too dropout", "COX2 and PROTEINS", graphs),
-                            ("clip", "PPI and chains", not graphs), ("chain_length hops", "chains", chains),
-                            ("ppi_model", "PPI and PPI-synthetic", not graphs and not chains),
-                            ("graph_scale", "PPI-synthetic",
-                             args.dataset == "PPI-synthetic" or ppi and args.benchmark)):
-        for name in names.split():
-            refuse(not here and getattr(args, name) != p.get_default(name),
-                   f"--{name.replace('_', '-')} is of {of}: it has no effect on {args.dataset}")
-    args.stop_mode = "max" if official and args.ppi_model == "literal" else "rel"
-    defaults = {"hidden": 64 if graphs else 16 if chains else 256 if ppi else 32, "kappa": 0.9 if graphs else 0.98,
-                "epochs": 1000 if ppi else 100 if args.dataset == "PPI-synthetic" else 200,
-                "batch_size": 128 if graphs else 64 if chains else 1,
-                "tol": 1e-5 if graphs else 3e-6 if args.stop_mode == "max" else 1e-6,
-                "solver": "fixed-point" if graphs or args.stop_mode == "max" else "anderson",
-                "backward_solver": "fixed-point" if graphs or args.stop_mode == "max" else "gmres",
-                "lr": 0.001 if graphs else 0.01 if chains else 0.005, "clip": 0.0 if official else 1.0}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.backward_tol is None:
-        args.backward_tol = 1e-5 if args.stop_mode == "max" else 10 * args.tol
-    if args.log_every is None:
-        args.log_every = max(1, args.epochs // 10)
-    check(args, "k max_iter backward_max_iter epochs batch_size hidden hops log_every", lambda x: x >= 1,
-          "must be at least 1")
-    check(args, "tol backward_tol save_every clip", lambda x: x >= 0, "must not be negative")
-    check(args, "lr graph_scale", lambda x: 0 < x < math.inf, "must be positive and finite")
-    check(args, "seed", lambda x: 0 <= x < 2 ** 32, "must be in [0, 2^32)")
-    check(args, "kappa", lambda x: 0 < x < 1, "must be in (0, 1), or the equilibrium may not exist")
-    check(args, "lam", lambda x: 0 < x <= 1, "must be in (0, 1]")
-    check(args, "dropout", lambda x: 0 <= x < 1, "must be in [0, 1)")
-    check(args, "folds chain_length", lambda x: x >= 2, "must be at least 2")
-    refuse(args.table4 and chains, "--table4 is of COX2, PROTEINS and PPI; --dataset chains is not in the paper")
-    refuse(args.eval and chains,
-           "--eval is of COX2, PROTEINS, PPI and PPI-synthetic: a run of chains prints its figures at its end")
-    check_run_flags(args, refuse)
+    add = p.add_argument_group("model").add_argument
+    add("--hidden", type=count, help="width")
+    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A); below 1 the equilibrium exists")
+    add("--dropout", type=within(float, "[0, 1)"), default=0.5, help="before the last layer, on COX2 and PROTEINS")
+    add("--ppi-model", choices=["robust", "literal", "zoo"], default="robust",
+        help="robust: A / rho(A), relative tolerance, clipping; literal: the paper's, raw A; zoo: torchdeq's, raw A, "
+        "spectral norm and Omega_2")
+    add("--hops", type=count, default=2, help="iterations of each of the two layers of the few-hop network of chains, "
+        "which sees twice as far")
+
+    add = p.add_argument_group("equilibrium").add_argument
+    add("--grad", choices=["implicit", "upg", "npg"], default="upg", help="how the gradient is computed")
+    add("--k", type=count, default=5, help="steps of the phantom gradient")
+    add("--lam", type=within(float, "(0, 1]"), default=0.5, help="damping of the phantom gradient")
+    add("--solver", choices=["fixed-point", "anderson", "broyden"], help="finds the equilibrium")
+    add("--max-iter", type=count, default=300, help="iterations of the solver")
+    add("--tol", type=positive, help="residual at which a graph is solved: relative, or the largest entry with "
+        "--ppi-model literal")
+    add("--backward-solver", choices=list(SOLVERS), help="solver of --grad implicit's backward pass; the paper's is "
+        "fixed-point")
+    add("--backward-max-iter", type=count, default=300, help="its iterations")
+    add("--backward-tol", type=positive, help="residual at which the backward solve of a graph stops, relative to "
+        "dL/dH* (default: ten times --tol, 1e-5 with literal)")
+
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=count, help="passes over the training graphs")
+    add("--batch-size", type=count, help="graphs per step over all processes; on COX2 and PROTEINS, whose folds are "
+        "divided over the processes, per fold")
+    add("--lr", type=within(float, "(0, inf)"), help="Adam's learning rate; COX2 and PROTEINS halve it from epoch 51 on")
+    add("--clip", type=positive, help="largest norm of the gradient, on PPI and chains; 0: any")
+    modes = add_run_flags(p, "ignn-DATASET", seed=42, log_every=None, log_unit="epochs")
+    modes.add_argument("--table4", action="store_true",
+                       help="train implicit differentiation and UPG with lam 0.5, 0.8, 1.0, and print Table 4")
+    p.set_defaults(stop_mode=None)              # no option: it follows from --ppi-model
+    plain = p.parse_args(argv)
+    given = [name for name, value in vars(plain).items() if value != p.get_default(name)]
+    of_run = {"out", "resume", "eval", "benchmark", "table4", "save_every", "log_every"}
+    args = parse_flags(p, argv, presets, from_checkpoint=" ".join(set(vars(plain)) - of_run))
+    for names, datasets in ONLY_FOR.items():
+        for name in set(names.split()) & set(given):
+            if args.dataset not in datasets and not (name == "graph_scale" and args.dataset == "PPI" and args.benchmark):
+                p.error(f"--{name.replace('_', '-')} is of {' and '.join(datasets)}: it has no effect on {args.dataset}")
+    if args.table4 and (args.dataset == "chains" or {"grad", "lam"} & set(given) or args.resume not in (None, "auto")):
+        p.error("--table4 is of COX2, PROTEINS and PPI, sets --grad and --lam itself, and continues by --out DIR "
+                "--resume auto")
+    if args.eval and (args.dataset == "chains" or launched()):
+        p.error("--eval is for one process, and not for chains: their run prints its figures at its end")
+    if args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"):
+        p.error("--benchmark needs --dataset COX2, PPI or PPI-synthetic: graphs of those sizes are generated for it")
+    if args.dataset in ("COX2", "PROTEINS") and not args.eval and args.resume not in (None, "auto"):
+        p.error("--resume: every fold has a checkpoint of its own; continue all with --out DIR --resume auto")
+    literal = args.dataset in ("PPI", "PPI-synthetic") and args.ppi_model == "literal"
+    args.stop_mode = "max" if literal else "rel"
+    args.backward_tol = args.backward_tol if args.backward_tol is not None else 1e-5 if literal else 10 * args.tol
+    args.log_every = args.log_every or max(1, args.epochs // 10)
     return args
 
 
-# --- data: graphs to one block-diagonal batch ------------------------------------------------------------------------
+@functools.cache
+def pyg():
+    """torch_geometric, imported when it is first needed: that takes a second."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+        import torch_geometric.data
+        import torch_geometric.datasets
+        import torch_geometric.nn.conv.gcn_conv
+        import torch_geometric.utils
+    return torch_geometric
+
+
+# --- data: graphs to one block-diagonal batch ---------------------------------------------------------------
 
 class Sparse(NamedTuple):
     """A sparse matrix and its transpose, both CSR: torch's own backward of a CSR product transposes anew, each time."""
@@ -251,7 +216,7 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
 
     kind: "sym" S = (D + I)^-1/2 (A + I) (D + I)^-1/2, rho(S) = 1; "rho" A / rho(A), graph by graph; "raw" A.
     """
-    batch = Batch.from_data_list(graphs)
+    batch = pyg().data.Batch.from_data_list(graphs)
     n, longest = batch.num_nodes, int(batch.ptr.diff().max())
     index, offsets, graph = (t.to(device) for t in (batch.edge_index, batch.ptr, batch.batch))
     nodes = torch.arange(n, device=device)
@@ -259,7 +224,7 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
     def normalised(weight):
         """(D + I)^-1/2 (w A + I) (D + I)^-1/2 with D the degrees of w A."""
         values = torch.full(index.shape[1:], weight, dtype=dtype, device=device)
-        return sparse(*gcn_norm(index, values, n, dtype=dtype), (n, n))
+        return sparse(*pyg().nn.conv.gcn_conv.gcn_norm(index, values, n, dtype=dtype), (n, n))
 
     rho = None
     if kind == "sym":
@@ -298,7 +263,7 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
     return upper
 
 
-# --- data: COX2, PROTEINS, PPI ---------------------------------------------------------------------------------------
+# --- data: COX2, PROTEINS, PPI ------------------------------------------------------------------------------
 
 def load(args, process, make):
     """The data set of PyG, by make().  The first process downloads and converts, the others read what it has left."""
@@ -321,7 +286,7 @@ def load(args, process, make):
                 + (f"its files are damaged: remove {raw.parent / 'processed'}, and unpack {raw} anew if that does "
                    "not help" if there else f"unpack it to {raw}, or give this machine internet access"))
 
-    return first_then_others(read, process)
+    return process.first(read)
 
 
 def check_graphs(args, graphs, nodes):
@@ -356,7 +321,7 @@ def load_tu(args, process):
             ends = np.loadtxt(f"{raw}_A.txt", delimiter=",", dtype=int)
             if ends.min() < 1 or ends.max() > nodes:
                 raise ValueError(f"an edge to a node outside 1..{nodes} in {raw}_A.txt")
-        dataset = TUDataset(args.data, args.dataset)
+        dataset = pyg().datasets.TUDataset(args.data, args.dataset)
         return dataset.y, list(dataset)
 
     labels, graphs = load(args, process, make)
@@ -404,7 +369,7 @@ def split(args, labels):
     return splits
 
 
-# --- data: generated -------------------------------------------------------------------------------------------------
+# --- data: generated ----------------------------------------------------------------------------------------
 
 PPI_NODES = ((1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312, 2401, 1878, 1819, 3480, 2794, 2326, 2650, 2815,
               3163, 3021), (3230, 3284), (3224, 2300))         # of the graphs of train, val and test
@@ -430,11 +395,11 @@ def ppi_lookalike(scale, seed):
                 drawn = (ends[0] * n + ends[1])[ends[0] < ends[1]]
                 edges = torch.unique(torch.cat([edges, drawn]))
             edges = edges[torch.randperm(len(edges), generator=rng)[:wanted]]
-            edge_index = to_undirected(torch.stack([edges // n, edges % n]), num_nodes=n)
+            edge_index = pyg().utils.to_undirected(torch.stack([edges // n, edges % n]), num_nodes=n)
             x = ((torch.rand(n, 50, generator=rng) < 0.08).float() - 0.08) / math.sqrt(0.08 * 0.92)
             mean = torch.zeros(n, 50).index_add_(0, edge_index[0], x[edge_index[1]])
-            mean = mean / degree(edge_index[0], n).clamp_min(1)[:, None]
-            graphs.append(Data(x=x, edge_index=edge_index, y=x @ own + mean @ around))
+            mean = mean / pyg().utils.degree(edge_index[0], n).clamp_min(1)[:, None]
+            graphs.append(pyg().data.Data(x=x, edge_index=edge_index, y=x @ own + mean @ around))
         splits.append(graphs)
     threshold = torch.cat([graph.y for graph in splits[0]]).quantile(0.7, dim=0)
     for graph in (graph for graphs in splits for graph in graphs):
@@ -456,12 +421,12 @@ def chains(length, seed):
             x = torch.zeros(n, 2)
             x[0, i % 2] = 1
             path = torch.stack([torch.arange(n - 1), torch.arange(1, n)])
-            graphs.append(Data(x=x, edge_index=to_undirected(path), y=torch.full((n,), i % 2)))
+            graphs.append(pyg().data.Data(x=x, edge_index=pyg().utils.to_undirected(path), y=torch.full((n,), i % 2)))
         splits.append(graphs)
     return splits
 
 
-# --- model -----------------------------------------------------------------------------------------------------------
+# --- model --------------------------------------------------------------------------------------------------
 
 def project_rows(W, v):
     """Each row of W (m, m) to its nearest point, in Euclidean norm, of the L1 ball of radius v > 0; a new tensor.
@@ -531,24 +496,17 @@ def padded(solver, batch):
 
 
 SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point, offsets=batch.offsets),
-           "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden)}
-# memory: without it room for --backward-max-iter states, 300.
-BACKWARD_SOLVERS = {"gmres": lambda batch: functools.partial(gmres, memory=40, offsets=batch.offsets), **SOLVERS}
+           "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden),
+           # memory: without it room for --backward-max-iter states, 300.
+           "gmres": lambda batch: functools.partial(gmres, memory=40, offsets=batch.offsets)}
 
 
-@dataclasses.dataclass
-class Solve:
-    """How equilibria and their gradients are computed: the arguments of common.equilibrium."""
-    solver: str = "fixed-point"
-    grad: str = "upg"
-    k: int = 5
-    lam: float = 0.5
-    max_iter: int = 300
-    tol: float = 1e-6
-    stop_mode: str = "rel"
-    backward_solver: str = "gmres"
-    backward_max_iter: int = 300
-    backward_tol: float = 1e-5
+def graph_equilibrium(f, h0, batch, *, solver="fixed-point", backward_solver="gmres", max_iter=300, tol=1e-6,
+                      backward_max_iter=300, backward_tol=1e-5, **more):
+    """common.equilibrium of a batch, whose graphs are the samples."""
+    return equilibrium(f, h0, solver=SOLVERS[solver](batch), max_iter=max_iter, tol=tol,
+                       backward_solver=SOLVERS[backward_solver](batch), backward_max_iter=backward_max_iter,
+                       backward_tol=backward_tol, **more)
 
 
 class ImplicitLayer(nn.Module):
@@ -624,11 +582,8 @@ class ImplicitLayer(nn.Module):
             if log is not None:
                 log.append((which, result._replace(h=None)))        # an epoch's states would fill the memory
 
-        solvers = {"solver": SOLVERS[self.solve.solver](batch),
-                   "backward_solver": BACKWARD_SOLVERS[self.solve.backward_solver](batch)}
         # From X = B, as in the official release.  From zero one more iteration would be needed: f(0) = relu(B).
-        h, result = equilibrium(f, B.detach(), **{**vars(self.solve), **solvers},
-                                on_backward=lambda r: keep("backward", r))
+        h, result = self.solve(f, B.detach(), batch, on_backward=lambda r: keep("backward", r))
         keep("forward", result)
         return h
 
@@ -639,14 +594,17 @@ def check_kappa(kappa):
 
 
 class GraphIGNN(nn.Module):
-    """Log-probabilities (G, classes): three implicit layers, sum over each graph's nodes, two linear layers."""
+    """Log-probabilities (G, classes): three implicit layers, sum over each graph's nodes, two linear layers.
 
-    def __init__(self, num_features, num_classes, hidden=64, kappa=0.9, dropout=0.5, solve=None):
+    solve(f, h0, batch) -> (H*, result) is the solver and its gradient, as graph_equilibrium with its settings.
+    """
+
+    def __init__(self, num_features, num_classes, hidden=64, kappa=0.9, dropout=0.5, solve=graph_equilibrium):
         super().__init__()
         check_kappa(kappa)
-        self.solve, self.dropout = solve or Solve(), dropout
+        self.dropout = dropout
         widths = [num_features, hidden, hidden, hidden]
-        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, self.solve) for p, m in zip(widths, widths[1:]))
+        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, solve) for p, m in zip(widths, widths[1:]))
         self.readout = nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, num_classes)])
 
     def project_(self, rho=None):
@@ -670,14 +628,14 @@ class NodeIGNN(nn.Module):
     widths: of the layers; the paper's PPI model is the default, 4, 2, 2, 1 times hidden, then the classes.
     """
 
-    def __init__(self, num_features, num_classes, hidden=256, kappa=0.98, solve=None, widths=None, omega_2=False,
+    def __init__(self, num_features, num_classes, hidden=256, kappa=0.98,
+                 solve=functools.partial(graph_equilibrium, solver="anderson"), widths=None, omega_2=False,
                  spectral=False, hops=0):
         super().__init__()
         check_kappa(kappa)
-        self.solve = solve or Solve(solver="anderson")
         widths = [num_features, *(widths or [4 * hidden, 2 * hidden, 2 * hidden, hidden]), num_classes]
         pairs = list(zip(widths, widths[1:]))
-        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, self.solve, omega_2, spectral, hops) for p, m in pairs)
+        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, solve, omega_2, spectral, hops) for p, m in pairs)
         self.skip = nn.ModuleList(nn.Linear(p, m) for p, m in pairs)
 
     project_ = GraphIGNN.project_
@@ -694,7 +652,7 @@ class NodeIGNN(nn.Module):
 def load_official(model, state_dict):
     """Loads a state dict of the official IGNN release (graph or PPI model) or of torchdeq's zoo, then projects W.
 
-    Strict: ValueError names keys that are unknown, missing or of another shape.  Parameters that those models own and
+    Strict: RuntimeError names keys that are unknown, missing or of another shape.  Parameters that those models own and
     never use (bias; Omega_2 where the model here has none) are left out.
     """
     node, own, found = isinstance(model, NodeIGNN), model.state_dict(), {}
@@ -714,39 +672,297 @@ def load_official(model, state_dict):
         # What is unused is left out, but only of layers that the model has: others are unknown.
         if not unused or name.removesuffix("bias").removesuffix("Omega_2") + "W" not in own:
             found[name] = value
-    problems = [f"unknown {k}" for k in found if k not in own] + [f"missing {k}" for k in own if k not in found]
-    problems += [f"{k} is {tuple(found[k].shape)} instead of {tuple(v.shape)}"
-                 for k, v in own.items() if k in found and found[k].shape != v.shape]
-    if problems:
-        raise ValueError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
     model.load_state_dict(found)
     if not any(layer.spectral for layer in model.implicit):         # else u and v of the checkpoint are as they must be
         model.project_()
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def evaluate_graphs(model, batch, with_2a=False):
-    """(accuracy in %, loss), on the device; with_2a: with the official evaluation's adjacency."""
-    training = model.training
-    model.eval()
-    if with_2a:
-        batch = dataclasses.replace(batch, adjacency=batch.adjacency_2a)
-    log_probs = model(batch)
-    model.train(training)
-    return 100 * (log_probs.argmax(dim=1) == batch.y).double().mean(), F.nll_loss(log_probs, batch.y).double()
+ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
 
+
+def solver_settings(args):
+    names = "grad k lam solver max_iter tol stop_mode backward_solver backward_max_iter backward_tol"
+    return functools.partial(graph_equilibrium, **{name: getattr(args, name) for name in names.split()})
+
+
+def graph_model(args, graphs, seed):
+    """The model for COX2 or PROTEINS: from this seed, the same weights for every method."""
+    seed_everything(seed)
+    return GraphIGNN(graphs[0].x.shape[1], max(int(graph.y) for graph in graphs) + 1, args.hidden, args.kappa,
+                     args.dropout, solver_settings(args))
+
+
+def node_model(args, num_features, num_classes, hops=0):
+    """The model for PPI, its look-alike or the chains, from --seed."""
+    zoo = args.ppi_model == "zoo" and args.dataset != "chains"
+    widths = [args.hidden] if args.dataset == "chains" else None
+    seed_everything(args.seed)
+    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), widths, omega_2=zoo,
+                    spectral=zoo, hops=hops)
+
+
+def describe(model, args):
+    """A method's name and its model's parameters, also as the paper counts them: with the official layers' Omega_2
+    and bias, which nothing uses."""
+    dead = sum(layer.Omega_1.shape[0] * (1 + (layer.Omega_1.shape[1] if "Omega_2" not in layer.names else 0))
+               for layer in model.implicit)
+    own, hops = sum(p.numel() for p in model.parameters()), model.implicit[0].hops * len(model.implicit)
+    name = f"{hops} hops" if hops else "implicit" if args.grad == "implicit" else (
+        f"{args.grad.upper()} A_{{{args.k},{args.lam}}}")
+    return name, f"{name}: {own:,} parameters ({own + dead:,} as the paper counts)"
+
+
+def checksum(graphs):
+    """Hash of a data set's edges, features and labels.  A run is only continued on the data it started with."""
+    digest = hashlib.sha256()
+    for tensor in (t for graph in graphs for t in (graph.edge_index, graph.x, graph.y)):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_results(args, **results):
+    path = Path(args.out) / "results.json"
+    try:
+        path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
+    except OSError as error:
+        die(f"--out: cannot write {path} ({error.strerror})", code=1)
+
+
+def dropout_mask(args, fold, epoch, step, batch):
+    """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
+    rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
+    keep = (torch.rand(len(batch.y), args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
+    return keep.to(batch.x.device, non_blocking=True)           # a blocking copy would wait for all steps before
+
+
+def train(args, run, model, batches, shares, evaluation, fold=None):
+    """Trains on `batches`, graphs of a fold or node graphs, and evaluates after each epoch.
+
+    shares: of each batch, the factor of its loss: DistributedDataParallel averages over the processes.
+    evaluation: {"val": batch, "test": batch, ...}.  Returns the curve {"loss", "val", "test", ...: after each epoch},
+    or None if it was stopped.  A loss that is not finite ends the curve.
+    """
+    process, nodes, raw = run.process, fold is None, batches[0].rho is not None
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    first, curve = 0, {}
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        first, curve = run.state["epoch"], run.state["curve"]
+    net = DistributedDataParallel(model) if process.world_size > 1 else model
+    began, last_shown = time.perf_counter(), first
+    for epoch in process.bar(range(first, args.epochs), "training" if nodes else f"fold {fold}"):
+        log_of_solves, losses, order = [], [], list(range(len(batches)))
+        if nodes:                   # the release keeps the order of a fold's batches
+            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(batches), generator=rng).tolist()
+        lr = args.lr * (0.5 if epoch >= 50 and not nodes else 1)            # halved once, for epoch 51
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for step, i in enumerate(order):
+            batch = batches[i]
+            if nodes:
+                model.project_(batch.rho)           # as in the release: with a raw adjacency, this graph's radius
+                loss = node_loss(net(batch, log=log_of_solves), batch.y)
+            else:
+                mask = dropout_mask(args, fold, epoch, step, batch)
+                loss = F.nll_loss(net(batch, mask, log_of_solves), batch.y)
+            (loss * shares[i]).backward()
+            if args.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if not nodes:
+                model.project_()
+            losses.append(loss.detach() * shares[i] if nodes else loss.detach().double() * len(batch.y))
+        if nodes and not raw:           # with a raw adjacency each forward pass projects for its own graph's radius
+            model.project_()
+
+        # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
+        losses = torch.stack(losses)
+        found = {"loss": (process.sum(losses.mean()) / process.world_size if nodes else
+                          losses.sum() / sum(len(batch.y) for batch in batches)).item()}               # host sync
+        for name, batch in evaluation.items():
+            found[name], found[f"{name}_loss"] = evaluate(model, batch, process)
+        for name, value in found.items():
+            curve.setdefault(name, []).append(value)
+        if not math.isfinite(found["loss"] + found["test_loss"]):
+            return curve
+        last = epoch + 1 == args.epochs
+        show = last or (epoch + 1) % args.log_every == 0
+        ms = 1e3 * (time.perf_counter() - began) / (epoch + 1 - last_shown)
+        extra = {"best_val_epoch": 1 + max(range(epoch + 1), key=lambda e: curve["val"][e])} if nodes else {"fold": fold}
+        run.report("epoch", show, step=epoch + 1, epoch=epoch + 1, lr=lr, **found, **extra, ms_per_epoch=ms,
+                   **solves(log_of_solves, args, process))
+        if show:
+            began, last_shown = time.perf_counter(), epoch + 1
+        saving, stop = run.due()
+        if saving or last:
+            run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": epoch + 1,
+                      "epoch": epoch + 1, "curve": curve})
+        if stop and not last:
+            return None
+    return curve
+
+
+def solves(log, args, process):
+    """Calls of f (mean) and health of the solves of an epoch; host sync."""
+    record = {}
+    for name, which, tol in (("train", "forward", args.tol), ("backward", "backward", args.backward_tol)):
+        results = [r for direction, r in log if direction == which]
+        if results:
+            record[f"{name}_evals"] = statistics.mean(r.n_evals for r in results)
+            record.update(health(name, [r.residual for r in results], tol, process))
+    return record
+
+
+def stopped(args, process, name):
+    """Says how to continue, after a signal of this name."""
+    if process.rank == 0:
+        print(f"{name}: saved to {args.out}; continue with the same command, --out {args.out} and --resume auto",
+              flush=True)
+
+
+def train_graphs(args, process, graphs):
+    """Cross-validation.  The folds are runs of their own, in --out/fold-N, and divided over the processes.
+
+    Returns {"table": {protocol: accuracies of the folds}, "majority", "minutes"}, or None if it was stopped.
+    """
+    args.out = output_folder(args, process, f"ignn-{args.dataset}")
+    whole, labels = Path(args.out, "checkpoint.pt"), [int(graph.y) for graph in graphs]
+    if whole.exists() and not args.resume:
+        process.die(f"--out {args.out} already holds a run: continue it with --resume auto, or choose another folder")
+    splits = split(args, labels)
+    if min(min(len(train_set), len(test)) for train_set, _, test in splits) < 1:
+        process.die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
+    majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
+    alone, fingerprint = Process(0, 1, process.device), checksum(graphs)
+    method, about = describe(graph_model(args, graphs, 0), args)
+    about += (f"; {len(graphs)} graphs, {args.folds} {'un' * args.unstratified_folds}stratified folds, {args.epochs} "
+              f"epochs; majority class {statistics.mean(majority):.1f} ± {statistics.pstdev(majority):.1f} % of the "
+              "test folds")
+    curves, weights, seconds, signal = {}, {}, 0.0, ""
+    for fold in range(process.rank, args.folds, process.world_size):
+        train_set, val, test = ([graphs[i] for i in numbers] for numbers in splits[fold])
+        one = argparse.Namespace(**{**vars(args), "out": f"{args.out}/fold-{fold}"})
+        run = Run(one, alone, "", data=fingerprint, fold=fold)
+        model = graph_model(args, graphs, args.seed * 1000 + fold).to(process.device)
+        run.start(about if fold == 0 else "", fold=fold)
+        batches = [make_batch(train_set[i:i + args.batch_size], process.device)
+                   for i in range(0, len(train_set), args.batch_size)]      # the same in every epoch, as in the release
+        evaluation = {"test": make_batch(test, process.device, with_2a=args.evaluate_2a_too)}
+        if args.evaluate_2a_too:
+            batch = evaluation["test"]
+            evaluation["test_2a"] = dataclasses.replace(batch, adjacency=batch.adjacency_2a)
+        if args.val:
+            evaluation["val"] = make_batch(val, process.device)
+        curve = train(args, run, model, batches, [1.0] * len(batches), evaluation, fold)
+        if curve is None:
+            signal = run.stopped_by()
+            break
+        if not math.isfinite(curve["loss"][-1] + curve["test_loss"][-1]):
+            run.broke(f"fold {fold}, epoch {len(curve['loss'])}: the loss became {curve['loss'][-1]}, in the test "
+                      f"{curve['test_loss'][-1]}", len(curve["loss"]), "try a lower --lr or --kappa")
+        curves[fold], seconds = curve, seconds + run.seconds
+        weights[fold] = {name: v.cpu() for name, v in model.state_dict().items()}
+    meeting = process.gather((curves, weights, seconds, signal))            # the only one of the processes
+    if any(signal for *_, signal in meeting):
+        return stopped(args, process, max(signal for *_, signal in meeting))
+    curves, weights = ({fold: x for part in parts for fold, x in part.items()} for parts in list(zip(*meeting))[:2])
+    table, minutes = protocols(curves), max(seconds for *_, seconds, _ in meeting) / 60
+    if process.rank == 0:
+        save_checkpoint(whole, {"weights": weights, "args": vars(args), "step": args.epochs, "data": fingerprint})
+        record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
+        write_results(args, majority=majority, minutes=minutes, folds=curves, **{"mean, std, folds": record})
+        lines = [Path(args.out, f"fold-{fold}", "metrics.jsonl").read_text() for fold in range(args.folds)]
+        Path(args.out, "metrics.jsonl").write_text("".join(lines))
+        print(f"{args.dataset}, {method}, {args.folds} folds, mean ± standard deviation, {minutes:.1f} minutes")
+        print(f"  {'majority class':26s} {statistics.mean(majority):5.1f} ± {statistics.pstdev(majority):.1f} %")
+        for name, values in table.items():
+            print(f"  {name:26s} {values.mean():5.1f} ± {values.std():.1f} %", flush=True)
+    return {"table": table, "majority": np.array(majority), "minutes": minutes, "method": method}
+
+
+def train_nodes(args, process, splits, hops=0):
+    """PPI, its look-alike or chains; a step is --batch-size graphs, divided over the processes.
+
+    Returns {"table": {protocol: test score (%)}, "collapsed": what happened or "", "minutes"}, or None if stopped.
+    """
+    device, world, rank = process.device, process.world_size, process.rank
+    if args.batch_size % world:
+        process.die(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
+    each, binary = args.batch_size // world, splits[0][0].y.dim() == 2
+    if len(splits[0]) % args.batch_size:
+        process.die(f"--batch-size {args.batch_size} does not divide the {len(splits[0])} training graphs")
+    if min(map(len, splits)) < world:
+        process.die(f"{min(map(len, splits))} graphs in a split for {world} processes: use fewer (--nproc_per_node)")
+    kind = "sym" if args.dataset == "chains" else ADJACENCY[args.ppi_model]
+    classes = splits[0][0].y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
+    groups = [splits[0][i:i + args.batch_size] for i in range(0, len(splits[0]), args.batch_size)]
+    batches = [make_batch(group[rank * each:(rank + 1) * each], device, kind=kind) for group in groups]
+    shares = [world * len(batch.x) / sum(len(graph.x) for graph in group) for batch, group in zip(batches, groups)]
+    evaluation = {name: make_batch(graphs[rank::world], device, kind=kind)
+                  for name, graphs in zip(("val", "test"), splits[1:])}
+    # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
+    for batch in [*batches, *evaluation.values()] if kind == "raw" else []:
+        batch.rho = max(process.gather(batch.rho))
+    run = Run(args, process, f"ignn-{args.dataset}", processes=world,
+              data=checksum([graph for graphs in splits for graph in graphs]))
+    model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
+    metric, constant = ("micro-F1", constant_f1(splits[1])) if binary else ("accuracy", 100 * torch.cat(
+        [graph.y for graph in splits[1]]).bincount().max().item() / sum(len(graph.y) for graph in splits[1]))
+    method, about = describe(model, args)
+    run.start(f"{about}; {' + '.join(str(len(s)) for s in splits)} graphs of {args.dataset}, {args.epochs} epochs of "
+              f"{len(groups)} steps; a constant prediction has a validation {metric} of {constant:.1f} %")
+    curve = train(args, run, model, batches, shares, evaluation)
+    if curve is None:
+        return stopped(args, process, run.stopped_by())
+    val, test, loss = curve["val"], curve["test"], curve["loss"][-1] + curve["test_loss"][-1]
+    best = max(range(len(val)), key=lambda e: val[e])
+    what = [collapses(val, constant, metric)] if binary else []
+    what += [] if math.isfinite(loss) else [f"the loss became {loss} in epoch {len(val)}"]
+    collapsed, minutes = "; ".join(filter(None, what)), run.seconds / 60
+    table = {"epoch by val": test[best], "best test epoch": max(test), "last epoch": test[-1]}
+    if rank == 0:
+        write_results(args, minutes=minutes, val_epoch=best + 1, collapsed=collapsed, curve=list(zip(val, test)), **table)
+        print(f"{args.dataset}, {method}, test {metric}: "
+              + ", ".join(f"{name} {value:.2f} %" for name, value in table.items()) + f"; {minutes:.1f} minutes"
+              + (f"; {collapsed}" if collapsed else ""), flush=True)
+    if not math.isfinite(loss) and not args.table4:
+        run.broke(collapsed, len(val), "try a lower --lr, --clip or --ppi-model robust")
+    return {"table": table, "collapsed": collapsed, "minutes": minutes, "method": method}
+
+
+def collapses(val, constant, metric):
+    """What went wrong in a training on PPI, read off its validation scores (%) after each epoch; "" if nothing did."""
+    found, down, best = [], False, 0.0
+    for epoch, score in enumerate(val, start=1):
+        if not down and best > constant + 5 and score <= constant + 1:
+            found.append(f"collapsed in epoch {epoch}: validation {metric} fell from {best:.1f} to {score:.1f} %, a "
+                         "constant prediction's")
+            down = True
+        elif down and score > constant + 5:
+            found.append(f"recovered in epoch {epoch}")
+            down = False
+        best = max(best, score)
+    if best <= constant + 1:
+        found.append(f"never above the constant prediction's {constant:.1f} %")
+    return "; ".join(found)
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 def node_loss(logits, y, reduction="mean"):
     """Binary cross entropy over nodes and labels (y float), or cross entropy over nodes (y long)."""
-    return (F.binary_cross_entropy_with_logits if y.is_floating_point() else F.cross_entropy)(logits, y,
-                                                                                              reduction=reduction)
+    loss = F.binary_cross_entropy_with_logits if y.is_floating_point() else F.cross_entropy
+    return loss(logits, y, reduction=reduction)
 
 
 @torch.no_grad()
-def evaluate_nodes(model, batch):
-    """(score in %, loss) over all nodes of all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
+def evaluate(model, batch, process):
+    """(score in %, loss) over the batches of all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
     training = model.training
     model.eval()
     logits, y = model(batch), batch.y
@@ -755,8 +971,9 @@ def evaluate_nodes(model, batch):
         counts = [2 * ((logits > 0) * y).sum(), (logits > 0).sum() + y.sum()]
     else:
         counts = [(logits.argmax(dim=1) == y).sum(), y.new_tensor(len(y))]
+    # Cross entropy is the same for logits and log-probabilities.
     sums = torch.stack([c.double() for c in (*counts, node_loss(logits, y, "sum"), y.new_tensor(y.numel()))])
-    right, of, loss, n = all_reduce_sum(sums).tolist()                      # host sync
+    right, of, loss, n = process.sum(sums).tolist()                         # host sync
     return 100 * right / max(of, 1), loss / n
 
 
@@ -773,17 +990,61 @@ def protocols(results):
     test = np.array([results[fold]["test"] for fold in folds])                                  # (folds, epochs)
     table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, test.mean(axis=0).argmax()],
              "last epoch": test[:, -1]}
-    if results[folds[0]]["val"]:
+    if "val" in results[folds[0]]:
         epochs = [max(range(test.shape[1]), key=lambda e: (results[fold]["val"][e], -results[fold]["val_loss"][e]))
                   for fold in folds]                            # ties: the lower loss
         table["epoch by val"] = test[range(len(folds)), epochs]
-    if results[folds[0]]["test_2a"]:
+    if "test_2a" in results[folds[0]]:
         test = np.array([results[fold]["test_2a"] for fold in folds])
         table["2A + I: best per fold"], table["2A + I: last"] = test.max(axis=1), test[:, -1]
     return table
 
 
-# --- benchmark -------------------------------------------------------------------------------------------------------
+def evaluate_checkpoint(args, process):
+    """--eval: prints the scores of a checkpoint: of all folds, of one fold, of a run on nodes, or an official one."""
+    state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
+    ours = is_ours(state)
+    if ours and graphs != ("weights" in state or "fold" in state.get("facts", {})):
+        die(f"--resume {args.resume} is not of --dataset {args.dataset}")
+    data = load_tu(args, process) if graphs else load_nodes(args, process)
+    if not ours and not graphs and args.ppi_model == "robust":
+        die(f"--resume {args.resume} is of another release, whose models have a raw adjacency: give --ppi-model literal "
+            "or zoo")
+
+    def model_with(weights):
+        try:
+            model = graph_model(args, data, args.seed) if graphs else (
+                node_model(args, data[0][0].x.shape[1], data[0][0].y.shape[1]))
+            model.load_state_dict(weights) if ours else load_official(model, weights)
+            return model.to(process.device)
+        except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+            die(f"--resume {args.resume} does not fit the model (--dataset, --hidden, --ppi-model): "
+                f"{' '.join(str(error).split())[:400]}")
+
+    if not graphs:
+        model = model_with(state["model"] if ours else state)
+        for name, part in zip(("validation", "test"), data[1:]):
+            batch = make_batch(part, process.device, kind=ADJACENCY[args.ppi_model])
+            print("{}: micro-F1 {:.2f} %, loss {:.4f}".format(name, *evaluate(model, batch, process)), flush=True)
+        return
+    weights, folds = {None: state}, {None: range(len(data))}
+    if ours:
+        weights = state["weights"] if "weights" in state else {state["facts"]["fold"]: state["model"]}
+        for name in ("folds", "seed", "unstratified_folds", "val"):
+            if state["args"][name] != getattr(args, name):
+                die(f"--{name.replace('_', '-')}: the folds of {args.resume} are those of {state['args'][name]}")
+        if checksum(data) != state.get("data", state.get("facts", {}).get("data")):
+            die(f"--resume {args.resume} is of a run on other data than --data {args.data} holds")
+        folds = {fold: numbers[2] for fold, numbers in enumerate(split(args, [int(graph.y) for graph in data]))}
+    for fold, w in sorted(weights.items()):
+        model, batch = model_with(w), make_batch([data[i] for i in folds[fold]], process.device, with_2a=True)
+        scores = [evaluate(model, b, process)[0]
+                  for b in (batch, dataclasses.replace(batch, adjacency=batch.adjacency_2a))]
+        print(f"{f'fold {fold}' if ours else 'all graphs'}: accuracy {scores[0]:.2f} % of {len(folds[fold])}; with "
+              f"2A + I {scores[1]:.2f} %", flush=True)
+
+
+# --- benchmark ----------------------------------------------------------------------------------------------
 
 def molecules(count, seed):
     """Graphs of COX2's size (41 nodes, 43.5 edges) for the benchmark: random trees with three more edges."""
@@ -795,399 +1056,60 @@ def molecules(count, seed):
         more = torch.randint(0, n, (2, 3), generator=rng)
         edge_index = torch.cat([torch.stack([torch.arange(1, n), parent]), more[:, more[0] != more[1]]], dim=1)
         x = F.one_hot(torch.randint(0, 8, (n,), generator=rng), 35).float()
-        graphs.append(Data(x=x, edge_index=to_undirected(edge_index, num_nodes=n), y=torch.tensor([i % 2])))
+        graphs.append(pyg().data.Data(x=x, edge_index=pyg().utils.to_undirected(edge_index, num_nodes=n), y=torch.tensor([i % 2])))
     return graphs
 
 
-def benchmark(args, process, repeats=5):
-    """Times training steps with implicit, UPG and NPG in turns, and the solver's overhead: medians over the repeats."""
-    device, grads, nodes = process.device, ("implicit", "upg", "npg"), args.dataset in ("PPI", "PPI-synthetic")
+def run_benchmark(args, process):
+    """--benchmark: training steps on generated graphs by implicit, UPG and NPG; NPG's memory at k = 1 and 20."""
+    device, nodes = process.device, args.dataset in ("PPI", "PPI-synthetic")
     if nodes:
         graphs = ppi_lookalike(args.graph_scale, args.seed)[0][:args.batch_size]
-        batch = make_batch(graphs, device, kind=ADJACENCY[args.ppi_model])
-        model = node_model(args, 50, 121).to(device)
+        batch, model = make_batch(graphs, device, kind=ADJACENCY[args.ppi_model]), node_model(args, 50, 121)
     else:
         graphs = molecules(args.batch_size, args.seed)
-        batch = make_batch(graphs, device)
-        model = GraphIGNN(35, 2, args.hidden, args.kappa, args.dropout, solver_settings(args)).to(device)
-    loss_of = (lambda log: node_loss(model(batch, log=log), batch.y)) if nodes else (
-        lambda log: F.nll_loss(model(batch, log=log), batch.y))
+        batch, model = make_batch(graphs, device), graph_model(args, graphs, args.seed)
+    model, calls = model.to(device), {}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+
+    def row(grad, k):
+        solve = functools.partial(solver_settings(args), grad=grad, k=k)
+
+        def forward():
+            for layer in model.implicit:
+                layer.solve = solve
+            calls[grad] = []
+            logits = model(batch, log=calls[grad])
+            return node_loss(logits, batch.y) if nodes else F.nll_loss(logits, batch.y)
+
+        return forward
 
     def finish():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.project_(batch.rho)
 
-    def step(grad, k):
-        model.solve.grad, model.solve.k, log = grad, k, []
-        times = timed_step(lambda: loss_of(log), finish, device)
-        return times + [statistics.mean([r.n_evals for name, r in log if name == which] or [0])
-                        for which in ("forward", "backward")]
-
-    @torch.no_grad()
-    def overhead():
-        layer = model.implicit[0]
+    rows = {grad: row(grad, args.k) for grad in ("implicit", "upg", "npg")}
+    rows.update({f"npg, k = {k}": row("npg", k) for k in (1, 20)})
+    layer = model.implicit[0]
+    with torch.no_grad():
         W, *Omegas = layer.weights(batch.rho)
         B = layer.injection(batch.x, batch.adjacency, *Omegas)
-        solve = functools.partial(SOLVERS[args.solver](batch), max_iter=args.max_iter, tol=args.tol,
-                                  stop_mode=args.stop_mode)
-        return solver_overhead(solve, functools.partial(layer.f, B=B, W=W, A=batch.adjacency), B, device)
-
-    median = medians_in_turns({**{grad: functools.partial(step, grad, args.k) for grad in grads},
-                               "overhead": overhead}, repeats)
-    about = describe_run(device, 1)
-    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(graphs)} generated "
-          f"{'look-alikes of graphs of PPI' if nodes else 'graphs of the size of those of COX2'}, "
-          f"{len(batch.x)} nodes, {args.solver} to {args.tol:g}, backward {args.backward_solver} to "
-          f"{args.backward_tol:g}, k = {args.k}; {about['device']}, torch {about['torch']}, commit {about['commit']}")
-    print("gradient   forward ms  backward ms  step ms  peak GB  calls of f: forward, backward  backward    step  "
-          "(ratios: implicit / this)")
-    base = median["implicit"]
-    for grad in grads:
-        forward, backward, whole, gb, *evals = median[grad]
-        print(f"{grad:9s} {forward:11.1f} {backward:12.1f} {whole:8.1f} {gb:8.3f} {evals[0]:20.1f} {evals[1]:9.1f} "
-              f"{base[1] / backward:8.2f}x {base[2] / whole:6.2f}x")
-    ratio, f_ms = median["overhead"]
-    print(f"F: {f_ms:.2f} ms; solver overhead, solve / (calls of F x time of F): {ratio:.3f}")
-    memory = {k: step("npg", k)[3] for k in (1, 20)}
-    print(f"NPG peak memory: k = 1 {memory[1]:.3f} GB, k = 20 {memory[20]:.3f} GB, ratio {memory[20] / memory[1]:.3f}")
+    benchmark(rows, finish, process, unit="graphs", n=len(graphs), h0=B, repeats=5,
+              f=functools.partial(layer.f, B=B, W=W, A=batch.adjacency),
+              solve=functools.partial(SOLVERS[args.solver](batch), max_iter=args.max_iter, tol=args.tol,
+                                      stop_mode=args.stop_mode),
+              about=f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(graphs)} generated "
+              f"{'look-alikes of graphs of PPI' if nodes else 'graphs of the size of those of COX2'}, {len(batch.x)} "
+              f"nodes, {args.solver} to {args.tol:g}, backward {args.backward_solver} to {args.backward_tol:g}, "
+              f"k = {args.k}")
+    for which in ("forward", "backward"):
+        evals = {grad: [r.n_evals for name, r in log if name == which] for grad, log in calls.items()}
+        print(f"calls of f per {which} solve: " + ", ".join(
+            f"{grad} {statistics.mean(n):.1f}" for grad, n in evals.items() if n), flush=True)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
-
-
-def solver_settings(args):
-    return Solve(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Solve)})
-
-
-def node_model(args, num_features, num_classes, hops=0):
-    zoo = args.ppi_model == "zoo" and args.dataset != "chains"
-    widths = [args.hidden] if args.dataset == "chains" else None
-    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), widths, omega_2=zoo,
-                    spectral=zoo, hops=hops)
-
-
-def official_count(model):
-    """Parameters as the paper counts them: with the official layers' Omega_2 and bias, which nothing uses."""
-    dead = sum(layer.Omega_1.shape[0] * (1 + (layer.Omega_1.shape[1] if "Omega_2" not in layer.names else 0))
-               for layer in model.implicit)
-    return sum(p.numel() for p in model.parameters()) + dead
-
-
-# What may differ in --resume; stop_mode is no flag, but follows from --ppi-model.
-FREE = {"data", "out", "resume", "eval", "benchmark", "table4", "save_every", "log_every", "stop_mode"}
-
-
-def begin(args, process, parameters, about_data, fingerprint):
-    """Opens --out: (checkpoint's path, what --resume restores or None, log or None)."""
-    path, resume = open_run(args.out, args.resume)
-    state = None
-    if resume:
-        state = load_checkpoint(resume)
-        if not is_ours(state):
-            die(f"--resume {resume} was not written by this script: an official checkpoint can be evaluated (--eval)")
-        check_same_run(resume, state["args"], args, FREE)
-        if state["processes"] != process.world_size:
-            die(f"--resume {resume} is of a run with {state['processes']} process(es), here are {process.world_size}")
-        if state["fingerprint"] != fingerprint:
-            die(f"--resume {resume} is of a run on other data than --data {args.data} holds")
-    log = start_log(args, process, state["step"] if state else 0, parameters, about_data)
-    return path, state, log
-
-
-def checksum(graphs):
-    """Of the edges, features and labels of a data set: a resumed run must go on with the same."""
-    digest = hashlib.sha256()
-    for tensor in (t for graph in graphs for t in (graph.edge_index, graph.x, graph.y)):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def write_results(args, **results):
-    path = Path(args.out) / "results.json"
-    try:
-        path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
-    except OSError as error:
-        die(f"--out: cannot write {path} ({error.strerror})", code=1)
-
-
-def label(args):
-    return "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
-
-
-def solves(log, args):
-    """Calls of f (mean) and health of the solves in a log of this process's training; host sync."""
-    record = {}
-    for name, which, tol in (("train", "forward", args.tol), ("backward", "backward", args.backward_tol)):
-        results = [r for direction, r in log if direction == which]
-        if results:
-            record[f"{name}_evals"] = statistics.mean(r.n_evals for r in results)
-            record.update(health(name, [r.residual for r in results], tol, alone=True))
-    return record
-
-
-def spell(record):
-    """Of what `solves` found: calls of f per solve, and solved graphs."""
-    return ", ".join(f"{word} {record[name + '_evals']:.0f} calls of f, {100 * record[name + '_solved']:.0f} % solved"
-                     for word, name in (("forward", "train"), ("backward", "backward")) if name + "_evals" in record)
-
-
-def dropout_mask(args, fold, epoch, step, batch):
-    """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
-    rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
-    keep = (torch.rand(len(batch.y), args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
-    return keep.to(batch.x.device, non_blocking=True)           # a blocking copy would wait for all steps before
-
-
-def train_graphs(args, process, timer, graphs):
-    """Cross-validation, the folds in turn; with several processes, each has its own folds.
-
-    Returns {"table": {protocol: accuracies of the folds}, "majority", "minutes"}, or None after a SIGTERM.
-    """
-    device, world = process.device, process.world_size
-    labels = [int(graph.y) for graph in graphs]
-    splits = split(args, labels)
-    if min(min(len(train), len(test)) for train, _, test in splits) < 1:
-        die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
-    classes, features = max(labels) + 1, graphs[0].x.shape[1]
-    own, rounds = range(process.rank, args.folds, world), math.ceil(args.folds / world)
-    majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
-
-    def fold_model(fold):
-        seed_everything(args.seed * 1000 + fold)            # the same weights for every method and arrangement
-        return GraphIGNN(features, classes, args.hidden, args.kappa, args.dropout, solver_settings(args))
-
-    parameters, fingerprint = sum(p.numel() for p in fold_model(0).parameters()), checksum(graphs)
-    path, state, log = begin(
-        args, process, parameters, f"{label(args)}: {parameters:,} parameters ({official_count(fold_model(0)):,} with "
-        f"the official layers' unused ones); {len(graphs)} graphs, {args.folds} "
-        f"{'un' if args.unstratified_folds else ''}stratified folds, {args.epochs} epochs; majority class "
-        f"{statistics.mean(majority):.1f} ± {statistics.pstdev(majority):.1f} % of the test folds", fingerprint)
-    state = state or {"ranks": [{"results": {}, "weights": {}, "model": None, "optimizer": None}] * world, "round": 0,
-                      "epoch": 0, "seconds": 0.0}
-    mine = copy.deepcopy(state["ranks"][process.rank])
-    results, weights = mine["results"], mine["weights"]     # of the folds of this process
-    started, since, last = time.perf_counter() - state["seconds"], time.perf_counter(), state["epoch"]
-    stop = False
-
-    def save(round, epoch, model, optimizer):
-        parts = {"results": results, "weights": weights, "model": model and model.state_dict(),
-                 "optimizer": optimizer and optimizer.state_dict()}
-        ranks = gather_objects(parts)
-        if process.rank == 0:
-            save_checkpoint(path, {"ranks": ranks, "round": round, "epoch": epoch, "step": round * args.epochs + epoch,
-                                   "args": vars(args), "processes": world, "seconds": time.perf_counter() - started,
-                                   "fingerprint": fingerprint})
-
-    for round in range(state["round"], rounds):
-        fold, model, optimizer = own[round] if round < len(own) else None, None, None
-        if fold is not None:
-            train, val, test = ([graphs[i] for i in numbers] for numbers in splits[fold])
-            model = fold_model(fold).to(device)
-            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-            if mine["model"] is not None:
-                model.load_state_dict(mine["model"])
-                optimizer.load_state_dict(mine["optimizer"])
-            batches = [make_batch(train[i:i + args.batch_size], device)
-                       for i in range(0, len(train), args.batch_size)]      # the same in every epoch, as in the release
-            val = make_batch(val, device) if val else None
-            test = make_batch(test, device, with_2a=args.evaluate_2a_too)
-            results.setdefault(fold, {name: [] for name in ("loss", "test", "test_2a", "val", "val_loss")})
-        for epoch in tqdm(range(state["epoch"], args.epochs), desc=f"fold {fold}", leave=False,
-                          disable=not (process.rank == 0 and sys.stderr.isatty())):
-            record, broken = None, ""
-            if fold is not None:
-                log_of_solves, losses = [], []
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * (0.5 if epoch >= 50 else 1)             # halved once, for epoch 51
-                for step, batch in enumerate(batches):
-                    mask = dropout_mask(args, fold, epoch, step, batch)
-                    loss = F.nll_loss(model(batch, mask, log_of_solves), batch.y)
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    model.project_()
-                    losses.append(loss.detach().double() * len(batch.y))
-
-                # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
-                columns = {"loss": torch.stack(losses).sum() / len(train), "test": evaluate_graphs(model, test)[0]}
-                if args.evaluate_2a_too:
-                    columns["test_2a"] = evaluate_graphs(model, test, with_2a=True)[0]
-                if args.val:
-                    columns["val"], columns["val_loss"] = evaluate_graphs(model, val)
-                values = dict(zip(columns, torch.stack(list(columns.values())).tolist()))           # host sync
-                for name, value in values.items():
-                    results[fold][name].append(value)
-                broken = what_broke(values["loss"], model.parameters())
-                record = {"fold": fold, "lr": group["lr"], **values, **solves(log_of_solves, args)}
-            records = [r for r in gather_objects(record) if r]
-            for name, what in gather_objects((fold, broken)):
-                if what:
-                    kept = f"the last good state is {path}" if path.exists() else "nothing was saved yet"
-                    die(f"fold {name}, epoch {epoch + 1}: {what}; try a lower --lr or --kappa; {kept}", code=1)
-            done = epoch + 1 == args.epochs
-            if process.rank == 0:
-                for r in records:
-                    log.write(event="epoch", step=round * args.epochs + epoch + 1, epoch=epoch + 1,
-                              seconds=time.perf_counter() - started, **r)
-                if (epoch + 1) % args.log_every == 0 or done:
-                    now = time.perf_counter()
-                    ms, since, last = 1e3 * (now - since) / (epoch + 1 - last), now, (epoch + 1) % args.epochs
-                    tqdm.write(f"epoch {epoch + 1:4d}  " + "  ".join(
-                        f"fold {r['fold']}  loss {r['loss']:.4f}  " + (f"val {r['val']:.1f} %  " if args.val else "")
-                        + f"test {r['test']:.1f} %  {spell(r)}" for r in records) + f"  {ms:.0f} ms/epoch")
-            if done and fold is not None:
-                weights[fold] = {name: v.cpu().clone() for name, v in model.state_dict().items()}
-            saving, stop = timer.poll()
-            if done:
-                save(round + 1, 0, None, None)
-            elif saving:
-                save(round, epoch + 1, model, optimizer)
-            if stop:
-                break
-        state["epoch"], mine["model"] = 0, None
-        if stop:
-            break
-    if stop:
-        if process.rank == 0:
-            print(f"SIGTERM: saved to {path}; continue with the same command, --out {args.out} and --resume auto",
-                  flush=True)
-        return None
-    results = {fold: r for part in gather_objects(results) for fold, r in part.items()}
-    table, minutes = protocols(results), (time.perf_counter() - started) / 60
-    if process.rank == 0:
-        record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
-        write_results(args, majority=majority, minutes=minutes, folds=results, **{"mean, std, folds": record})
-        print(f"{args.dataset}, {label(args)}, {args.folds} folds, mean ± standard deviation, {minutes:.1f} minutes")
-        print(f"  {'majority class':26s} {statistics.mean(majority):5.1f} ± {statistics.pstdev(majority):.1f} %")
-        for name, values in table.items():
-            print(f"  {name:26s} {values.mean():5.1f} ± {values.std():.1f} %", flush=True)
-    return {"table": table, "majority": np.array(majority), "minutes": minutes}
-
-
-def train_nodes(args, process, timer, splits, hops=0):
-    """PPI, its look-alike or chains; a step is --batch-size graphs, divided over the processes.
-
-    Returns {protocol: test score (%), "collapsed": what happened or ""}, or None after a SIGTERM.
-    """
-    device, world, rank = process.device, process.world_size, process.rank
-    if args.batch_size % world:
-        die(f"--batch-size {args.batch_size} is not divisible by {world} processes")
-    each, binary = args.batch_size // world, splits[0][0].y.dim() == 2
-    if len(splits[0]) % args.batch_size:
-        die(f"--batch-size {args.batch_size} does not divide the {len(splits[0])} training graphs")
-    if min(map(len, splits)) < world:
-        die(f"{min(map(len, splits))} graphs in a split for {world} processes: use fewer (--nproc_per_node)")
-    kind = "sym" if args.dataset == "chains" else ADJACENCY[args.ppi_model]
-    classes = splits[0][0].y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
-    groups = [splits[0][i:i + args.batch_size] for i in range(0, len(splits[0]), args.batch_size)]
-    batches = [make_batch(group[rank * each:(rank + 1) * each], device, kind=kind) for group in groups]
-    share = [world * len(batch.x) / sum(len(graph.x) for graph in group) for batch, group in zip(batches, groups)]
-    evaluation = [make_batch(graphs[rank::world], device, kind=kind) for graphs in splits[1:]]
-    # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
-    for batch in [*batches, *evaluation] if kind == "raw" else []:
-        batch.rho = max(gather_objects(batch.rho))
-    seed_everything(args.seed)                                  # the same weights on all processes
-    model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    metric, constant = ("micro-F1", constant_f1(splits[1])) if binary else ("accuracy", 100 * torch.cat(
-        [graph.y for graph in splits[1]]).bincount().max().item() / sum(len(graph.y) for graph in splits[1]))
-    method = f"{hops * len(model.implicit)} hops" if hops else label(args)
-    fingerprint = checksum([graph for graphs in splits for graph in graphs])
-    parameters = sum(p.numel() for p in model.parameters())
-    path, state, log = begin(
-        args, process, parameters, f"{method}: {parameters:,} parameters "
-        f"({official_count(model):,} as the paper counts); {' + '.join(str(len(s)) for s in splits)} graphs of "
-        f"{args.dataset}, {args.epochs} epochs of {len(groups)} steps; a constant prediction has a "
-        f"validation {metric} of {constant:.1f} %", fingerprint)
-    state = state or {"epoch": 0, "curve": [], "collapsed": "", "seconds": 0.0}
-    if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    curve, collapsed = state["curve"], state["collapsed"]       # [(val score, test score)] after each epoch
-    started, since, last = time.perf_counter() - state["seconds"], time.perf_counter(), state["epoch"]
-    net = DistributedDataParallel(model) if world > 1 else model
-    stop, broken = False, ""
-    for epoch in tqdm(range(state["epoch"], args.epochs), desc="training", leave=False,
-                      disable=not (rank == 0 and sys.stderr.isatty())):
-        log_of_solves, losses = [], []
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
-        for i in order.tolist():
-            model.project_(batches[i].rho)          # as in the release: with a raw adjacency, this graph's radius
-            loss = node_loss(net(batches[i], log=log_of_solves), batches[i].y)
-            (loss * share[i]).backward()            # processes' means weighted by their nodes
-            if args.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach() * share[i])
-        if kind != "raw":                           # else each forward pass projects for its own graph's radius
-            model.project_()
-
-        # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
-        loss = all_reduce_sum(torch.stack(losses).mean()).item() / world                        # host sync
-        (val, val_loss), (test, _) = (evaluate_nodes(model, batch) for batch in evaluation)
-        curve.append((val, test))
-        best = max(range(len(curve)), key=lambda e: curve[e][0])
-        down, new = collapsed and "recovered" not in collapsed.rpartition(";")[2], ""
-        broken = what_broke(loss, model.parameters())
-        if broken:
-            new = f"{broken} in epoch {epoch + 1}"
-        elif binary and not down and curve[best][0] > constant + 5 and val <= constant + 1:
-            new = (f"collapsed in epoch {epoch + 1}: validation {metric} fell from {curve[best][0]:.1f} to "
-                   f"{val:.1f} %, a constant prediction's")
-        elif down and val > constant + 5:
-            new = f"recovered in epoch {epoch + 1}"
-        if new:
-            collapsed = "; ".join(filter(None, [collapsed, new]))
-            if rank == 0:
-                log.write(event="collapse", step=epoch + 1, what=new)
-                tqdm.write(new)
-        done = epoch + 1 == args.epochs
-        if rank == 0:
-            record = {"loss": loss, "val": val, "val_loss": val_loss, "test": test, "best_val_epoch": best + 1, **(
-                {} if hops else solves(log_of_solves, args))}
-            log.write(event="epoch", step=epoch + 1, epoch=epoch + 1, seconds=time.perf_counter() - started, **record)
-            if (epoch + 1) % args.log_every == 0 or done or new:
-                now = time.perf_counter()
-                ms, since, last = 1e3 * (now - since) / (epoch + 1 - last), now, epoch + 1
-                tqdm.write(f"epoch {epoch + 1:4d}  loss {loss:.4g}  {metric}: val {val:.2f} %, test {test:.2f} %  "
-                           + ("" if hops else f"{spell(record)}  ") + f"{ms:.0f} ms/epoch")
-        if broken:
-            break
-        saving, stop = timer.poll()
-        if (saving or done) and rank == 0:
-            save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
-                                   "step": epoch + 1, "curve": curve, "collapsed": collapsed, "args": vars(args),
-                                   "processes": world, "seconds": time.perf_counter() - started,
-                                   "fingerprint": fingerprint})
-        if stop:
-            break
-    if stop and not done:
-        if rank == 0:
-            print(f"SIGTERM: saved to {path}; continue with the same command, --out {args.out} and --resume auto",
-                  flush=True)
-        return None
-    if binary and not collapsed and max(score for score, _ in curve) <= constant + 1:
-        collapsed = f"never above the constant prediction's {constant:.1f} %"
-    best, minutes = max(range(len(curve)), key=lambda e: curve[e][0]), (time.perf_counter() - started) / 60
-    table = {"epoch by val": curve[best][1], "best test epoch": max(test for _, test in curve),
-             "last epoch": curve[-1][1]}
-    if rank == 0:
-        write_results(args, minutes=minutes, val_epoch=best + 1, collapsed=collapsed, curve=curve, **table)
-        print(f"{args.dataset}, {method}, test {metric}: "
-              + ", ".join(f"{name} {value:.2f} %" for name, value in table.items()) + f"; {minutes:.1f} minutes"
-              + (f"; {collapsed}" if collapsed else ""), flush=True)
-    if broken and not args.table4:
-        die(f"{collapsed}: try a lower --lr, --clip or --ppi-model robust; "
-            + (f"the last good state is {path}" if path.exists() else "nothing was saved yet"), code=1)
-    return {"table": table, "collapsed": collapsed, "minutes": minutes}
-
-
-# --- main ------------------------------------------------------------------------------------------------------------
+# --- main ---------------------------------------------------------------------------------------------------
 
 def load_nodes(args, process):
     """[train, val, test] of PPI, its look-alike or the chains."""
@@ -1204,7 +1126,7 @@ def load_nodes(args, process):
                 ends = [link[end] for link in graph["links"] for end in ("source", "target")]
                 if min(ends) < 0 or max(ends) >= len(graph["nodes"]):
                     raise ValueError(f"an edge to a node outside 0..{len(graph['nodes']) - 1} in {split}_graph.json")
-        return [list(PPI(root, split=name)) for name in ("train", "val", "test")]
+        return [list(pyg().datasets.PPI(root, split=name)) for name in ("train", "val", "test")]
 
     splits = load(args, process, make)
     for graphs in splits:
@@ -1212,57 +1134,17 @@ def load_nodes(args, process):
     return splits
 
 
-def evaluate_checkpoint(args, process):
-    """--eval: prints the scores of a checkpoint, ours or an official one."""
-    state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
-    ours = is_ours(state)
-    if ours and ("ranks" if graphs else "model") not in state:
-        die(f"--resume {args.resume} is not of --dataset {args.dataset}")
-    data = load_tu(args, process) if graphs else load_nodes(args, process)
-
-    def model_with(weights):
-        try:
-            model = GraphIGNN(data[0].x.shape[1], max(int(graph.y) for graph in data) + 1, args.hidden, args.kappa,
-                              args.dropout, solver_settings(args)) if graphs else (
-                node_model(args, data[0][0].x.shape[1], data[0][0].y.shape[1]))
-            model.load_state_dict(weights) if ours else load_official(model, weights)
-            return model.to(process.device)
-        except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-            die(f"--resume {args.resume} does not fit the model (--dataset, --hidden, --ppi-model): "
-                f"{' '.join(str(error).split())[:400]}")
-
-    if graphs:
-        splits = split(args, [int(graph.y) for graph in data])
-        weights = {f: w for part in state["ranks"] for f, w in part["weights"].items()} if ours else {None: state}
-        if not weights:
-            die(f"--resume {args.resume}: no fold of it is finished yet")
-        for fold, w in sorted(weights.items()):
-            model, numbers = model_with(w), splits[fold][2] if ours else range(len(data))
-            batch = make_batch([data[i] for i in numbers], process.device, with_2a=True)
-            scores = [evaluate_graphs(model, batch, with_2a)[0].item() for with_2a in (False, True)]
-            print(f"{f'fold {fold}' if ours else 'all graphs'}: accuracy {scores[0]:.2f} % of {len(numbers)}; with "
-                  f"2A + I {scores[1]:.2f} %", flush=True)
-        return
-    if not ours and args.ppi_model == "robust":
-        die(f"--resume {args.resume} is of another release, whose models have a raw adjacency: give --ppi-model "
-            "literal or zoo")
-    model = model_with(state["model"] if ours else state)
-    for name, part in zip(("validation", "test"), data[1:]):
-        score, loss = evaluate_nodes(model, make_batch(part, process.device, kind=ADJACENCY[args.ppi_model]))
-        print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
-
-
-def table4(args, process, timer):
+def table4(args, process):
     """Trains METHODS, each in a folder of its own, and prints the table beside the paper's."""
     data = load_tu(args, process) if args.dataset in ("COX2", "PROTEINS") else load_nodes(args, process)
-    rows = []
+    args.out, rows = output_folder(args, process, f"ignn-{args.dataset}"), []
     for i, (grad, lam) in enumerate(METHODS):
         name = grad if lam is None else f"{grad}-{lam}"
         one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam or args.lam, "out": f"{args.out}/{name}"})
-        row = (train_graphs if args.dataset in ("COX2", "PROTEINS") else train_nodes)(one, process, timer, data)
+        row = (train_graphs if args.dataset in ("COX2", "PROTEINS") else train_nodes)(one, process, data)
         if row is None:
             return
-        rows.append((label(one), PAPER.get(args.dataset, [""] * 4)[i], row))
+        rows.append((row["method"], PAPER.get(args.dataset, [""] * 4)[i], row))
     if process.rank == 0:
         names = list(rows[0][2]["table"])
         nodes, note = "majority" not in rows[0][2], any(row.get("collapsed") for *_, row in rows)
@@ -1293,31 +1175,27 @@ def keep_freed_memory():
 
 def main(args):
     keep_freed_memory()
-    line_by_line()
     process = init_process()
-    choose_out(args, f"ignn-{args.dataset}")
-    timer = None if args.benchmark or args.eval else SaveTimer(args.save_every)
     if args.benchmark:
-        benchmark(args, process)
+        run_benchmark(args, process)
     elif args.eval:
         evaluate_checkpoint(args, process)
     elif args.table4:
-        table4(args, process, timer)
+        table4(args, process)
     elif args.dataset in ("COX2", "PROTEINS"):
-        train_graphs(args, process, timer, load_tu(args, process))
+        train_graphs(args, process, load_tu(args, process))
     else:
-        splits, out = load_nodes(args, process), args.out
-        row = train_nodes(args, process, timer, splits)
+        splits = load_nodes(args, process)
+        row = train_nodes(args, process, splits)
         if args.dataset == "chains" and row:
-            args.out, args.resume = f"{out}/few-hops", args.resume and "auto"
-            few = train_nodes(args, process, timer, splits, hops=args.hops)
+            few_args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/few-hops",
+                                             "resume": args.resume and "auto"})
+            few = train_nodes(few_args, process, splits, hops=args.hops)
             if few and process.rank == 0:
                 print(f"accuracy on chains of up to {args.chain_length} nodes: equilibrium "
                       f"{row['table']['epoch by val']:.1f} %, {2 * args.hops} hops "
-                      f"{few['table']['epoch by val']:.1f} %, "
-                      "guessing 50.0 %", flush=True)
-    if process.world_size > 1:
-        dist.destroy_process_group()
+                      f"{few['table']['epoch by val']:.1f} %, guessing 50.0 %", flush=True)
+    process.end()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ parity file of the official release to compare with that as well.
 import copy
 import itertools
 import os
-import types
 from functools import partial
 
 import make_mdeq_example as reference
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 import mdeq_cifar
-from common import SolverResult, broyden, fixed_point, npg, upg
+from common import Process, SolverResult, broyden, equilibrium, fixed_point, npg, upg
 from mdeq_cifar import MDEQ, load_official
 
 # Narrow models with 1 to 4 branches.  From three on: injection transform and two-stage paths.  8 = 4 * 2 channels into
@@ -27,12 +26,14 @@ NARROW = {1: dict(channels=(8,), head=(4,), final=16), 2: dict(channels=(8, 16),
 GRADS = ("upg", "npg", "implicit", "bptt")
 
 
-def build(channels=(8, 16), head=(4, 8), final=16, classes=10, seed=0, dtype=torch.float64, **kwargs):
+def build(channels=(8, 16), head=(4, 8), final=16, classes=10, seed=0, dtype=torch.float64, dropout=0.0,
+          stem_strides=0, **settings):
+    """The settings are the solver's, and its gradient's."""
     torch.manual_seed(seed)
-    kwargs.setdefault("max_iter", 4)
-    kwargs.setdefault("backward_max_iter", 4)
-    kwargs.setdefault("solver", fixed_point if kwargs.get("grad") == "bptt" else broyden)
-    return MDEQ(channels=channels, head_channels=head, final_channels=final, num_classes=classes, **kwargs).to(dtype)
+    settings = dict(max_iter=4, tol=0.0, backward_max_iter=4, backward_tol=0.0, stop_mode="rel_joint",
+                    solver=fixed_point if settings.get("grad") == "bptt" else broyden) | settings
+    return MDEQ(channels=channels, head_channels=head, final_channels=final, num_classes=classes,
+                dropout=dropout, stem_strides=stem_strides, solve=partial(equilibrium, **settings)).to(dtype)
 
 
 def pair(n, seed=0, **kwargs):
@@ -443,7 +444,7 @@ def test_aliases_are_never_what_is_loaded():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-KEYS = ("downsample.0.weight", "downsample.4.running_var", "stage0.0.weight", "stage0.1.num_batches_tracked",
+KEYS = ("downsample.0.weight", "downsample.4.running_var", "stage0.0.weight", "stage0.1.running_mean",
         "fullstage.branches.1.blocks.0.conv1.weight_g", "fullstage.branches.1.blocks.0.conv1.weight_v",
         "fullstage.branches.0.blocks.0.gn3.bias", "fullstage.fuse_layers.2.0.net.1.conv.weight",
         "fullstage.fuse_layers.0.2.net.gnorm.weight", "fullstage.post_fuse_layers.2.conv.weight_g",
@@ -467,31 +468,25 @@ def test_missing_keys_and_wrong_shapes_are_refused_by_name(key):
     model = build(**NARROW[3])
     name = ours(key, model, sd)
     assert len(name) == 1                           # every official key fills one tensor of ours
-    with pytest.raises(ValueError, match=f"missing {name[0]}"):
+    with pytest.raises(RuntimeError, match=rf'(?s)Missing key\(s\)[^:]*:.*"{name[0]}"'):
         load_official(model, {k: v for k, v in sd.items() if k != key})
     for shape in ((3, 5), (3, *sd[key].shape[1:])):
-        with pytest.raises(ValueError, match=f"{name[0]} is"):
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name[0]}"):
             load_official(model, {**sd, key: torch.zeros(shape, dtype=torch.float64)})
 
 
-@pytest.mark.parametrize("key", ["surprise", "fullstage.branches.7.blocks.0.gn1.weight", "full_stage.extra.weight_g",
-                                 "fullstage.branches.0.blocks.1.gn1.weight", "incre_modules.0.1.conv1.weight"])
-def test_unknown_keys_are_refused_by_name(key):
+@pytest.mark.parametrize("key, name", [
+    ("surprise", None), ("fullstage.branches.7.blocks.0.gn1.weight", "blocks.7.gn1.weight"),
+    ("full_stage.extra.weight_g", "fullstage.extra.weight_g"),
+    ("fullstage.branches.0.blocks.1.gn1.weight", None), ("incre_modules.0.1.conv1.weight", None)])
+def test_unknown_keys_are_refused_by_name(key, name):
     """More blocks or branches than the model has must not be dropped in silence."""
     sd = reference.random_state_dict(**NARROW[2])
     model = build(**NARROW[2])
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(RuntimeError, match=rf'Unexpected key\(s\) in state_dict: "{name or key}"'):
         load_official(model, {**sd, key: torch.zeros(3)})
-    with pytest.raises(ValueError, match="missing|unknown"):
+    with pytest.raises(RuntimeError, match="(?s)Missing key.*Unexpected key"):
         load_official(model, reference.random_state_dict(**NARROW[3]))
-
-
-def test_a_refused_checkpoint_changes_nothing():
-    model = build(**NARROW[2])
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError):
-        load_official(model, {**reference.random_state_dict(**NARROW[2]), "surprise": torch.zeros(1)})
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
 # --- effective weights, masks ----------------------------------------------------------------------------------------
@@ -752,28 +747,27 @@ def test_bf16_autocast_keeps_the_state_in_float32_and_the_direction_of_the_gradi
     assert cosine(low, torch.cat([g.flatten() for g in exact.values()])) > (0.7 if grad == "implicit" else 0.9)
 
 
-@pytest.mark.parametrize("grad", ["upg", "npg", "implicit"])
-def test_a_compiled_model_equals_the_eager_one(grad, monkeypatch):
+def test_a_compiled_model_equals_the_eager_one(monkeypatch):
     """--compile, without code generation: the same operations, so float64 rounding only.
 
     npg and implicit run the backward pass of one graph several times: its buffers must not be given away.
     """
-    monkeypatch.setitem(mdeq_cifar.MODELS, "tiny", {**mdeq_cifar.MODELS["tiny"], "channels": (8, 16),
-                                                     "head_channels": (4, 8), "final_channels": 16})
+    monkeypatch.setitem(mdeq_cifar.MODELS, "tiny", dict(channels=(8, 16), head_channels=(4, 8), final_channels=16))
     compile, compiled = partial(torch.compile, backend="aot_eager"), []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or compile(f))
     functorch_config.donated_buffer, torch._dynamo.config.cache_size_limit = True, 8        # torch's defaults
-    args = mdeq_cifar.parse_args(["--compile", "--grad", grad, "--max-iter", "3", "--backward-max-iter", "3"])
-    torch.manual_seed(0)
-    model = mdeq_cifar.build_model(args, 10, types.SimpleNamespace(device=torch.device("cpu")))
+    args = mdeq_cifar.parse_args(["--compile", "--max-iter", "3", "--backward-max-iter", "3"])
+    model = mdeq_cifar.build_model(args, 10, Process(0, 1, torch.device("cpu")))
     assert compiled == ["f", "head"] and not functorch_config.donated_buffer
     assert torch._dynamo.config.cache_size_limit == 64
-    eager = build(grad=grad, max_iter=3, backward_max_iter=3)
+    eager, (x, y) = build(max_iter=3, backward_max_iter=3), images(4)
     eager.load_state_dict(model.double().state_dict())
-    x, y = images(4)
-    ours, theirs = grads_of(model, x, y), grads_of(eager, x, y)
-    for name in ours:
-        assert (ours[name] - theirs[name]).abs().max() < 1e-9 * max(1e-3, theirs[name].abs().max()), name
+    for grad in ("upg", "npg", "implicit"):         # upg first: its graph is the one that gives buffers away
+        for m in (model, eager):
+            m.solve = partial(m.solve, grad=grad)
+        ours, theirs = grads_of(model, x, y), grads_of(eager, x, y)
+        for name in ours:
+            assert (ours[name] - theirs[name]).abs().max() < 1e-9 * max(1e-3, theirs[name].abs().max()), name
     with torch.no_grad():
         assert error(model.eval()(x), eager.eval()(x)) < 1e-10
 
