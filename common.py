@@ -1751,7 +1751,7 @@ def check_version(path, saved: dict, args, flag: str = "--resume"):
         die(f"{flag} {path} is of another script, or of another version of this one: there is no "
             f"--{min(unknown).replace('_', '-')} here")
     if missing:
-        die(f"{flag} {path} is of another version of this script, which had no "
+        die(f"{flag} {path} is of another script, or of another version of this one, which had no "
             f"--{min(missing).replace('_', '-')}")
 
 

@@ -222,6 +222,8 @@ def parse_args(argv=None):
         p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
     if args.grad == "bptt" and args.solver != "fixed-point":
         p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    if 0 < args.temperature < 0.01:
+        p.error(f"--temperature {args.temperature}: must be 0 or at least 0.01")
     if args.init and (args.eval or args.benchmark or args.generate is not None):
         p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     return args
@@ -673,11 +675,13 @@ class DEQTransformer(nn.Module):
                  for i in range(1, len(self.edges) - 1)]
         return torch.cat([head[:, :first], *tails], dim=1)
 
-    def forward(self, ids, targets=None, memory=None, mem_len=None, solve=None, regularize=False, on_backward=None):
+    def forward(self, ids, targets=None, memory=None, mem_len=None, unroll=0, solve=None, regularize=False,
+                on_backward=None):
         """Output of a segment ids (B, T), of which targets (B, T) are the next tokens; memory: of the segment before.
 
         mem_len: length of the memory that is handed on (default self.mem_len).
-        solve: in place of self.solve, as in pretraining.
+        unroll > 0: the pretraining network of so many layers in place of the solver.
+        solve: another one than self.solve.
         regularize: compute the Jacobian regularisation term too, at the solver's h*.
         on_backward: called with the result of the backward solve of grad="implicit".
         """
@@ -685,9 +689,10 @@ class DEQTransformer(nn.Module):
         mem_len = self.mem_len if mem_len is None else mem_len
         masks = self.masks(B, T, T + (0 if memory is None else memory.h.shape[1]), self.injection.weight.device)
         f, h0, u, memory = self.segment(ids, memory, masks)
-        h, result = (solve or self.solve)(f, h0, on_backward=on_backward)
+        solve = functools.partial(unrolled, k=unroll) if unroll else solve or self.solve
+        h, result = solve(f, h0, on_backward=on_backward)
         jr = None
-        if regularize:
+        if regularize and result is not None:
             # One more call of F.  To share the gradient's would cost UPG's backward as much; npg and implicit would
             # save it, but their graph belongs to common.equilibrium, and a compiled one has no second derivative.
             eager = functools.partial(type(self).f, self, **f.keywords)
@@ -806,18 +811,17 @@ def jr_weight(args, done):
 
 
 def step_settings(args, model, done):
-    """(solve, whether the step has the JR term) of step done + 1.
+    """How step done + 1 calls the model: unrolled, with a jittered budget, with the JR term.
 
     The same on all processes, and again after a restart: drawn from seed and step alone.
     """
     draw = random.Random(f"{args.seed}-{done}")
-    if done < args.pretrain_steps:
-        return functools.partial(unrolled, k=args.pretrain_layers), False
-    regularize = jr_weight(args, done) > 0 and draw.random() < args.jr_freq
+    unroll = args.pretrain_layers if done < args.pretrain_steps else 0
+    regularize = not unroll and jr_weight(args, done) > 0 and draw.random() < args.jr_freq
     solve = model.solve
     if args.jitter:
         solve = functools.partial(solve, max_iter=args.max_iter - draw.randint(0, args.jitter))
-    return solve, regularize
+    return dict(unroll=unroll, solve=solve, regularize=regularize)
 
 
 def measured_damping(args, process, model, streams, memories, step):
@@ -895,17 +899,17 @@ def train(args, process, model, text):
                 lam = measured_damping(args, process, model, [ids[:, start:stop_at] for ids in own], memories, done)
             if args.lam == "auto":
                 model.solve = functools.partial(model.solve, lam=lam)
-            solve, regularize = step_settings(args, model, done)
+            settings = step_settings(args, model, done)
             means = collections.defaultdict(float)          # over the micro-batches
             for i in range(n):
                 ids, targets = own[i][:, start:stop_at], own[i][:, start + 1:stop_at + 1]
                 reduce = world == 1 or i == n - 1           # gradients meet once per step
                 with contextlib.nullcontext() if reduce else net.no_sync():
                     with autocast(args, device):
-                        output = net(ids, targets, memories[i], solve=solve, regularize=regularize,
+                        output = net(ids, targets, memories[i], **settings,
                                      on_backward=lambda r: run.note_residuals(backward=r.residual))
                     loss = nll = output.nll.mean()
-                    if regularize:
+                    if settings["regularize"]:
                         loss = nll + jr_weight(args, done) * output.jr
                         means["jr"] += output.jr.detach() / n
                     (loss / n).backward()
@@ -994,6 +998,17 @@ def load_init(args, process, model, run):
     load_weights(model, state, load_official, MISFIT.format("--init", args.init))
 
 
+def evaluation_solve(args, step):
+    """(the model's `solve` in evaluation, in words) for weights of this step, which may be those of pretraining."""
+    solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")         # as it was trained
+    k = args.eval_max_iter or args.max_iter or args.k
+    if step <= args.pretrain_steps or solver == "unrolled":
+        k = args.pretrain_layers if step <= args.pretrain_steps else k
+        return functools.partial(unrolled, k=k), f"an unrolled network of {k} layers"
+    return (functools.partial(equilibrium, solver=SOLVERS[solver], max_iter=k, tol=args.tol),
+            f"{solver}, at most {k} steps, tolerance {args.tol:g}")
+
+
 @contextlib.contextmanager
 def evaluating(model, args, step=math.inf):
     """The model in evaluation mode, with the solver of evaluation; step: of its weights, which may be pretrained.
@@ -1001,14 +1016,8 @@ def evaluating(model, args, step=math.inf):
     A solver sees the future a little: its inner products, its stop and its choice of the best state are of a stream's
     whole segment.  The leak is of the size of the residual.
     """
-    before, training, max_iter = model.solve, model.training, args.eval_max_iter or args.max_iter or args.k
-    solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")         # as it was trained
-    if step <= args.pretrain_steps:
-        model.solve = functools.partial(unrolled, k=args.pretrain_layers)
-    elif solver == "unrolled":
-        model.solve = functools.partial(unrolled, k=max_iter)
-    else:
-        model.solve = functools.partial(equilibrium, solver=SOLVERS[solver], max_iter=max_iter, tol=args.tol)
+    before, training = model.solve, model.training
+    model.solve, _ = evaluation_solve(args, step)
     model.eval()
     yield
     model.solve = before
@@ -1072,16 +1081,13 @@ def radii(model, ids, args, process, lam):
 def evaluate_checkpoint(args, process, model, text, state):
     """--eval: perplexities at each memory length, and spectral radii."""
     step, main = state["step"] if is_ours(state) else math.inf, process.rank == 0
-    with evaluating(model, args, step):
-        used = {"unrolled": "an unrolled network of {k} layers", "equilibrium": "{max_iter} iterations at most, "
-                "tolerance {tol:g}"}[model.solve.func.__name__].format(**model.solve.keywords)
     if main:
-        print(f"{args.resume}, step {step}: {used}; {args.eval_streams} streams, segments of {args.segment}", flush=True)
+        print(f"{args.resume}, step {step}: {evaluation_solve(args, step)[1]}; {args.eval_streams} streams, segments "
+              f"of {args.segment}", flush=True)
     for mem_len, name in itertools.product(eval_memories(args), ("valid", "test")):
         record = evaluate(model, name, getattr(text, name), args, process, mem_len, step)
         if main:
-            print(f"{name} perplexity {record[f'{name}_perplexity']:.6g} of {record[f'{name}_tokens']} tokens, memory "
-                  f"{mem_len}\n  {spell(record)}", flush=True)
+            print(spell(record), flush=True)
     if step > args.pretrain_steps:                      # else it has not seen its equilibrium yet
         lam = args.lam if args.lam != "auto" else state["lam"]
         record = radii(model, text.valid, args, process, lam)

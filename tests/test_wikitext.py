@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import deq_wikitext
-from common import (Process, anderson, broyden, fixed_point, gmres, implicit, jacobian_regularization, npg,
-                    spectral_radius, upg)
+from common import (Process, anderson, broyden, equilibrium, fixed_point, gmres, implicit, jacobian_regularization,
+                    npg, spectral_radius, upg)
 from deq_wikitext import (BlockMasks, DEQTransformer, Masks, Memory, checksum, evaluate, grouped_by_head, load_official,
-                          load_text, official_names, official_state_dict, parse_args, streams, toy_text)
+                          load_text, official_names, parse_args, streams, toy_text)
 
 CPU = Process(0, 1, torch.device("cpu"))
 SMALL = dict(n_token=60, cutoffs=(10, 20, 35), d_model=16, n_head=2, d_inner=24, div_val=2, mem_len=5)
@@ -27,15 +27,39 @@ VARIANTS = {"PostLN": {}, "PreLN": dict(pre_ln=True), "PreLN, raw residual": dic
             "heads of 5, padded": dict(d_model=20, n_head=4, d_inner=12), "heads of 10, padded": dict(d_model=20)}
 
 
-def build(seed=0, dtype=torch.float64, trained=True, **more):
+def solving(**settings):
+    """A model's `solve` with these settings of common.equilibrium, and the default model's others."""
+    tol = settings.get("tol", 1e-3)
+    return partial(equilibrium, **{**dict(lam=0.8, max_iter=30, tol=tol, backward_max_iter=35, backward_tol=tol), **settings})
+
+
+def build(seed=0, dtype=torch.float64, trained=True, solve=solving(), **more):
     """A small model in float64; trained: no parameter has a value that hides a mistake, as 0, 1, or g = ||v||."""
     torch.manual_seed(seed)
-    model = DEQTransformer(**{**SMALL, **more}).to(dtype)
+    model = DEQTransformer(**{**SMALL, **more}, solve=solve).to(dtype)
     if trained:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p += (0.02 if name.endswith("original1") else 0.2) * torch.randn_like(p)
     return model
+
+
+def official_state_dict(model, lm=False):
+    """The model's weights as locuslab/deq names and shapes them, or with `lm` as torchdeq's deq-lm does."""
+    own, state = model.state_dict(), {}
+    for ours, theirs in official_names(model, lm).items():
+        value = own[ours]
+        if lm and ("qkv_net" in theirs or theirs.startswith("injection.")):
+            value = grouped_by_head(value, model.blocks[0].n_head)
+        if not lm and value.dim() == 2 and theirs.startswith(("inject_conv", "func.dec_attn")) and "bias" not in theirs:
+            value = value[:, :, None]
+        state[theirs] = value
+    for i in range(len(model.tables)):
+        state[f"crit.out_layers.{i}.weight"] = own[f"tables.{i}"]
+        if i > 0 and f"projections.{i}" in own:
+            state[f"crit.out_projs.{i}.weight"] = own[f"projections.{i}"]
+    state["pos_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0.0, model.d_model, 2.0) / model.d_model)
+    return state
 
 
 def example(model, M=5, B=2, T=4, seed=1):
@@ -166,7 +190,7 @@ def test_at_full_size_the_numbers_are_counted_once():
 
     for norm in ("post", "pre"):
         with torch.device("meta"):
-            model = deq_wikitext.build_model(parse_args(["--norm", norm]), 267735, Process(0, 1, torch.device("meta")))
+            model = deq_wikitext.build_model(parse_args(["--norm", norm]), range(267735), Process(0, 1, torch.device("meta")))
             assert (count(model), count(model.blocks)) == (97_691_888, 69_753_000)
             assert [count(m) for m in (model.tables, model.projections, model.injection, model.biases)] == [
                 25_057_350, 649_600, 1_472_100, 267_735]
@@ -174,7 +198,7 @@ def test_at_full_size_the_numbers_are_counted_once():
             assert sum(v.numel() for v in official_state_dict(model).values()) == 122_909_188
     flags = deq_wikitext.__doc__.split("22.34             ")[1].split("\n\n")[0].split()
     with torch.device("meta"):
-        model = deq_wikitext.build_model(parse_args(flags), 267735, Process(0, 1, torch.device("meta")))
+        model = deq_wikitext.build_model(parse_args(flags), range(267735), Process(0, 1, torch.device("meta")))
         assert (count(model), count(model.blocks)) == (97_571_288, 69_632_400)
         assert len(official_state_dict(model, lm=True)) == 88
 
@@ -302,7 +326,8 @@ def test_the_memory_is_the_last_states_and_injections(mem_len):
 @pytest.mark.parametrize("variant", ["PostLN", "PreLN"])
 def test_at_the_fixed_point_two_segments_are_one(variant):
     """With a memory of a whole segment, to rounding in float64; with three unrolled applications they are not."""
-    model = build(**VARIANTS[variant], mem_len=4, solver=fixed_point, max_iter=500, tol=1e-15).eval()
+    model = build(**VARIANTS[variant], mem_len=4,
+                  solve=solving(solver=fixed_point, max_iter=500, tol=1e-15)).eval()
     (a, b), (whole,) = segments(model, 2), segments(model, 1, T=8)
     with torch.no_grad():
         for unroll, same in ((0, True), (3, False)):
@@ -326,9 +351,9 @@ def test_later_tokens_change_nothing_before_them(memory):
         before = model(*first).memory if memory else None
 
         def change(**settings):
-            solver = settings.pop("solver", fixed_point)
-            model.solver, model.tol = solver, settings.pop("tol", 0.0)
-            nll = [model(x, targets, before, **settings).nll for x in (ids, other)]
+            unroll = settings.pop("unroll", 0)
+            solve = solving(**{"solver": fixed_point, "tol": 0.0, **settings})
+            nll = [model(x, targets, before, unroll=unroll, solve=solve).nll for x in (ids, other)]
             assert (nll[0] - nll[1])[:, 2:].abs().min() > 0
             return (nll[0] - nll[1])[:, :2].abs().max().item()
 
@@ -437,8 +462,8 @@ def test_output_and_embedding_masks_act_outside_F(monkeypatch):
 @pytest.mark.parametrize("variant, backward_solver", [("PostLN", gmres), ("PreLN", gmres), ("PostLN", broyden)])
 def test_the_exact_gradient_is_that_of_the_fixed_point(variant, backward_solver):
     """Central differences of the loss at h* in float64, along random directions of all parameters."""
-    model = build(**VARIANTS[variant], grad="implicit", solver=fixed_point, max_iter=400, tol=1e-13,
-                  backward_solver=backward_solver, backward_max_iter=400)
+    model = build(**VARIANTS[variant], solve=solving(grad="implicit", solver=fixed_point, max_iter=400, tol=1e-13,
+                                                     backward_solver=backward_solver, backward_max_iter=400))
     first, segment = segments(model, 2)
     with torch.no_grad():
         memory = model(*first).memory
@@ -461,9 +486,10 @@ def test_the_exact_gradient_is_that_of_the_fixed_point(variant, backward_solver)
 @pytest.mark.parametrize("grad, k, lam, cosine", [("upg", 40, 0.9, 0.999999), ("npg", 40, 0.9, 0.999999),
                                                   ("upg", 5, 0.8, 0.9), ("npg", 5, 0.8, 0.9)])
 def test_phantom_gradients_tend_to_the_exact_one(grad, k, lam, cosine):
-    model = build(solver=fixed_point, max_iter=400, tol=1e-13, backward_max_iter=400)
+    model = build()
     segment, grads = segments(model, 1)[0], []
-    for model.grad, model.k, model.lam in (("implicit", 1, 1.0), (grad, k, lam)):
+    for settings in (dict(grad="implicit"), dict(grad=grad, k=k, lam=lam)):
+        model.solve = solving(solver=fixed_point, max_iter=400, tol=1e-13, backward_max_iter=400, **settings)
         model.zero_grad()
         model(*segment).nll.mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -472,7 +498,8 @@ def test_phantom_gradients_tend_to_the_exact_one(grad, k, lam, cosine):
 
 def test_a_budget_of_zero_unrolls_from_zero_without_a_solver():
     """torchdeq's deq-lm: k plain applications, differentiated through."""
-    model = build(max_iter=0, k=3, lam=1.0)
+    args = parse_args("--data toy --d-model 16 --n-head 2 --d-inner 24 --cutoffs 10 20 --max-iter 0 --k 3 --lam 1".split())
+    model = build(solve=deq_wikitext.build_model(args, range(60), CPU).solve)
     segment = segments(model, 1)[0]
     out, expected = model(*segment), model(*segment, unroll=3)
     assert out.result is None and torch.equal(out.nll, expected.nll)
@@ -488,7 +515,7 @@ def test_a_budget_of_zero_unrolls_from_zero_without_a_solver():
 
 def test_jacobian_regularisation_is_the_dense_jacobians_at_the_solvers_state(monkeypatch):
     """||v^T J||^2 / (B T D) for the probe v, at h* and not at h_k; no gradient flows through the state."""
-    model, probe = build(grad="upg"), torch.randn(2, 4, 16, dtype=torch.float64)
+    model, probe = build(), torch.randn(2, 4, 16, dtype=torch.float64)
     ids, targets = segments(model, 1)[0]
     monkeypatch.setattr(torch, "randn_like", lambda x: probe.view_as(x))
     out = model(ids, targets, regularize=True)
@@ -521,12 +548,12 @@ def saved_bytes(run):
 
 def test_memory_of_npg_and_implicit_depends_on_neither_budget_nor_k():
     """UPG's grows by a graph of F per step, and --checkpoint-blocks makes that smaller."""
-    model, segment = build(d_inner=2000, tol=0.0), segments(build(), 1)[0]
+    model, segment = build(d_inner=2000), segments(build(), 1)[0]
     sizes = {}
     for grad, k, max_iter, again in (("npg", 1, 5, False), ("npg", 9, 20, False), ("implicit", 1, 5, False),
                                      ("implicit", 1, 20, False), ("upg", 1, 5, False), ("upg", 5, 5, False),
                                      ("upg", 5, 5, True)):
-        model.grad, model.k, model.max_iter, model.checkpoint_blocks = grad, k, max_iter, again
+        model.solve, model.checkpoint_blocks = solving(grad=grad, k=k, max_iter=max_iter, tol=0.0), again
         sizes[grad, k, max_iter, again] = saved_bytes(lambda: model(*segment))[0]
     assert len({sizes[key] for key in sizes if key[0] in ("npg", "implicit")}) == 1
     assert sizes["upg", 5, 5, False] - sizes["upg", 1, 5, False] > 4 * 2 * 4 * 2000 * 8      # the hidden layer alone
@@ -541,7 +568,7 @@ def test_computing_blocks_again_or_compiled_gives_the_same_gradients(grad, monke
     results = []
     for args.checkpoint_blocks, args.compile in ((False, False), (True, False), (False, True)):
         torch.manual_seed(0)
-        model = deq_wikitext.build_model(args, 60, CPU)
+        model = deq_wikitext.build_model(args, range(60), CPU)
         segment = segments(model, 1)[0]
         out = model(*segment, regularize=True)
         (out.nll.mean() + 0.1 * out.jr).backward()
@@ -555,7 +582,7 @@ def test_computing_blocks_again_or_compiled_gives_the_same_gradients(grad, monke
 @pytest.mark.parametrize("grad", ["upg", "npg", "implicit"])
 def test_under_bf16_autocast_the_loss_and_gradient_stay_close(grad):
     """State, softmax and NLL are float32; bf16 has 8 bits, and the gradient is a product of some ten factors."""
-    model, losses, grads = build(dtype=torch.float32, grad=grad), [], []
+    model, losses, grads = build(dtype=torch.float32, solve=solving(grad=grad)), [], []
     first, segment = segments(model, 2)
     for enabled in (False, True):
         model.zero_grad()
@@ -641,19 +668,17 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name():
                 del saved[key]
             else:
                 saved[key] = value
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError) as error:
+        with pytest.raises((ValueError, RuntimeError)) as error:
             load_official(model, saved)
-        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
-        return str(error.value)
+        return " ".join(str(error.value).split())
 
-    assert "missing inject_conv.bias" in message(**{"inject_conv.bias": None})
-    assert "unknown surprise" in message(surprise=torch.zeros(1))
-    assert "crit.cluster_bias is (2,) instead of (3,)" in message(**{"crit.cluster_bias": torch.zeros(2)})
+    assert 'Missing key(s) in state_dict: "injection.bias"' in message(**{"inject_conv.bias": None})
+    assert 'Unexpected key(s) in state_dict: "surprise"' in message(surprise=torch.zeros(1))
+    assert "size mismatch for cluster_bias" in message(**{"crit.cluster_bias": torch.zeros(2)})
     untied = {"crit.out_layers.1.weight": torch.zeros(10, 8), "crit.out_projs.2.weight": torch.zeros(16, 4)}
     for key, value in untied.items():
         assert f"{key} differs from" in message(**{key: value})
-    with pytest.raises(ValueError, match="unknown func.dec_attn.0.ln1.bias; unknown func.dec_attn.0.ln1.weight; "):
+    with pytest.raises(RuntimeError, match="Unexpected key.*ln"):
         load_official(model, official_state_dict(build(**VARIANTS["deq-lm"]), lm=True))
 
 
@@ -705,8 +730,8 @@ def test_official_numbers():
                 nll.append(out.nll.T)
         return torch.stack(nll), memory
 
-    model.solver, model.tol = fixed_point, 0.0
-    for name, settings in (("unroll", dict(unroll=c["unroll_K"])), ("fixedpoint", dict(max_iter=400))):
+    model.solve = solving(solver=fixed_point, max_iter=400, tol=0.0)
+    for name, settings in (("unroll", dict(unroll=c["unroll_K"])), ("fixedpoint", {})):
         nll, memory = three_segments(**settings)
         compare(f"{name}_nll", nll, y[f"{name}_nll"])
         compare(f"{name}_mem_z", memory.h.transpose(0, 1), y[f"{name}_mem_z"])
@@ -757,7 +782,7 @@ def test_official_numbers():
 
     model.double()
     x["hidden"] = x["hidden"].double()
-    for name, settings in (("unroll", dict(unroll=c["unroll_K"])), ("fixedpoint", dict(max_iter=400))):
+    for name, settings in (("unroll", dict(unroll=c["unroll_K"])), ("fixedpoint", {})):
         compare(f"{name}_nll, float64", three_segments(**settings)[0], parity["expected_nll64"][f"{name}_nll"], 1e-7)
     nll = model.nll(x["hidden"], x["hidden_targets"])
     compare("softmax_nll, float64", nll, parity["expected_nll64"]["softmax_nll"], 1e-7)
@@ -894,9 +919,9 @@ def test_perplexity_is_that_of_all_predicted_tokens():
     model = build(dropout=0.4)
     ids = torch.randint(0, 60, (3 * 21 + 2,), dtype=torch.int32)
     record = evaluate(model, "valid", ids, args, CPU, mem_len=7)
-    assert model.training and model.solver is broyden and model.max_iter == 30
+    assert model.training and model.solve.keywords["max_iter"] == 30
     model.eval()
-    model.solver, model.max_iter, model.tol = fixed_point, 9, 0
+    model.solve = solving(solver=fixed_point, max_iter=9, tol=0)
     total = 0
     with torch.no_grad():
         for stream in ids[:63].view(3, 21):
@@ -917,13 +942,11 @@ def test_unrolled_evaluation_alone_never_looks_ahead(solver, ahead):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)                   # far from solved after four steps
-    unroll = deq_wikitext.unrolled_layers(args, math.inf, evaluation=True)
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     for last in (3, 50):
         ids[:, 7] = last
         with deq_wikitext.evaluating(model, args), torch.no_grad():
-            nll.append(model(ids[:, :-1], ids[:, 1:], None, mem_len=5, unroll=unroll).nll.view(2, 8))
-    assert unroll == (0 if ahead else 4)
+            nll.append(model(ids[:, :-1], ids[:, 1:], None, mem_len=5).nll.view(2, 8))
     change = (nll[0] - nll[1]).abs()
     assert (change[:, :6].max() > 1e-6) == ahead and change[:, 7].max() > 1e-2
 
@@ -935,7 +958,8 @@ def test_processes_divide_the_streams(monkeypatch):
     expected = evaluate(model, "test", ids, args, CPU, 5)
     for world in (2, 5):
         sums = []
-        monkeypatch.setattr(deq_wikitext, "all_reduce_sum", lambda x: (sums.append(x.clone()), x + 1)[1])
+        monkeypatch.setattr(Process, "sum", lambda self, x: (sums.append(x.clone()), x + 1)[1])
+        monkeypatch.setattr(Process, "gather", lambda self, value: [value])
         for rank in range(world):
             evaluate(model, "test", ids, args, Process(rank, world, torch.device("cpu")), 5)
         nll, count, evals, solves = sum(sums).tolist()
@@ -949,8 +973,7 @@ def test_a_longer_memory_or_another_cut_into_segments_is_the_same_model():
     ids, found = torch.randint(0, 60, (2 * 33,), dtype=torch.int32), []
     for segment in (4, 16):
         args = evaluation_args("--eval-streams", 2, "--segment", segment, "--eval-solver", "fixed-point",
-                               "--eval-max-iter", 300)
-        model.tol = 1e-14
+                               "--eval-max-iter", 300, "--tol", 1e-14)
         found.append(evaluate(model, "valid", ids, args, CPU, 100)["valid_nll"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
