@@ -1506,10 +1506,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv, presets: Callable = lambd
         path = path if path.exists() else Path(f"{path}.previous")
     if args.benchmark and args.resume:
         parser.error("--benchmark measures a model with fresh weights: it takes no --resume")
-    if args.resume == "auto" and not args.out:
-        parser.error("--resume auto continues the training in --out DIR")
     if modes and not args.benchmark and args.resume in (None, "auto"):
         parser.error(f"--{modes[0]} needs --resume FILE, the checkpoint to use")
+    if args.resume == "auto" and not args.out:
+        parser.error("--resume auto continues the training in --out DIR")
     if modes and not args.eval and launched():
         parser.error(f"--{modes[0]} is for one process: run it without torchrun")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))

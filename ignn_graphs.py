@@ -703,15 +703,19 @@ def node_model(args, num_features, num_classes, hops=0):
                     spectral=zoo, hops=hops)
 
 
-def describe(model, args):
-    """A method's name and its model's parameters, also as the paper counts them: with the official layers' Omega_2
-    and bias, which nothing uses."""
+def official_count(model):
+    """Parameters as the paper counts them: with the official layers' Omega_2 and bias, which nothing uses."""
     dead = sum(layer.Omega_1.shape[0] * (1 + (layer.Omega_1.shape[1] if "Omega_2" not in layer.names else 0))
                for layer in model.implicit)
+    return sum(p.numel() for p in model.parameters()) + dead
+
+
+def describe(model, args):
+    """(a method's name, the name and its model's parameters)."""
     own, hops = sum(p.numel() for p in model.parameters()), model.implicit[0].hops * len(model.implicit)
-    name = f"{hops} hops" if hops else "implicit" if args.grad == "implicit" else (
-        f"{args.grad.upper()} A_{{{args.k},{args.lam}}}")
-    return name, f"{name}: {own:,} parameters ({own + dead:,} as the paper counts)"
+    name = "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
+    name = f"{hops} hops" if hops else name
+    return name, f"{name}: {own:,} parameters ({official_count(model):,} as the paper counts)"
 
 
 def checksum(graphs):
@@ -873,7 +877,9 @@ def train_graphs(args, process, graphs):
     curves, weights = ({fold: x for part in parts for fold, x in part.items()} for parts in list(zip(*meeting))[:2])
     table, minutes = protocols(curves), max(seconds for *_, seconds, _ in meeting) / 60
     if process.rank == 0:
-        save_checkpoint(whole, {"weights": weights, "args": vars(args), "step": args.epochs, "data": fingerprint})
+        if not whole.exists():
+            save_checkpoint(whole, {"weights": weights, "args": vars(args), "step": args.epochs,
+                                    "data": fingerprint})
         record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
         write_results(args, majority=majority, minutes=minutes, folds=curves, **{"mean, std, folds": record})
         lines = [Path(args.out, f"fold-{fold}", "metrics.jsonl").read_text() for fold in range(args.folds)]
@@ -925,6 +931,8 @@ def train_nodes(args, process, splits, hops=0):
     what += [] if math.isfinite(loss) else [f"the loss became {loss} in epoch {len(val)}"]
     collapsed, minutes = "; ".join(filter(None, what)), run.seconds / 60
     table = {"epoch by val": test[best], "best test epoch": max(test), "last epoch": test[-1]}
+    if collapsed:
+        run.report("collapse", show=False, step=len(val), what=collapsed)
     if rank == 0:
         write_results(args, minutes=minutes, val_epoch=best + 1, collapsed=collapsed, curve=list(zip(val, test)), **table)
         print(f"{args.dataset}, {method}, test {metric}: "
@@ -990,11 +998,11 @@ def protocols(results):
     test = np.array([results[fold]["test"] for fold in folds])                                  # (folds, epochs)
     table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, test.mean(axis=0).argmax()],
              "last epoch": test[:, -1]}
-    if "val" in results[folds[0]]:
+    if results[folds[0]].get("val"):
         epochs = [max(range(test.shape[1]), key=lambda e: (results[fold]["val"][e], -results[fold]["val_loss"][e]))
                   for fold in folds]                            # ties: the lower loss
         table["epoch by val"] = test[range(len(folds)), epochs]
-    if "test_2a" in results[folds[0]]:
+    if results[folds[0]].get("test_2a"):
         test = np.array([results[fold]["test_2a"] for fold in folds])
         table["2A + I: best per fold"], table["2A + I: last"] = test.max(axis=1), test[:, -1]
     return table
