@@ -12,14 +12,14 @@ normal matrices of N x D = 32 x 128, loss the mean squared error between h* and 
 fixed-point iterations.  All data are generated.
 
 Differs from the paper: 64 pairs (u, y) instead of 50,000 (the standard errors are printed).  The paper does
-not name the activation.  The default here is the identity, because it fits what the paper reports: 100
-iterations just reach a relative error of 1e-5 at L_h = 0.9, and the solver is ill-conditioned as L_h nears 1.
-With tanh or relu the units saturate, rho(J) stays near 0.7 whatever L_h is, and Fig. 4 shows nothing.
-A linear F makes UPG and NPG equal.
+not name the activation.  The default is the identity, which makes UPG and NPG equal, because it fits what the
+paper reports: 100 iterations just reach a relative error of 1e-5 at L_h = 0.9, and the solver is
+ill-conditioned as L_h nears 1.  With tanh or relu rho(J) stays near 0.7, and Fig. 4 shows nothing.
 """
 import json
 import statistics
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     p = make_parser("Figs. 1 and 4, Theorems 1 to 3 and Table 2 on a one-layer implicit model.")
     add = p.add_argument_group("problem").add_argument
     add("--only", action="append", choices=PARTS, help="compute only this part; repeatable (default: all)")
-    add("--pairs", type=within(int, "[2, inf)"), default=64, help="pairs (u, y) in Fig. 1; the paper has 50,000")
+    add("--pairs", type=within(int, "[2, inf)"), default=64, help="pairs (u, y) in Fig. 1; the paper: 50,000")
     add("--activation", choices=list(ACTIVATIONS), default="identity",
         help="F's activation in Figs. 1 and 4 and Table 2; the theorems use tanh")
     add("--lip", type=within(float, "(0, 1)"), default=0.9, help="Lipschitz constant L_h in Fig. 1")
@@ -97,9 +97,9 @@ def dense_jacobian(f, h):
 
 def fig1(args):
     """Cosine of UPG and NPG to the exact gradient.  Rows: grad, lam, k, mean and std over the pairs."""
-    device, pairs, grads = args.device, args.pairs, {"upg": upg, "npg": npg}
-    w = symmetric_weight(D, args.lip, device=device)
-    u, y = (torch.randn(pairs * N, D, device=device) for _ in range(2))
+    pairs, grads = args.pairs, {"upg": upg, "npg": npg}
+    w = symmetric_weight(D, args.lip, device=args.device)
+    u, y = (torch.randn(pairs * N, D, device=args.device) for _ in range(2))
     u.requires_grad_()
     f = partial(layer, u=u, w=w, act=ACTIVATIONS[args.activation])
 
@@ -162,7 +162,7 @@ def fig4(args, iterations=30):
         w = lip * unit
         f, h = solved(w, u, ACTIVATIONS[args.activation], max_iter=100, tol=0)
         g = 2 * (h - y) / h.numel()         # dL/dh
-        # The exact gradient: N dense systems (I - J^T) g_hat = g, in float64.
+        # The exact gradient: one dense system (I - J^T) g_hat = g per sample, in float64.
         h64 = h.double()
         jacobian = dense_jacobian(partial(f, u=u.double(), w=w.double()), h64)      # (N, D, D)
         matrix = torch.eye(D).to(h64) - jacobian.mT
@@ -178,7 +178,7 @@ def fig4(args, iterations=30):
             iterates.append(v.clone())
             return adjoint(v)
 
-        # Iteration t is the state after t - 1 products with J^T, which at t = 1 is g for all.
+        # Iteration t is the state after t - 1 products with J^T: g for all at t = 1.  Residuals: over ||g||.
         best = broyden(recorded, g, max_iter=iterations - 1, tol=0, stop_mode=g).h
         # GMRES forms its state only at the end, so there is a solve for every number of products.
         minimal = [g] + [gmres(adjoint, g, max_iter=t, tol=0, stop_mode=g).h for t in range(1, iterations)]
@@ -200,18 +200,18 @@ def fig4(args, iterations=30):
 
 
 def print_fig4(rows, activation):
-    print(f"""Fig. 4.  {activation}; h after 100 fixed-point iterations; Broyden and GMRES on g_hat = J^T g_hat
-+ g against the phantom gradient (Neumann, lam = 1, k = iteration); means over 32 samples, after iteration - 1
+    print(f"""Fig. 4.  {activation}; h by 100 fixed-point iterations; Broyden and GMRES on g_hat = J^T g_hat
++ g against the phantom gradient (Neumann, lam = 1, k = iteration); means over {N} samples after iteration - 1
 products with J^T.  objective: ||g_hat - J^T g_hat - g||, the true residual, which GMRES minimises; relative
-error: that over ||g_hat||, small also where g_hat explodes; cosine: to the exact gradient; l1: L1 norm over the
-exact one's; worst: the largest rise in one iteration, of the cosine the largest fall, of l1 the largest value""")
+error: that over ||g_hat||, small also where g_hat explodes; cosine: to the exact gradient; l1: L1 norm over
+the exact one's; worst: the largest rise in one iteration (cosine: largest fall, l1: largest value)""")
     columns, names = (1, 2, 3, 5, 10, 15, 20, 30), ("broyden", "gmres", "phantom")
     print("L_h     iteration            " + "".join(f"{t:>8d}" for t in columns) + "   worst")
-    limits, wild = {"cosine": 0.01, "l1": 1.5}, {}      # (name, key) -> the L_h at which the limit is passed
+    limits, wild = {"cosine": 0.01, "l1": 1.5}, defaultdict(list)       # wild: the L_h that pass a limit
     forms = {"objective": "8.1e", "relative_error": "8.1e", "cosine": "8.3f", "l1": "8.2f"}
-    line = {}                                           # (lip, name) -> its rows, one per iteration
+    line = defaultdict(list)                            # (lip, name) -> its rows, one per iteration
     for row in rows:
-        line.setdefault((row["lip"], row["grad"]), []).append(row)
+        line[row["lip"], row["grad"]].append(row)
     for lip in LIPS:
         for key, form in forms.items():
             for name in names:
@@ -219,26 +219,17 @@ exact one's; worst: the largest rise in one iteration, of the cosine the largest
                 rises = [a - b if key == "cosine" else b - a for a, b in zip(series, series[1:])]
                 worst = max(series) if key == "l1" else max(0, *rises)
                 if key in limits and worst > limits[key]:
-                    wild.setdefault((name, key), []).append(f"{lip:g}")
+                    wild[name, key].append(f"{lip:g}")
                 values = [format(v, form) for v in [*(series[t - 1] for t in columns), worst]]
                 print(f"{lip:<8g}{name:8s}{key.replace('_', ' '):14s}{''.join(values)}")
         best = line[lip, "best"][0]
-        print(f"        exact L1 {best['exact_l1']:.2e}; of Broyden's iterates the one of the lowest objective, "
-              f"which `implicit` takes: cosine {best['cosine']:.4f}")
+        print(f"        exact L1 norm {best['exact_l1']:.2e}; cosine of Broyden's iterate of the lowest "
+              f"objective, which `implicit` takes: {best['cosine']:.4f}")
     print("\"Broyden's gradient oscillates or explodes\": L_h where in an iteration the cosine falls by more "
           f"than {limits['cosine']}, and\nwhere the L1 norm exceeds {limits['l1']} x the exact one's")
     for name in names:
-        falls, exceeds = (", ".join(wild.get((name, key), ["(none)"])) for key in limits)
+        falls, exceeds = (", ".join(wild[name, key]) or "(none)" for key in limits)
         print(f"{name:8s}{falls:20s} {exceeds}")
-
-    def course(name, key):                              # at the last L_h
-        return "{:.1e} to {:.1e}".format(*(line[lip, name][t][key] for t in (0, -1)))
-
-    print(f"From the method, at L_h = {lip:g}: Broyden's objective goes from {course('broyden', 'objective')}, "
-          f"its\nrelative error, which is divided by the iterate's norm, from "
-          f"{course('broyden', 'relative_error')};\nGMRES's objective from {course('gmres', 'objective')}.\n"
-          f"From the exact gradient: its L1 norm, {rows[0]['exact_l1']:.2g} at L_h = {rows[0]['lip']:g} and "
-          f"{rows[-1]['exact_l1']:.2g} at {lip:g}.")
 
 
 # --- Theorems 1 and 2: dense, in float64 --------------------------------------------------------------------
@@ -344,19 +335,19 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
     oracles = [(f"NPG k = {k}, lam = 0.5", partial(npg, k=k, lam=0.5), 0.0) for k in (1, 2, 4, 8)]
     oracles += [(f"exact, pulled by {e}", exact, e) for e in (0.2, 0.1, 0.05)] + [("exact", exact, 0.0)]
     rows = []
-    for name, attach, pull in oracles:
+    for name, attach, pull in oracles:          # pull: by how much the exact gradient is shortened
         w, order = start.clone(), torch.Generator().manual_seed(args.seed)      # all see the same batches
         epsilon = largest = weighted = total = 0.0
         for n in range(1, steps + 1):
             index = torch.randint(samples, (batch,), generator=order)
-            g, late, eta = gradient(w, index, attach), n > steps // 2, 0.5 / n ** 0.5
-            true = g if attach is exact else gradient(w, index, exact) if late else None
-            g = g * (1 - min(1.0, pull / g.norm().item()))      # the worst error of this length
-            if late:
-                full = gradient(w, torch.arange(samples), exact)
+            g, eta = gradient(w, index, attach), 0.5 / n ** 0.5
+            step = g * (1 - min(1.0, pull / g.norm().item()))       # at most to zero, not turned round
+            if n > steps // 2:
+                true = g if attach is exact else gradient(w, index, exact)
+                full = gradient(w, torch.arange(samples), exact)    # grad R
                 weighted, total = weighted + eta * full.square().sum().item(), total + eta
-                epsilon, largest = max(epsilon, (g - true).norm().item()), max(largest, full.norm().item())
-            w = w - eta * g
+                epsilon, largest = max(epsilon, (step - true).norm().item()), max(largest, full.norm().item())
+            w = w - eta * step
         rows.append({"event": "theorem3", "oracle": name, "epsilon": epsilon, "mean": weighted / total,
                      "bound": largest * epsilon, "last": full.square().sum().item()})
     print(f"""Theorem 3.  {steps} SGD steps, eta_n = 0.5 / sqrt(n), a tanh layer fitted to another one's
@@ -406,8 +397,8 @@ def table2(args, rows_n=64, size=1024, repeats=3):
         torch.autograd.grad((state - y).square().mean(), w)
         return 1e3 * (clock(device) - began), sum(kept.values()) / 1e6
 
-    print(f"""Table 2.  N x D = {rows_n} x {size}; K or k: solver iterations or phantom steps; implicit: by Broyden;
-time of attaching the gradient and of the backward pass (bptt: and of the solve); memory that autograd keeps
+    print(f"""Table 2.  N x D = {rows_n} x {size}; K or k: solver iterations or phantom steps; implicit: by
+Broyden; time of attaching the gradient and of the backward pass (bptt: and of the solve); memory for autograd
 gradient   K or k       ms      MB       per step: ms       MB      (least squares)""")
     state, rows, words = rows_n * size * 4 / 1e6, [], []
     for name, (steps, _) in attach.items():

@@ -68,7 +68,7 @@ def presets(args):
 def parse_args(argv=None):
     p = make_parser("Trains an MDEQ on CIFAR-10.  Without options: Tiny with UPG A_{5,0.5} and SGD.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
-    add = p.add_argument_group("data").add_argument
+    add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
     add("--data", default="data", help="folder of CIFAR-10, downloaded if absent, or of images as "
         "train/CLASS/* and test/CLASS/*; or 'toy': generated 16 x 16 images")
     add("--train-size", type=count, help="number of training images, equally many per class")
@@ -109,7 +109,7 @@ def parse_args(argv=None):
     add("--radius-every", type=natural, default=0, help="steps between spectral radii of J and J_lam on 64 "
         "test images, App. D.2; 0: never")
     add_run_flags(p, "MODEL-GRAD")
-    args = parse_flags(p, argv, presets, "data train_size test_size model solver max_iter tol")
+    args = parse_flags(p, argv, presets, "data train_size test_size model solver max_iter tol")  # for --eval
     if args.grad == "bptt" and args.solver != "fixed-point":
         p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
     if (args.sync_bn or args.cuda_graph) and not torch.cuda.is_available():
@@ -193,7 +193,7 @@ def balanced(images, size, flag):
     each, smallest = size // C, int(images.y.bincount(minlength=C).min())
     if size % C or each > smallest:
         die(f"{flag} {size}: must be a multiple of the {C} classes, at most {C} x {smallest}")
-    index = torch.cat([(images.y == c).nonzero()[:each, 0] for c in range(C)])
+    index = torch.cat([(images.y == c).nonzero()[:each, 0] for c in range(C)])  # sorted by class
     return images._replace(x=images.x[index], y=images.y[index])
 
 
@@ -211,7 +211,7 @@ def load_images(args, process):
         except (OSError, RuntimeError, EOFError) as error:
             die(f"--data {root}: no CIFAR-10 there, and the download failed ({error}); give a folder with "
                 "cifar-10-batches-py, or with train/CLASS/* and test/CLASS/*, or --data toy")
-        train, test = (Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
+        train, test = (Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),    # (N, 3, 32, 32)
                               torch.tensor(s.targets), s.classes) for s in sets)
     train = balanced(train, args.train_size, "--train-size")
     test = balanced(test, args.test_size, "--test-size")
@@ -241,7 +241,7 @@ def prepare(x, augment, memory_format):
         N, _, S, _ = x.shape
         x = F.pad(x, (4, 4, 4, 4))                                                  # (N, 3, S + 8, S + 8)
         offset = torch.randint(0, 9, (2, N, 1), device=x.device) + torch.arange(S, device=x.device)
-        flip = torch.rand(N, 1, device=x.device) < 0.5
+        flip = torch.rand(N, 1, device=x.device) < 0.5  # a flip reads the columns backwards
         rows, columns = offset[0], torch.where(flip, offset[1].flip(1), offset[1])  # (N, S) each
         n = torch.arange(N, device=x.device)[:, None, None]
         x = x.permute(0, 2, 3, 1)[n, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -255,10 +255,10 @@ def training_batches(images, args, process, epoch, first):
     The order depends on --seed and the epoch alone.  DistributedDataParallel averages over processes: times
     `share`, their losses give the mean over the whole batch, also if it does not divide evenly.
     """
-    order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))
+    order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))  # needs no epoch before it
     batches = torch.randperm(len(images.y), generator=order).to(process.device).split(args.batch_size)
     for batch in process.bar(range(first, len(batches)), f"epoch {epoch + 1}"):
-        index = batches[batch].tensor_split(process.world_size)[process.rank]
+        index = batches[batch].tensor_split(process.world_size)[process.rank]   # equal parts, or one less
         x = prepare(images.x[index], args.augment == "yes", memory_format(args))
         yield batch, x, images.y[index], process.world_size * len(index) / len(batches[batch])
 
@@ -266,7 +266,7 @@ def training_batches(images, args, process, epoch, first):
 def evaluation_batches(images, args, process, some=None):
     """(x, y) of all images, or of `some` from all classes; each image goes to one of the processes."""
     n = len(images.y)
-    chosen = torch.arange(n, device=process.device)[::max(1, n // (some or n))][:some]
+    chosen = torch.arange(n, device=process.device)[::max(1, n // (some or n))][:some]  # [:None]: all
     own = chosen[process.rank::process.world_size].split(max(1, args.batch_size // process.world_size))
     for index in process.bar(own, "evaluating"):
         yield prepare(images.x[index], False, memory_format(args)), images.y[index]
@@ -353,14 +353,14 @@ class MDEQ(nn.Module):
             self.injection = nn.Sequential(conv(c0, c0, 1), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         # F(h, u): no BatchNorm, so that it is the same function for every image of a batch
         self.blocks = nn.ModuleList(ResidualBlock(c, groups, expansion) for c in channels)
-        self.fuse = nn.ModuleList(nn.ModuleList(
+        self.fuse = nn.ModuleList(nn.ModuleList(    # fuse[i][j] leads from branch j to branch i
             nn.Identity() if i == j else fusion(channels[j], channels[i], groups, i - j) for j in range(n))
             for i in range(n))
-        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)
+        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)     # after fusion
         self.post_gn = nn.ModuleList(nn.GroupNorm(groups // 2, c) for c in channels)
         # G(h)
         self.bottlenecks = nn.ModuleList(Bottleneck(c, p) for c, p in zip(channels, head_channels))
-        self.down = nn.ModuleList(
+        self.down = nn.ModuleList(  # from each branch to the next, coarser one
             nn.Sequential(conv(a, b, stride=2, bias=True), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
             for a, b in zip(wide, wide[1:]))
         self.final = nn.Sequential(conv(wide[-1], final_channels, 1, bias=True),
@@ -378,7 +378,7 @@ class MDEQ(nn.Module):
         if x.shape[-1] % divisor or x.shape[-2] % divisor:
             raise ValueError(f"image sides must be divisible by {divisor} for {len(self.channels)} branches, "
                              f"got {tuple(x.shape[-2:])}")
-        u = self.injection(self.stem(x))
+        u = self.injection(self.stem(x))    # (N, C_0, S, S)
         N, _, H, W = u.shape
         return u, *(u.new_zeros(1).expand(N, c, H >> i, W >> i) for i, c in enumerate(self.channels) if i > 0)
 
@@ -415,7 +415,7 @@ class MDEQ(nn.Module):
         masks = masks or [None] * len(h)
         y = [block(hi, ui, w[0], w[1], mask)
              for block, hi, ui, w, mask in zip(self.blocks, h, u, weights, masks)]
-        if len(y) == 1:
+        if len(y) == 1:     # a single branch has nothing to fuse
             return tuple(y)
         out = []
         for i, (post_gn, w) in enumerate(zip(self.post_gn, weights)):
@@ -430,10 +430,10 @@ class MDEQ(nn.Module):
 
     def head(self, h):
         """G(h): from fine to coarse, then pooling and the linear classifier."""
-        y = self.bottlenecks[0](h[0])
+        y = self.bottlenecks[0](h[0])   # (N, 4 p_0, S, S)
         for i, down in enumerate(self.down):
             y = self.bottlenecks[i + 1](h[i + 1]) + down(y)
-        return self.classifier(self.final(y).mean(dim=(2, 3)))
+        return self.classifier(self.final(y).mean(dim=(2, 3)))  # (N, classes)
 
     def problem(self, x):
         """(f, h0) of the images x (N, 3, S, S): h* solves h = f(h).  Weights and masks are computed once."""
@@ -460,14 +460,14 @@ def load_official(model, state_dict):
 
     Strict: RuntimeError names keys that are unknown, missing or of another shape.
     """
-    renames = [(r"^module\.", ""), (r"^full_stage\.", "fullstage."),
+    renames = [(r"^module\.", ""), (r"^full_stage\.", "fullstage."),    # module.: DistributedDataParallel
                (r"^downsample\.", "stem."), (r"^stage0\.", "injection."),
-               (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),
+               (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),    # F
                (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(?:(\d+)\.)?(conv|gnorm)\.",
                 lambda m: f"fuse.{m[1]}.{m[2]}.{3 * int(m[3] or 0) + (m[4] == 'gnorm')}."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.conv\.", r"post.\1."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm\.", r"post_gn.\1."),
-               (r"^incre_modules\.(\d+)\.0\.downsample\.", r"bottlenecks.\1.shortcut."),
+               (r"^incre_modules\.(\d+)\.0\.downsample\.", r"bottlenecks.\1.shortcut."),    # the head
                (r"^incre_modules\.(\d+)\.0\.", r"bottlenecks.\1."),
                (r"^downsamp_modules\.", "down."), (r"^final_layer\.", "final.")]
     found = {}
@@ -480,7 +480,7 @@ def load_official(model, state_dict):
     def norm(v):
         return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
 
-    own, affine = model.state_dict(), "post_gn.0.weight" in found
+    own, affine = model.state_dict(), any(name.startswith("post_gn.") for name in found)
     for name in own:
         plain = name.replace("parametrizations.weight.original1", "weight")
         if plain != name and plain in found:            # normalised here alone: v = W, g = ||W||
@@ -541,7 +541,7 @@ def train(args, process, train_set, eval_set):
     kind = functools.partial(torch.optim.SGD, momentum=0.9) if args.optimizer == "sgd" else torch.optim.Adam
     optimizer = kind(model.parameters(), args.lr, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
-    first_epoch, first_batch = 0, 0
+    first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
     score = {"last": math.nan, "best": 0.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
     if run.state:
         model.load_state_dict(run.state["model"])
@@ -553,7 +553,7 @@ def train(args, process, train_set, eval_set):
     # Before DistributedDataParallel: the bare model is captured.  Before the seeds: an example is drawn.
     training, net = training_pass(args, model, args.batch_size // world, train_set.x.shape[-1], process)
     if world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True,
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True,    # saves a copy of the gradients
                                       device_ids=[process.device] if torch.cuda.is_available() else None)
     parameters = sum(p.numel() for p in model.parameters())
     note = "; all are pretraining, without a solver: lower --pretrain-steps" * (args.pretrain_steps >= steps)
@@ -575,7 +575,7 @@ def train(args, process, train_set, eval_set):
             unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
             with autocast(args, process.device):
                 logits, residual = net(x, unroll=unroll) if unroll else net(x)
-            loss = F.cross_entropy(logits.float(), y)
+            loss = F.cross_entropy(logits.float(), y)   # float: --amp has bf16 logits
             (share * loss).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -594,7 +594,7 @@ def train(args, process, train_set, eval_set):
             if args.radius_every and step % args.radius_every == 0:
                 with meter.paused():
                     run.report("radius", step=step, **radii(model, eval_set, args, process))
-            saving, stop = run.due()
+            saving, stop = run.due()    # by time or by a signal, the same on all processes
             saving = saving or batch + 1 == steps_per_epoch         # the evaluation may take long
             if saving or step % args.log_every == 0:
                 run.report("train", step=step, epoch=epoch + 1, lr=lr, **meter.read())          # host sync
@@ -606,7 +606,7 @@ def train(args, process, train_set, eval_set):
 
         record = evaluate(model, eval_set, args, process)
         score["last"] = record["test_accuracy"]
-        if score["last"] > score["best"]:
+        if score["last"] > score["best"]:   # the first of equals
             score["best"], score["best_epoch"] = score["last"], epoch + 1
         run.report("epoch", step=(epoch + 1) * steps_per_epoch, epoch=epoch + 1, **record,
                    best_accuracy=score["best"], best_epoch=score["best_epoch"], **run.health(args.tol))
@@ -635,7 +635,7 @@ def evaluate(model, images, args, process):
         sums[3] += len(y)
         residuals.append(result.residual)
     model.train()
-    correct, loss, evals, count = process.sum(sums).tolist()
+    correct, loss, evals, count = process.sum(sums).tolist()    # host sync
     return {"test_accuracy": 100 * correct / count, "test_loss": loss / count, "test_evals": evals / count,
             **health("test", residuals, args.tol, process)}
 
@@ -691,12 +691,12 @@ def radii(model, images, args, process):
     for x, _ in evaluation_batches(images, args, process, some=64):
         with autocast(args, x.device):
             f, h0 = model.problem(x)
-            h, _ = model.solve(f, h0)
+            h, _ = model.solve(f, h0)   # without grad: the solver alone
             rho, rho_lam = (spectral_radius(f, h, lam=lam, n_iter=50) for lam in (1.0, args.lam))
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     model.train()
     set_rng_state(rng)
-    rho, rho_lam, above, count = process.sum(sums).tolist()
+    rho, rho_lam, above, count = process.sum(sums).tolist()     # host sync
     return {"rho_J": rho / count, "rho_J_lam": rho_lam / count, "rho_J_above_1": above / count}
 
 
@@ -708,7 +708,7 @@ def run_benchmark(args, process):
     x = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=process.device)
     y = torch.arange(args.batch_size, device=process.device) % classes
     x, model = prepare(x, False, memory_format(args)), build_model(args, classes, process)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)     # every step is the same
 
     def row(grad, k):
         solve, net = functools.partial(model.solve, grad=grad, k=k, tol=0.0, backward_tol=0.0), None
@@ -745,7 +745,7 @@ def main(args):
     if args.batch_size % process.world_size:
         process.die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es)")
     torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's products are float32
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True   # shapes repeat: the fastest kernels are found once
     if args.benchmark:
         return run_benchmark(args, process)
     train_set, eval_set = process.first(lambda: load_images(args, process))

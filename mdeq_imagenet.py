@@ -74,7 +74,7 @@ def presets(args):
 def parse_args(argv=None):
     p = make_parser("Trains MDEQ-Small on ImageNet.  Without options: UPG A_{5,0.6}, the paper's row.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
-    add = p.add_argument_group("data").add_argument
+    add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
     add("--data", default="data/imagenet", help="folder of images as train/CLASS/* and val/CLASS/*; or "
         "'toy': generated images of 10 classes")
     add("--augment", choices=["yes", "no"], help="random crops of 10 to 100 %% of the area, and flips")
@@ -162,7 +162,7 @@ class Images(torch.utils.data.Dataset):
         path = os.fsdecode(self.paths[index].item())
         try:
             image = self.loader(path)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):     # puts back the generator that dropout uses
                 torch.default_generator.manual_seed(seed)
                 return self.transform(image), int(self.y[index])
         except Exception as error:          # PIL raises half a dozen types for a broken file
@@ -252,7 +252,7 @@ def normalisation(device):
 
 def prepare(x, args, device):
     """uint8 (N, 3, S, S) -> normalised float32 on the device."""
-    x = x.to(device, non_blocking=True)
+    x = x.to(device, non_blocking=True)     # from pinned memory, as uint8: a quarter of the bytes
     mean, std = normalisation(x.device)
     return ((x / 255.0 - mean) / std).contiguous(memory_format=memory_format(args))
 
@@ -294,11 +294,11 @@ def training_keys(n, args, process, epoch, first):
     The order depends on --seed and the epoch alone: processes and micro-batches divide the same batches.
     """
     N, seed = args.batch_size, args.seed * 1_000_003 + epoch
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))    # needs no epoch before it
     for batch in range(first, n // N):
-        own = order[batch * N:(batch + 1) * N].tensor_split(process.world_size)[process.rank]
+        own = order[batch * N:(batch + 1) * N].tensor_split(process.world_size)[process.rank]   # equal parts
         for micro_batch in own.tensor_split(args.accumulate):
-            yield [(i, (seed * 1_000_000_007 + i) % 2 ** 32) for i in micro_batch.tolist()]
+            yield [(i, (seed * 1_000_000_007 + i) % 2 ** 32) for i in micro_batch.tolist()]  # (index, seed)
 
 
 def training_batches(images, args, process, epoch, first):
@@ -312,8 +312,8 @@ def training_batches(images, args, process, epoch, first):
 def evaluation_batches(images, args, process, some=None):
     """(x, y) of all images, or of `some` from all classes; each image goes to one of the processes."""
     n, size = len(images.y), max(1, args.batch_size // process.world_size // args.accumulate)
-    own = range(n)[::max(1, n // (some or n))][:some][process.rank::process.world_size]
-    keys = [[(j, 0) for j in own[i:i + size]] for i in range(0, len(own), size)]
+    own = range(n)[::max(1, n // (some or n))][:some][process.rank::process.world_size]     # [:None]: all
+    keys = [[(j, 0) for j in own[i:i + size]] for i in range(0, len(own), size)]  # central crops need no seed
     for x, y, _ in process.bar(read(images, keys, args, process), "evaluating", total=len(keys)):
         yield x, y
 
@@ -399,14 +399,14 @@ class MDEQ(nn.Module):
             self.injection = nn.Sequential(conv(c0, c0, 1), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         # F(h, u): no BatchNorm, so that it is the same function for every image of a batch
         self.blocks = nn.ModuleList(ResidualBlock(c, groups, expansion) for c in channels)
-        self.fuse = nn.ModuleList(nn.ModuleList(
+        self.fuse = nn.ModuleList(nn.ModuleList(    # fuse[i][j] leads from branch j to branch i
             nn.Identity() if i == j else fusion(channels[j], channels[i], groups, i - j) for j in range(n))
             for i in range(n))
-        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)
+        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)     # after fusion
         self.post_gn = nn.ModuleList(nn.GroupNorm(groups // 2, c) for c in channels)
         # G(h)
         self.bottlenecks = nn.ModuleList(Bottleneck(c, p) for c, p in zip(channels, head_channels))
-        self.down = nn.ModuleList(
+        self.down = nn.ModuleList(  # from each branch to the next, coarser one
             nn.Sequential(conv(a, b, stride=2, bias=True), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
             for a, b in zip(wide, wide[1:]))
         self.final = nn.Sequential(conv(wide[-1], final_channels, 1, bias=True),
@@ -419,7 +419,7 @@ class MDEQ(nn.Module):
         if x.shape[-1] % divisor or x.shape[-2] % divisor:
             raise ValueError(f"image sides must be divisible by {divisor} for {len(self.channels)} branches, "
                              f"got {tuple(x.shape[-2:])}")
-        u = self.injection(self.stem(x))
+        u = self.injection(self.stem(x))    # (N, C_0, S, S)
         N, _, H, W = u.shape
         return u, *(u.new_zeros(1).expand(N, c, H >> i, W >> i) for i, c in enumerate(self.channels) if i > 0)
 
@@ -456,7 +456,7 @@ class MDEQ(nn.Module):
         masks = masks or [None] * len(h)
         y = [block(hi, ui, w[0], w[1], mask)
              for block, hi, ui, w, mask in zip(self.blocks, h, u, weights, masks)]
-        if len(y) == 1:
+        if len(y) == 1:     # a single branch has nothing to fuse
             return tuple(y)
         out = []
         for i, (post_gn, w) in enumerate(zip(self.post_gn, weights)):
@@ -471,10 +471,10 @@ class MDEQ(nn.Module):
 
     def head(self, h):
         """G(h): from fine to coarse, then pooling and the linear classifier."""
-        y = self.bottlenecks[0](h[0])
+        y = self.bottlenecks[0](h[0])   # (N, 4 p_0, S, S)
         for i, down in enumerate(self.down):
             y = self.bottlenecks[i + 1](h[i + 1]) + down(y)
-        return self.classifier(self.final(y).mean(dim=(2, 3)))
+        return self.classifier(self.final(y).mean(dim=(2, 3)))  # (N, classes)
 
     def problem(self, x):
         """(f, h0) of the images x (N, 3, S, S): h* solves h = f(h).  Weights and masks are computed once."""
@@ -501,14 +501,14 @@ def load_official(model, state_dict):
 
     Strict: RuntimeError names keys that are unknown, missing or of another shape.
     """
-    renames = [(r"^module\.", ""), (r"^full_stage\.", "fullstage."),
+    renames = [(r"^module\.", ""), (r"^full_stage\.", "fullstage."),    # module.: DistributedDataParallel
                (r"^downsample\.", "stem."), (r"^stage0\.", "injection."),
-               (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),
+               (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),    # F
                (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(?:(\d+)\.)?(conv|gnorm)\.",
                 lambda m: f"fuse.{m[1]}.{m[2]}.{3 * int(m[3] or 0) + (m[4] == 'gnorm')}."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.conv\.", r"post.\1."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm\.", r"post_gn.\1."),
-               (r"^incre_modules\.(\d+)\.0\.downsample\.", r"bottlenecks.\1.shortcut."),
+               (r"^incre_modules\.(\d+)\.0\.downsample\.", r"bottlenecks.\1.shortcut."),    # the head
                (r"^incre_modules\.(\d+)\.0\.", r"bottlenecks.\1."),
                (r"^downsamp_modules\.", "down."), (r"^final_layer\.", "final.")]
     found = {}
@@ -521,7 +521,7 @@ def load_official(model, state_dict):
     def norm(v):
         return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
 
-    own, affine = model.state_dict(), "post_gn.0.weight" in found
+    own, affine = model.state_dict(), any(name.startswith("post_gn.") for name in found)
     for name in own:
         plain = name.replace("parametrizations.weight.original1", "weight")
         if plain != name and plain in found:            # normalised here alone: v = W, g = ||W||
@@ -596,7 +596,7 @@ def train(args, process, train_set, eval_set):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
-    first_epoch, first_batch = 0, 0
+    first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
     score = {"last": math.nan, "best": 0.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
     if run.state:
         model.load_state_dict(run.state["model"])
@@ -611,7 +611,7 @@ def train(args, process, train_set, eval_set):
     size = args.batch_size // world // args.accumulate
     training, net = training_pass(args, model, size, args.crop, process)
     if world > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True,
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True,    # saves a copy of the gradients
                                       device_ids=[process.device] if torch.cuda.is_available() else None)
     parameters = sum(p.numel() for p in model.parameters())
     note = "; all are pretraining, without a solver: lower --pretrain-steps" * (args.pretrain_steps >= steps)
@@ -636,7 +636,7 @@ def train(args, process, train_set, eval_set):
                 with contextlib.nullcontext() if meet else net.no_sync():
                     with autocast(args, process.device):
                         logits, residual = net(x, unroll=unroll) if unroll else net(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y)   # float: --amp has bf16 logits
                     (loss / args.accumulate).backward()
                 waited += seconds
                 meter.add(len(y), loss=loss, accuracy=100 * (logits.argmax(1) == y).float().mean())
@@ -653,7 +653,7 @@ def train(args, process, train_set, eval_set):
             if args.radius_every and step % args.radius_every == 0:
                 with meter.paused():
                     run.report("radius", step=step, **radii(model, eval_set, args, process))
-            saving, stop = run.due()
+            saving, stop = run.due()    # by time or by a signal, the same on all processes
             saving = saving or batch + 1 == steps_per_epoch         # the evaluation may take long
             if saving or step % args.log_every == 0:
                 data_wait = waited / (time.perf_counter() - meter.start)
@@ -668,7 +668,7 @@ def train(args, process, train_set, eval_set):
 
         record = evaluate(model, eval_set, args, process)
         score["last"] = record["val_top1"]
-        if score["last"] > score["best"]:
+        if score["last"] > score["best"]:   # the first of equals
             score["best"], score["best_epoch"] = score["last"], epoch + 1
         run.report("epoch", step=(epoch + 1) * steps_per_epoch, epoch=epoch + 1, **record,
                    best_top1=score["best"], best_epoch=score["best_epoch"], **run.health(args.tol))
@@ -699,7 +699,7 @@ def evaluate(model, images, args, process):
         sums[4] += hits.sum()
         residuals.append(result.residual)
     model.train()
-    top1, loss, evals, count, top5 = process.sum(sums).tolist()
+    top1, loss, evals, count, top5 = process.sum(sums).tolist()     # host sync
     return {"val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count, "val_loss": loss / count,
             "val_evals": evals / count, "val_images": int(count),
             **health("val", residuals, args.tol, process)}
@@ -733,12 +733,12 @@ def radii(model, images, args, process):
     for x, _ in evaluation_batches(images, args, process, some=args.radius_images):
         with autocast(args, x.device):
             f, h0 = model.problem(x)
-            h, _ = model.solve(f, h0)
+            h, _ = model.solve(f, h0)   # without grad: the solver alone
             rho, rho_lam = (spectral_radius(f, h, lam=lam, n_iter=50) for lam in (1.0, args.lam))
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     model.train()
     set_rng_state(rng)
-    rho, rho_lam, above, count = process.sum(sums).tolist()
+    rho, rho_lam, above, count = process.sum(sums).tolist()     # host sync
     return {"rho_J": rho / count, "rho_J_lam": rho_lam / count, "rho_J_above_1": above / count}
 
 
@@ -750,7 +750,7 @@ def run_benchmark(args, process):
     x = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=process.device)
     y = torch.arange(args.batch_size, device=process.device) % classes
     x, model = prepare(x, args, process.device), build_model(args, classes, process)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)     # every step is the same
 
     def row(grad, k):
         solve, net = functools.partial(model.solve, grad=grad, k=k, tol=0.0, backward_tol=0.0), None
@@ -788,7 +788,7 @@ def main(args):
         process.die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x "
                     f"--accumulate {args.accumulate}")
     torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's products are float32
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True   # shapes repeat: the fastest kernels are found once
     if args.benchmark:
         return run_benchmark(args, process)
     train_set, eval_set = process.first(lambda: load_images(args, process))

@@ -1,4 +1,4 @@
-"""Our solvers and gradients beside torchdeq 0.1.0's and silva-networks 1.2.2's: speed, work, memory and behaviour.
+"""Our solvers and gradients beside torchdeq 0.1.0's and silva-networks 1.2.2's: speed, memory and behaviour.
 
     python3 -m venv peers                      # an environment of its own: silva-networks asks for numpy < 2
     peers/bin/pip install torch "numpy<2" silva-networks==1.2.2
@@ -9,24 +9,26 @@
     peers/bin/python tests/compare_peers.py --device cuda
     peers/bin/python tests/compare_peers.py --behaviour
 
-Either package may be missing: its part is left out.  What is used of them here runs with numpy 2, too.  So where torch
-and numpy are installed, a folder and PYTHONPATH=both do as well:
+Either package may be missing: its part is left out.  What is used of them here runs with numpy 2, too.  So
+where torch and numpy are installed, a folder and PYTHONPATH=both do as well:
     pip install --no-deps --target both torchdeq==0.1.0 silva-networks==1.2.2 certifi
 
-Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one process;
-figures are medians over the repeats, the ratios medians of the ratios of neighbours.  The work is printed beside
-the time: calls of f, and vector-Jacobian products (VJPs), the one into the parameters included.  A solve is also
-given over the time that its calls of f alone take, measured in turns with it: 1 would be a solver that costs
-nothing.  The growth of memory is the peak of the memory in use during one solve over that before it: of the
-resident set (Linux), in a process of its own for each side, or allocated on the GPU.
+Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one
+process; figures are medians over the repeats, the ratios medians of the ratios of neighbours.  The work is
+printed beside the time: calls of f, and vector-Jacobian products (VJPs), the one into the parameters
+included.  A solve is also given over the time that its calls of f alone take, measured in turns with it: 1
+would be a solver that costs nothing.  The growth of memory is the peak of the memory in use during one solve
+over that before it: of the resident set (Linux), in a process of its own for each side, or allocated on the
+GPU.
 
-Forward solves are by Broyden's method with full memory.  So are the backward solves beside torchdeq, which has no
-GMRES; beside silva they are by GMRES, its default, with equal VJPs.  Silva's "phantom" is Eq. (16), "neumann" Eq. (17).
+Forward solves are by Broyden's method with full memory.  So are the backward solves beside torchdeq, which
+has no GMRES; beside silva they are by GMRES, its default, with equal VJPs.  Silva's "phantom" is Eq. (16),
+"neumann" Eq. (17).
 
-"backward solve" is the linear system (I - J^T) w = g of implicit differentiation alone, J = df/dh at our h* and g = h*,
-with VJPs of one graph of f.  The residual is ||g + J^T w - w|| / ||g||, over the batch.
-    equal VJPs      silva's GMRES takes two VJPs per iteration and one more, ours one and one more: silva has half as
-                    many iterations for the same work
+"backward solve" is the linear system (I - J^T) w = g of implicit differentiation alone, J = df/dh at our h*
+and g = h*, with VJPs of one graph of f.  The residual is ||g + J^T w - w|| / ||g||, over the batch.
+    equal VJPs      silva's GMRES takes two VJPs per iteration and one more, ours one and one more: silva has
+                    half as many iterations for the same work
     until 1e-4      silva's stops when the batch has this residual, ours when every sample has it
     ours alone      "ours" is our Broyden and "the other" our GMRES, with as many VJPs
 
@@ -53,7 +55,7 @@ from common import anderson, broyden, clock, equilibrium, fixed_point, gmres, pe
 BACKWARD, K, LAM = 20, 5, 0.8
 TINY = 1e-300               # silva refuses a tolerance of 0
 PEERS = {"torchdeq": "torchdeq", "silva": "silva_networks"}
-SIDES = {"torchdeq": ("torchdeq, ift", "torchdeq, hook_ift"), "silva": ("silva",)}      # its two exact gradients
+SIDES = {"torchdeq": ("torchdeq, ift", "torchdeq, hook_ift"), "silva": ("silva",)}   # its two exact gradients
 
 
 class TanhLinear(nn.Module):
@@ -79,8 +81,10 @@ class Transformer(nn.Module):
         self.u = torch.randn(4, 128, 256)
 
     def forward(self, h):
-        q, k, v = (x.view(4, 128, 4, 64).transpose(1, 2) for x in (self.qkv(h) + self.u.repeat(1, 1, 3)).chunk(3, -1))
-        h = self.norm1(h + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(4, 128, 256)))
+        q, k, v = (x.view(4, 128, 4, 64).transpose(1, 2)
+                   for x in (self.qkv(h) + self.u.repeat(1, 1, 3)).chunk(3, -1))
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(4, 128, 256)
+        h = self.norm1(h + self.out(a))
         return self.norm2(h + self.down(F.relu(self.up(h))))
 
 
@@ -117,7 +121,7 @@ def start(cell):
 
 def package(side, grad="implicit", max_iter=60, tol=1e-12, backward_max_iter=60, backward_solver="gmres",
             method="broyden", damping=1.0, train=True):
-    """solve(f, h0, needed): the equilibrium as this package finds it, with the gradient `grad` of the tensors `needed`.
+    """solve(f, h0, needed): this package's equilibrium, with the gradient `grad` of the tensors `needed`.
 
     Tolerances are relative.  The backward solver of torchdeq is always Broyden's.
     """
@@ -126,7 +130,8 @@ def package(side, grad="implicit", max_iter=60, tol=1e-12, backward_max_iter=60,
                    "picard": partial(fixed_point, lam=damping)}
         return lambda f, h0, _: equilibrium(
             f, h0, grad=grad, k=K, lam=LAM, solver=solvers[method], max_iter=max_iter, tol=tol,
-            backward_solver=solvers[backward_solver], backward_max_iter=backward_max_iter, backward_tol=tol)[0]
+            backward_solver=solvers[backward_solver], backward_max_iter=backward_max_iter,
+            backward_tol=tol)[0]
     if side == "silva":
         from silva_networks import SILVADEQEngine, SolverConfig
         if grad == "npg":
@@ -134,33 +139,36 @@ def package(side, grad="implicit", max_iter=60, tol=1e-12, backward_max_iter=60,
         engine = SILVADEQEngine(SolverConfig(
             solver=method, max_iter=max_iter, tol=max(tol, TINY), stop_mode="relative", alpha=damping,
             history=max_iter if method == "broyden" else 5, return_best=True,
-            backward_mode={"upg": "phantom", "npg": "neumann", "bptt": "unrolled"}.get(grad, grad), phantom_steps=K,
-            phantom_tau=LAM, neumann_terms=K, backward_solver=backward_solver, backward_max_iter=backward_max_iter,
+            backward_mode={"upg": "phantom", "npg": "neumann", "bptt": "unrolled"}.get(grad, grad),
+            phantom_steps=K, phantom_tau=LAM, neumann_terms=K, backward_solver=backward_solver,
+            backward_max_iter=backward_max_iter,
             backward_tol=max(tol, TINY), backward_stop_mode="relative")).train(train)
         return lambda f, h0, needed: engine(f, h0, params=needed)
     from torchdeq import get_deq
     kind = {"grad": K, "tau": LAM} if grad == "upg" else {"hook_ift" if "hook_ift" in side else "ift": True}
-    deq = get_deq(f_solver=method.replace("picard", "fixed_point_iter"), b_solver="broyden", f_max_iter=max_iter,
+    deq = get_deq(f_solver=method.replace("picard", "fixed_point_iter"), b_solver="broyden",
+                  f_max_iter=max_iter,
                   b_max_iter=backward_max_iter, f_tol=tol, b_tol=tol, f_stop_mode="rel", b_stop_mode="rel",
                   **kind).train(train)
     return lambda f, h0, _: deq(f, h0, solver_kwargs={"tau": damping})[0][-1]
 
 
-# --- speed -----------------------------------------------------------------------------------------------------------
+# --- speed --------------------------------------------------------------------------------------------------
 
 def parts(h):
     return (h,) if torch.is_tensor(h) else h
 
 
 class Counted:
-    """The cell as all three packages call it; counts the calls, and the VJPs by a hook on what they return."""
+    """The cell as all three packages call it; counts the calls, and by a hook on their result the VJPs."""
 
     def __init__(self, cell):
         self.cell, self.calls, self.vjps = cell, 0, 0
 
     def __call__(self, *h):
         self.calls += 1
-        out = self.cell(*(h if torch.is_tensor(h[0]) else h[0]))    # torchdeq hands over a tuple's parts one by one
+        # torchdeq hands over a tuple's parts one by one
+        out = self.cell(*(h if torch.is_tensor(h[0]) else h[0]))
         if parts(out)[0].requires_grad:
             parts(out)[0].register_hook(self.count_vjp)
         return out
@@ -207,7 +215,7 @@ def steps(cell, forward, peer):
 
 @torch.no_grad()
 def backward_solves(cell, forward, with_silva):
-    """({what: (ours, the other)}, work): functions that return w, and one that runs them and says what that took."""
+    """({what: (ours, the other)}, work): functions that return w; one that runs them, for what that took."""
     f = Counted(cell)
     g = list(parts(broyden(f, start(cell), max_iter=forward, tol=0.0).h))
     h = [part.detach().requires_grad_() for part in g]
@@ -217,7 +225,7 @@ def backward_solves(cell, forward, with_silva):
     def vjp(v):
         return torch.autograd.grad(f_h, h, v, retain_graph=True)
 
-    def flat(state):                    # silva takes one tensor; its engine makes one of a tuple in the same way
+    def flat(state):        # silva takes one tensor; its engine makes one of a tuple in the same way
         return state[0].flatten() if len(state) == 1 else torch.cat([part.flatten() for part in state])
 
     def unflat(w):
@@ -244,12 +252,13 @@ def backward_solves(cell, forward, with_silva):
     rows = {"ours alone: backward solve, GMRES / Broyden": (ours(broyden, BACKWARD, 0.0), by_gmres)}
     if with_silva:
         rows["silva: backward solve by GMRES, equal VJPs"] = by_gmres, partial(silvas, BACKWARD // 2, TINY)
-        rows["silva: backward solve by GMRES, until 1e-4"] = ours(gmres, 100, 1e-4), partial(silvas, 100, 1e-4)
+        rows["silva: backward solve by GMRES, until 1e-4"] = (ours(gmres, 100, 1e-4),
+                                                              partial(silvas, 100, 1e-4))
     return rows, work
 
 
 def growth(name, peer, side, forward, device):
-    """MB by which the peak of the memory in use exceeds what was there before a solve; side: 0 ours, 1 the peer's."""
+    """MB by which the peak of a solve exceeds the memory in use before; side: 0 ours, 1 the peer's."""
     run = steps(make(name, device), forward, peer)["solve"][side]
     reset_peak_memory(device)
     before = peak_memory(device)
@@ -258,7 +267,7 @@ def growth(name, peer, side, forward, device):
 
 
 def race(name, what, runs, work, args, device):
-    """Prints the row of the first two of the runs, by their work.  Returns the milliseconds of each, in turns."""
+    """Prints the row of the first two of the runs, by their work.  Returns all milliseconds, in turns."""
     times = [[] for _ in runs]
     for _ in range(args.repeats):
         for found, run in zip(times, runs):
@@ -278,9 +287,11 @@ def compare_steps(name, cell, peer, args, device):
         work = [f"{calls} calls" + (f", {vjps} VJPs" if vjps else "") for calls, vjps in counts]
         times = race(name, f"{peer}: {what}", runs, work, args, device)
         if what == "solve":
-            overhead = [statistics.median(t / alone * (args.forward + 1) / calls for t, alone in zip(taken, times[2]))
+            overhead = [statistics.median(t / alone * (args.forward + 1) / calls
+                                          for t, alone in zip(taken, times[2]))
                         for taken, (calls, _) in zip(times, counts)]
-            print(f"| {name} | {peer}: solve / (calls of f x time of f) | {overhead[0]:.2f} | {overhead[1]:.2f} | |")
+            print(f"| {name} | {peer}: solve / (calls of f x time of f) | {overhead[0]:.2f} | "
+                  f"{overhead[1]:.2f} | |")
     mb = [growth(name, peer, side, args.forward, device) if args.device == "cuda" else
           float(subprocess.run([sys.executable, __file__, "--growth", name, peer, str(side), "--forward",
                                 str(args.forward)], check=True, text=True, stdout=subprocess.PIPE).stdout)
@@ -288,10 +299,10 @@ def compare_steps(name, cell, peer, args, device):
     print(f"| {name} | {peer}: memory of a solve | {mb[0]:.0f} MB | {mb[1]:.0f} MB | {mb[1] / mb[0]:.2f} |")
 
 
-# --- behaviour: each function returns what one side does, in a few words ---------------------------------------------
+# --- behaviour: each function returns what one side does, in a few words ------------------------------------
 
 def example(side, **options):
-    """(layer, f, run): f(h, u) = tanh(layer(h) + u) contracts by 0.9, run(u) is its equilibrium, to rounding."""
+    """(layer, f, run): f(h, u) = tanh(layer(h) + u) contracts by 0.9, run(u) is its equilibrium."""
     torch.manual_seed(0)
     layer, solve = nn.Linear(8, 8).double(), package(side, **options)
     with torch.no_grad():
@@ -339,7 +350,7 @@ def exact_gradient(side):
 
 
 def through_anderson(side):
-    """the gradient through Anderson's iterations (silva's default, "unrolled") against a dense solve: relative error"""
+    """gradient through Anderson's iterations (silva's "unrolled") against a dense solve: relative error"""
     if side.startswith("torchdeq"):
         return "has none"
     layer, f, run = example(side, grad="bptt", method="anderson", max_iter=200)
@@ -347,7 +358,7 @@ def through_anderson(side):
 
 
 def coupling(side):
-    """a sample in a batch and alone, after 6 iterations of each solve: relative difference of state, gradient"""
+    """a sample in a batch and alone, 6 iterations of each solve: relative difference of state, gradient"""
     run, solved, u = example(side, max_iter=6, tol=0.0)[2], example(side, backward_max_iter=6)[2], U.clone()
     u.requires_grad_()
     return f"{off(run(U)[1], run(U[1:2])[0])}, {off(grad(solved(u), u)[1], grad(solved(u[1:2]), u)[1])}"
@@ -430,19 +441,19 @@ class Watch(TorchDispatchMode):
 
 @torch.no_grad()
 def an_iteration(side):
-    """an iteration of Broyden; of GMRES: operators without f and views (on a GPU about kernels), waits for a GPU"""
+    """an iteration of Broyden; GMRES: operators without f and views (on a GPU about kernels), waits for it"""
     torch.manual_seed(0)
-    # Ours reads more often on a CPU, where it costs nothing; tensors without numbers it treats as a GPU's.  The others
-    # do the same everywhere.
+    # Ours reads more often on a CPU, where it costs nothing; tensors without numbers it treats as a GPU's.  The
+    # others do the same everywhere.
     with torch.device("meta" if side == "ours" else "cpu"):
         J, b = 0.08 * torch.randn(100, 100), torch.randn(4, 100)
     if side == "ours":
-        torch.is_autocast_enabled = lambda device: False        # the meta device has none, and torch refuses to ask
+        torch.is_autocast_enabled = lambda device: False  # the meta device has none, and torch refuses to ask
 
     def f(h):
         return torch.addmm(b, h, J)
 
-    def mean(solve, calls=1):                           # of the 9th to the 24th iteration; a call of f is one operator
+    def mean(solve, calls=1):        # of the 9th to the 24th iteration; a call of f is one operator
         few, many = Watch(), Watch()
         for watch, n in ((few, 8), (many, 24)):
             with watch:
@@ -459,7 +470,8 @@ def an_iteration(side):
     return f"{by_broyden}; {by_gmres}"
 
 
-QUESTIONS = (exact_gradient, through_anderson, coupling, second_backward, two_forwards, second_derivative, eval_mode,
+QUESTIONS = (exact_gradient, through_anderson, coupling, second_backward, two_forwards, second_derivative,
+             eval_mode,
              one_bad_evaluation, anderson_stalls, damped_residual, an_iteration)
 
 
@@ -476,11 +488,14 @@ def answer(question, side):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Compares our solvers and gradients with torchdeq's and silva-networks'.")
-    p.add_argument("--forward", type=int, default=18, help="iterations of Broyden of the forward solve (default 18)")
+    p = argparse.ArgumentParser(description="Compares our solvers with torchdeq's and silva-networks'.")
+    p.add_argument("--forward", type=int, default=18,
+                   help="iterations of Broyden of the forward solve (default 18)")
     p.add_argument("--repeats", type=int, default=7, help="of every measurement of time (default 7)")
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where speed is measured (default cpu)")
-    p.add_argument("--behaviour", action="store_true", help="what each does where users of such code get hurt")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                   help="where speed is measured (default cpu)")
+    p.add_argument("--behaviour", action="store_true",
+                   help="what each does where users of such code get hurt")
     p.add_argument("--growth", nargs=3, metavar=("CELL", "PEER", "SIDE"), help=argparse.SUPPRESS)
     p.add_argument("--ask", nargs=2, metavar=("QUESTION", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -495,18 +510,21 @@ def main():
     if not peers:
         p.error("neither torchdeq nor silva-networks is installed: the top of this file says how")
     for peer, module in PEERS.items():
-        version = importlib.metadata.version(module) if peer in peers else "is not installed: its part is left out"
+        version = (importlib.metadata.version(module) if peer in peers else
+                   "is not installed: its part is left out")
         print(module.replace("_", "-"), version)
     if args.behaviour:
         sides = ["ours", *(side for peer in peers for side in SIDES[peer])]
         print(f"\n| | {' | '.join(sides)} |\n|---|{'---|' * len(sides)}")
         for question in QUESTIONS:
-            print(f"| {question.__doc__} | {' | '.join(answer(question, side) for side in sides)} |", flush=True)
+            print(f"| {question.__doc__} | {' | '.join(answer(question, side) for side in sides)} |",
+                  flush=True)
         return
     device = torch.device(args.device)
     hardware = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {hardware}; {args.forward} forward and {BACKWARD} backward iterations, "
-          f"k = {K}; milliseconds, work, MB\n\n| cell | what | ours | the other | the other / ours |\n|{'---|' * 5}")
+    print(f"torch {torch.__version__}, {hardware}; {args.forward} forward and {BACKWARD} backward "
+          f"iterations, k = {K}; milliseconds, work, MB\n\n"
+          f"| cell | what | ours | the other | the other / ours |\n|{'---|' * 5}")
     for name in CELLS:
         cell = make(name, device)
         for peer in peers if name != OURS_ALONE else ():

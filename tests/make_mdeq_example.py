@@ -2,10 +2,10 @@
 
     python tests/make_mdeq_example.py
 
-Plain functions over a state dict with the key names of the official release (phantom_grad, MDEQ_CIFAR), written from
-the architecture alone.  Nothing is shared with mdeq_cifar.py: norms are written out, upsampling is a repetition,
-gradients are explicit sums.  Tests compare the two.  `mutation` does one thing of F wrong, so that a test can show that
-the comparison would notice.
+Plain functions over a state dict with the key names of the official release (phantom_grad, MDEQ_CIFAR),
+written from the architecture alone.  Nothing is shared with mdeq_cifar.py: norms are written out, upsampling
+is a repetition, gradients are explicit sums.  Tests compare the two.  `mutation` does one thing of F wrong,
+so that a test can show that the comparison would notice.
 """
 import math
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch.nn.functional as F
 PATH = Path(__file__).with_name("mdeq_example.pt")
 
 # Orders inside F that are easy to get wrong; the last one exists only where a path goes down two stages.
-MUTATIONS = ("injection after the second norm", "shortcut before the second norm", "shortcut after the last ReLU",
+MUTATIONS = ("injection after the second norm", "shortcut before the second norm",
+             "shortcut after the last ReLU",
              "third norm before the ReLU", "no third norm", "no ReLU before the post-fusion convolution",
-             "8 groups after fusion", "ReLU after the last down stage", "ReLU after an up path", "bilinear upsampling",
-             "weight norm over the whole tensor", "weight norm per input channel", "branches fused one after the other",
+             "8 groups after fusion", "ReLU after the last down stage", "ReLU after an up path",
+             "bilinear upsampling",
+             "weight norm over the whole tensor", "weight norm per input channel",
+             "branches fused one after the other",
              "dropout after the injection", "no ReLU between down stages")
 
 
-# --- the official layout -------------------------------------------------------------------------------------------
+# --- the official layout ------------------------------------------------------------------------------------
 
 def official_shapes(channels, head, final, classes=10, stem_strides=0):
     """Official key -> shape, without the aliases."""
@@ -100,10 +103,10 @@ def random_state_dict(seed=0, **shape):
 
 def with_aliases(sd):
     """As the release saves it: F's tensors a second time, under deq.func."""
-    return {**sd, **{k.replace("fullstage.", "deq.func."): v for k, v in sd.items() if k.startswith("fullstage.")}}
+    return sd | {k.replace("fullstage.", "deq.func."): v for k, v in sd.items() if k.startswith("fullstage.")}
 
 
-# --- the model -----------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 def group_norm(x, groups, sd, key):
     N, C, H, W = x.shape
@@ -188,7 +191,8 @@ def f(sd, h, u, masks=None, mutation=None):
                 t = F.conv2d(t, weight(sd, f"{path}.{stage}.conv"), stride=2, padding=1)
                 t = group_norm(t, 8, sd, f"{path}.{stage}.gnorm")
                 last = stage == i - j - 1
-                if mutation == "ReLU after the last down stage" if last else mutation != "no ReLU between down stages":
+                between = mutation != "no ReLU between down stages"
+                if mutation == "ReLU after the last down stage" if last else between:
                     t = t.relu()
             total = total + t
         if mutation == "branches fused one after the other":
@@ -220,10 +224,11 @@ def head(sd, h, train=False):
     return y @ sd["classifier.weight"].T + sd["classifier.bias"]
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------------------------------------
 
 def parameters(sd):
-    return {k: v for k, v in sd.items() if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return {k: v for k, v in sd.items() if not k.endswith(buffers)}
 
 
 def training_step(sd, x, labels, h, channels, grad, k=5, lam=0.5):
@@ -252,11 +257,12 @@ def training_step(sd, x, labels, h, channels, grad, k=5, lam=0.5):
             jt = torch.autograd.grad(f_h, h, term, retain_graph=True)
             term = [lam * a + (1 - lam) * b for a, b in zip(jt, term)]      # B^T = lam J^T + (1 - lam) I
         through_f = torch.autograd.grad(f_h, list(leaves.values()), total, allow_unused=True)
-        grads = [(0 if a is None else a) + (0 if b is None else b) for a, b in zip(direct[len(h):], through_f)]
+        grads = [(0 if a is None else a) + (0 if b is None else b)
+                 for a, b in zip(direct[len(h):], through_f)]
     return loss.detach(), logits.detach(), dict(zip(leaves, grads))
 
 
-# --- the file ------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------
 
 def single(x):
     """float32 copies, through lists and dicts."""
@@ -268,10 +274,11 @@ def single(x):
 
 
 def make():
-    """Inputs are rounded to float32 first; everything else is computed from them in float64 and rounded at the end."""
+    """Inputs are rounded to float32 first; all else is computed from them in float64, then rounded."""
     config = dict(channels=[8, 8], head=[4, 8], final=16)
     rng = torch.Generator().manual_seed(1)
-    given = single({"state_dict": random_state_dict(seed=2, **config), "x": torch.randn(2, 3, 16, 16, generator=rng),
+    given = single({"state_dict": random_state_dict(seed=2, **config),
+                    "x": torch.randn(2, 3, 16, 16, generator=rng),
                     "h": [torch.randn(2, 8, 16 // 2 ** i, 16 // 2 ** i, generator=rng) for i in range(2)]})
     labels, channels = torch.tensor([3, 8]), config["channels"]
     sd = {k: v.double() if v.is_floating_point() else v for k, v in given["state_dict"].items()}
@@ -284,13 +291,16 @@ def make():
     train = {}
     for grad in ("upg", "npg"):
         loss, logits, grads = training_step(sd, x, labels, h, channels, grad)
-        kept = ("downsample.0", "fullstage.branches.0.blocks.0.conv2", "fullstage.post_fuse_layers.1")  # a small file
+        # a small file
+        kept = ("downsample.0", "fullstage.branches.0.blocks.0.conv2", "fullstage.post_fuse_layers.1")
         train[grad] = {"k": 5, "lam": 0.5, "loss": float(loss), "logits": logits,
                        "grads": {k: v for k, v in grads.items() if k.startswith(kept)},
                        "grad_norms": {k: float(v.norm()) for k, v in grads.items()}}
-    result = {"meta": {"source": "tests/make_mdeq_example.py", "computed in": "float64"}, "config": config, **given,
+    result = {"meta": {"source": "tests/make_mdeq_example.py", "computed in": "float64"}, "config": config,
+              **given,
               "labels": labels, "u": u, "F_out": f_out, "F_vjp": {"d_h": [d_h0, d_h1], "d_u0": d_u0},
-              "head_logits": head(sd, h), "dropout": {"masks": mask, "F_out": f(sd, h, u, masks=mask)}, "train": train}
+              "head_logits": head(sd, h), "dropout": {"masks": mask, "F_out": f(sd, h, u, masks=mask)},
+              "train": train}
     result = single(result)
     result["state_dict"] = with_aliases(result["state_dict"])
     torch.save(result, PATH)

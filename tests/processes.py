@@ -1,6 +1,7 @@
 """Real processes that start in no time: forked from a server that has imported torch and the scripts before.
 
-Four seconds of imports is what a start of `python SCRIPT.py` costs; this one then runs the same main(parse_args(...)).
+Four seconds of imports is what a start of `python SCRIPT.py` costs; this one then runs the same
+main(parse_args(...)).
 """
 import atexit
 import contextlib
@@ -15,7 +16,8 @@ from unittest import mock
 import torch
 
 TESTS = Path(__file__).resolve().parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+               "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["processes", "torch._dynamo", "mdeq_cifar", "mdeq_imagenet"])
 
@@ -28,7 +30,7 @@ def kill_what_a_failed_test_left():
 
 
 class Forked(fork.Process):
-    """work(*args) in a process group of its own, with these environment variables; what it prints goes to `log`.
+    """work(*args) in a process group of its own, with these environment variables; it prints to `log`.
 
     Has what the tests use of subprocess.Popen: pid, poll, wait.
     """
@@ -46,7 +48,8 @@ class Forked(fork.Process):
         for stream in (sys.stdout, sys.stderr):
             os.dup2(out, stream.fileno())
             stream.reconfigure(line_buffering=True)
-        multiprocessing.set_start_method(self.start_method, force=True)     # of its own workers: not "forkserver"
+        # of its own workers: not "forkserver"
+        multiprocessing.set_start_method(self.start_method, force=True)
         os.environ.update(self.environment)
         torch.set_num_threads(1)
         self.work(*self.args)
@@ -69,7 +72,8 @@ def pair(log, work, *args):
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [Forked(log, work, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+    return [Forked(log, work, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                   LOCAL_WORLD_SIZE="2",
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same numbers as a CPU's, no waiting in a step, compiled and bf16 modules, the programs.
+"""What only a GPU can show: a CPU's numbers, no waiting in a step, compiled and bf16 modules, the programs.
 
 All of it is skipped without one.  Float64 where numbers are compared, so that no TF32 is involved.
 """
@@ -93,7 +93,8 @@ def test_samples_of_different_length_equal_the_CPUs(solver):
     w, u = 0.1 * torch.randn(8, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
     offsets = torch.tensor([0, 3, 3, 11, 20])
     for mode in ("rel", "abs", "max"):
-        a, b = (solver(lambda h: torch.tanh(h @ w.to(d) + u.to(d)), torch.zeros_like(u, device=d), max_iter=20,
+        a, b = (solver(lambda h: torch.tanh(h @ w.to(d) + u.to(d)), torch.zeros_like(u, device=d),
+                       max_iter=20,
                        tol=1e-5, stop_mode=mode, offsets=offsets.to(d)) for d in ("cpu", GPU))
         torch.testing.assert_close(b.h.cpu(), a.h, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(b.residual.cpu(), a.residual, rtol=1e-8, atol=1e-14)
@@ -101,7 +102,7 @@ def test_samples_of_different_length_equal_the_CPUs(solver):
 
 @pytest.mark.parametrize("solver", [*SOLVERS, gmres])
 def test_a_backward_solve_of_samples_of_different_length_equals_the_CPUs(solver):
-    """The tolerance is met between two looks of the GPU, at every eighth evaluation: what has stopped stays."""
+    """It is solved between two looks of the GPU, at every eighth evaluation: what has stopped stays."""
     torch.manual_seed(0)
     w, g = 0.1 * torch.randn(8, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
     offsets = torch.tensor([0, 3, 3, 11, 20])
@@ -111,14 +112,17 @@ def test_a_backward_solve_of_samples_of_different_length_equals_the_CPUs(solver)
     torch.testing.assert_close(b.residual.cpu(), a.residual, rtol=1e-8, atol=1e-14)
 
 
-@pytest.mark.parametrize("grad, backward_solver", [("upg", None), ("npg", None), ("bptt", None), ("implicit", gmres),
+@pytest.mark.parametrize("grad, backward_solver", [("upg", None), ("npg", None), ("bptt", None),
+                                                   ("implicit", gmres),
                                                    ("implicit", broyden), ("implicit", anderson)])
 def test_a_gradient_equals_the_CPUs_and_does_not_wait(grad, backward_solver, no_waiting):
     found = []
     for cell in both():
         def step():
-            h, _ = equilibrium(cell, cell.start(), grad=grad, solver=fixed_point if grad == "bptt" else broyden,
-                               max_iter=30, tol=0, backward_solver=backward_solver or gmres, backward_max_iter=30,
+            h, _ = equilibrium(cell, cell.start(), grad=grad,
+                               solver=fixed_point if grad == "bptt" else broyden,
+                               max_iter=30, tol=0, backward_solver=backward_solver or gmres,
+                               backward_max_iter=30,
                                backward_tol=0)
             sum(p.square().sum() for p in h).backward()
 
@@ -148,7 +152,7 @@ def test_diagnostics_equal_the_CPUs_and_do_not_wait(no_waiting):
 
 
 def test_a_solve_whose_memory_is_beyond_an_int():
-    """2 samples of 2^28 numbers: g and the newest step are more than 2^31 numbers apart, which cuBLAS cannot say."""
+    """2 samples of 2^28 numbers: g and the newest step are further apart than 2^31, which cuBLAS cannot say."""
     if torch.cuda.get_device_properties(GPU).total_memory < 60e9:
         pytest.skip("needs 60 GB")
     h = broyden(lambda h: torch.cos(h), torch.zeros(2, 2 ** 28, device=GPU), max_iter=7, tol=0).h
@@ -202,17 +206,19 @@ class Model(nn.Module):
             image, vector = self.cell(h)
             return image + 0.1 * u, vector
 
-        h, result = equilibrium(f, self.cell.start(len(x)), grad=self.grad, solver=self.solver, max_iter=9, tol=0,
+        h, result = equilibrium(f, self.cell.start(len(x)), grad=self.grad, solver=self.solver, max_iter=9,
+                                tol=0,
                                 backward_solver=self.backward_solver, backward_max_iter=9, backward_tol=0)
         return h[0].mean((2, 3)), result.residual
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("grad, solvers", [("upg", [broyden]), ("npg", [broyden]), ("implicit", [broyden, gmres]),
+@pytest.mark.parametrize("grad, solvers", [("upg", [broyden]), ("npg", [broyden]),
+                                           ("implicit", [broyden, gmres]),
                                            ("implicit", [broyden, broyden]), ("upg", [fixed_point]),
                                            ("bptt", [fixed_point])])
 def test_a_captured_model_is_the_eager_one(grad, solvers, amp):
-    """Its results, its gradients, BatchNorm's statistics and the random numbers, step after step; other shapes too."""
+    """Its results, gradients, BatchNorm's statistics and random numbers, step after step; other shapes, too."""
     eager = Model(grad, *solvers).to(GPU)
     graph = copy.deepcopy(eager)
     torch.manual_seed(1)
@@ -230,10 +236,12 @@ def test_a_captured_model_is_the_eager_one(grad, solvers, amp):
             x, found = torch.randn(5, 4, 8, 8, device=GPU), []
             for model, optimizer in zip((eager, graph), optimizers):
                 torch.manual_seed(step)
-                with autocast():        # not around the optimiser: autocast would keep the weights of the step before
+                # not around the optimiser: autocast would keep the weights of the step before
+                with autocast():
                     out, residual = model(x)
                 out.square().sum().backward()
-                found.append([out.detach().clone(), residual.detach().clone(), *(b.clone() for b in model.buffers()),
+                found.append([out.detach().clone(), residual.detach().clone(),
+                              *(b.clone() for b in model.buffers()),
                               *(p.grad.clone() for p in model.cell.parameters())])
                 assert model.unused.grad is None
                 optimizer.step()
@@ -244,7 +252,7 @@ def test_a_captured_model_is_the_eager_one(grad, solvers, amp):
                 for a, b in zip(*found):
                     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(graph(x, early=True), eager(x, early=True))
-        for other in (x[:2], x.clone().requires_grad_()):           # eagerly, and a gradient reaches the input
+        for other in (x[:2], x.clone().requires_grad_()):        # eagerly, and a gradient reaches the input
             out = []
             for model in (eager, graph, copy.deepcopy(graph)):
                 torch.manual_seed(0)
@@ -272,7 +280,8 @@ def test_a_captured_model_gives_its_input_a_gradient():
 def test_a_captured_model_under_DistributedDataParallel(tmp_path, options):
     """With the settings of both scripts, on one GPU; an eager step between, as for the smaller last batch."""
     import torch.distributed as dist
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=GPU)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1,
+                            device_id=GPU)
     try:
         eager = Model("upg", broyden).to(GPU)
         del eager.unused
@@ -294,7 +303,8 @@ def test_the_products_of_few_long_samples_are_made_in_pieces():
     assert common._pieces(3, 16384, GPU) > 1
     torch.manual_seed(0)
     u = torch.randn(3, 16384, dtype=torch.float64)
-    results = [broyden(lambda h: torch.tanh(0.8 * h.roll(1, 1) + u.to(h.device)), torch.zeros_like(u, device=d),
+    results = [broyden(lambda h: torch.tanh(0.8 * h.roll(1, 1) + u.to(h.device)),
+                       torch.zeros_like(u, device=d),
                        max_iter=12, tol=0) for d in ("cpu", GPU)]
     torch.testing.assert_close(results[1].h.cpu(), results[0].h, rtol=1e-9, atol=1e-11)
 
@@ -307,10 +317,11 @@ def test_the_random_numbers_of_the_GPU_go_on_from_a_checkpoint():
     assert torch.equal(torch.rand(5, device=GPU), expected)
 
 
-# --- the scripts' steps ----------------------------------------------------------------------------------------------
+# --- the scripts' steps -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", ["", "--memory-format channels-last --amp", "--grad npg",
-                                   "--grad implicit --dropout 0.2", "--grad implicit --backward-solver broyden",
+                                   "--grad implicit --dropout 0.2",
+                                   "--grad implicit --backward-solver broyden",
                                    "--pretrain-steps 1"])
 @pytest.mark.parametrize("name", ["mdeq_cifar", "mdeq_imagenet"])
 def test_a_step_of_mdeq_does_not_wait(name, flags, no_waiting):
@@ -367,7 +378,8 @@ def test_a_step_of_the_transformer_does_not_wait(flags, no_waiting):
     assert out.nll.isfinite().all() and out.memory.h.shape[1] == 9
 
 
-@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("fixed-point", "npg"), ("broyden", "implicit"),
+@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("fixed-point", "npg"),
+                                          ("broyden", "implicit"),
                                           ("fixed-point", "implicit --backward-solver broyden")])
 def test_a_step_of_ignn_equals_the_CPUs_and_does_not_wait(solver, grad, no_waiting):
     module = pytest.importorskip("ignn_graphs")
@@ -380,14 +392,16 @@ def test_a_step_of_ignn_equals_the_CPUs_and_does_not_wait(solver, grad, no_waiti
         edge = torch.stack([torch.arange(n - 1), torch.arange(1, n)])
         graphs.append(data.Data(x=torch.rand(n, 6), y=torch.tensor(n % 2),
                                 edge_index=torch.cat([edge, edge.flip(0)], 1)))
-    model, found = module.GraphIGNN(6, 2, args.hidden, args.kappa, args.dropout, module.solver_settings(args)), []
+    model, found = module.GraphIGNN(6, 2, args.hidden, args.kappa, args.dropout,
+                                    module.solver_settings(args)), []
     model.double()
     for device in ("cpu", GPU):
         net = copy.deepcopy(model).to(device)
         batch = module.make_batch(graphs, torch.device(device), dtype=torch.float64)
 
         def step():
-            loss = F.nll_loss(net(batch, module.dropout_mask(args, fold=0, epoch=0, step=0, batch=batch)), batch.y)
+            loss = F.nll_loss(net(batch, module.dropout_mask(args, fold=0, epoch=0, step=0, batch=batch)),
+                              batch.y)
             loss.backward()
             net.project_()
 
@@ -400,7 +414,7 @@ def test_a_step_of_ignn_equals_the_CPUs_and_does_not_wait(solver, grad, no_waiti
         module.evaluate_graphs(net, batch)
 
 
-# --- the programs ----------------------------------------------------------------------------------------------------
+# --- the programs -------------------------------------------------------------------------------------------
 
 def run(folder, *command, kill_at=None):
     """What a program has printed, which must end well, or by SIGTERM as soon as it has printed `kill_at`."""

@@ -37,10 +37,11 @@ ROOT = Path(mdeq_imagenet.__file__).parent
 SCRIPT = ROOT / "mdeq_imagenet.py"
 CPU = Process(0, 1, torch.device("cpu"))
 NARROW = "--channels 8 16 --head-channels 4 8 --final-channels 16".split()
-SMALL_RUN = [*NARROW, *"--crop 32 --resize 36 --batch-size 8 --max-iter 3 --backward-max-iter 3 --k 2 --workers 0 "
+SMALL_RUN = [*NARROW,
+             *"--crop 32 --resize 36 --batch-size 8 --max-iter 3 --backward-max-iter 3 --k 2 --workers 0 "
              "--epochs 1 --log-every 1 --radius-images 4".split()]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-CLASSES, TRAIN, VAL = 7, 42, 7          # of the small images: 5 steps of 8 and 2 left over; top-5 is not all classes
+CLASSES, TRAIN, VAL = 7, 42, 7  # of the small images: 5 steps of 8 and 2 left over; top-5 is not all classes
 
 
 @pytest.fixture(autouse=True)
@@ -109,10 +110,11 @@ def assert_same_end(a, b):
     assert all(torch.equal(x["torch"], y["torch"]) for x, y in zip(a["rng"], b["rng"]))
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 TWINS = ("conv", "ResidualBlock", "Bottleneck", "fusion", "load_official", "autocast", "memory_format",
-         "image_folders", "training_pass", "MDEQ.inject", "MDEQ.zeros", "MDEQ.weights", "MDEQ.masks", "MDEQ.f",
+         "image_folders", "training_pass", "MDEQ.inject", "MDEQ.zeros", "MDEQ.weights", "MDEQ.masks",
+         "MDEQ.f",
          "MDEQ.head", "MDEQ.problem", "MDEQ.forward")
 
 
@@ -157,7 +159,8 @@ def test_without_flags_the_model_is_the_papers():
             [0, 2_112, 4_160, 8_256], [18_560, 0, 8_320, 16_512], [46_400, 73_984, 0, 33_024],
             [92_800, 184_960, 295_424, 0]]
         state = model.zeros(model.inject(torch.empty(2, 3, args.crop, args.crop)))
-    assert [tuple(h.shape) for h in state] == [(2, 32, 56, 56), (2, 64, 28, 28), (2, 128, 14, 14), (2, 256, 7, 7)]
+    assert [tuple(h.shape) for h in state] == [(2, 32, 56, 56), (2, 64, 28, 28), (2, 128, 14, 14), (2, 256, 7,
+                                                                                                    7)]
     assert sum(h[0].numel() for h in state) == 188_160
 
 
@@ -167,12 +170,14 @@ def test_without_flags_the_recipe_is_the_papers(tmp_path, small):
     assert (args.grad, args.k, args.lam, args.solver, args.max_iter, args.tol, args.pretrain_steps,
             args.pretrain_layers) == ("upg", 5, 0.6, "broyden", 26, 0.0, 0, 5)
     assert (args.backward_solver, args.backward_max_iter) == ("gmres", 27)
-    assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.dropout, args.crop, args.resize) == (
+    assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.dropout, args.crop,
+            args.resize) == (
         100, 128, 0.05, 5e-5, 0.0, 224, 256)
     run(*SMALL_RUN, "--data", small, "--out", tmp_path)
     (group,), schedule = checkpoint(tmp_path)["optimizer"]["param_groups"], checkpoint(tmp_path)["scheduler"]
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-5)
-    assert len(group["params"]) == len(list(MDEQ(**{"channels": (8, 16), "head_channels": (4, 8)}).parameters()))
+    assert len(group["params"]) == len(list(MDEQ(**{"channels": (8, 16), "head_channels": (4,
+                                                                                           8)}).parameters()))
     assert (schedule["T_max"], schedule["eta_min"], schedule["base_lrs"]) == (5, 1e-6, [0.05])
     expected = [1e-6 + (0.05 - 1e-6) * (1 + torch.tensor(t * torch.pi / 5).cos().item()) / 2 for t in range(5)]
     assert [r["lr"] for r in metrics(tmp_path, "train")] == pytest.approx(expected, rel=1e-5)
@@ -190,22 +195,36 @@ def test_convolutions_begin_with_pytorchs_defaults():
         if not isinstance(module, nn.Conv2d) or module.weight.numel() < 5000:
             continue
         fan_in, seen = module.weight[0].numel(), seen + 1
-        for values in (module.weight, *([module.bias] if module.bias is not None and len(module.bias) > 1000 else [])):
+        for values in (module.weight,
+                       *([module.bias] if module.bias is not None and len(module.bias) > 1000 else [])):
             assert values.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
             assert values.abs().max().item() <= fan_in ** -0.5 + 1e-6
     assert seen == 41
-    assert all((n.weight == 1).all() and (n.bias == 0).all() for n in model.modules() if isinstance(n, nn.GroupNorm))
+    assert all((n.weight == 1).all() and (n.bias == 0).all() for n in model.modules() if isinstance(n,
+                                                                                                    nn.GroupNorm))
+
+
+class ChannelsLastGradient(torch.autograd.Function):
+    """A copy; its gradient has the strides that kernels in channels-last format have, also if they are 1 x 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.ones(g.numel()).as_strided(g.shape, (g.shape[1], 1, g.shape[1], g.shape[1]))
 
 
 @pytest.mark.parametrize("module", [mdeq_cifar, mdeq_imagenet])
 def test_gradients_have_the_strides_of_their_1_x_1_kernels(module):
     """Whatever strides an operator gives them, as channels-last ones on a GPU: else DistributedDataParallel warns."""
     args = module.parse_args(["--data", "toy", "--memory-format", "channels-last"])
-    kernels = [p for p in module.build_model(args, 10, CPU).parameters() if p.dim() == 4 and p[0, 0].numel() == 1]
+    kernels = [p for p in module.build_model(args, 10, CPU).parameters() if p.dim() == 4 and p[0,
+                                                                                               0].numel() == 1]
     for p in kernels:
-        c_out, c_in = p.shape[:2]
-        p.clone().backward(torch.ones(c_out * c_in).as_strided(p.shape, (c_in, 1, c_in, c_in)))
-        assert p.grad.stride() == p.stride() == (c_in, 1, 1, 1)
+        ChannelsLastGradient.apply(p).sum().backward()
+        assert p.grad.stride() == p.stride() == (p.shape[1], 1, 1, 1)
     assert len(kernels) > 8
 
 
@@ -215,7 +234,7 @@ def test_image_sides_that_do_not_halve_evenly_are_refused():
         model.inject(torch.zeros(1, 3, 32, 36))
 
 
-# --- data: order -----------------------------------------------------------------------------------------------------
+# --- data: order --------------------------------------------------------------------------------------------
 
 def micro_batches(n=50, world=1, accumulate=1, epoch=0, step=0, seed=0, batch=12):
     """[step][rank][micro-batch] -> keys, from step `step` on."""
@@ -233,7 +252,7 @@ def flat(steps):
 def test_processes_and_micro_batches_divide_the_same_steps(world, accumulate):
     """Keys, that is images with their augmentation, of every step: contiguous equal parts of the single process's."""
     whole, parts = micro_batches(epoch=3), micro_batches(epoch=3, world=world, accumulate=accumulate)
-    assert flat(parts) == flat(whole) and len(whole) == 4                       # the last, incomplete batch is dropped
+    assert flat(parts) == flat(whole) and len(whole) == 4  # the last, incomplete batch is dropped
     assert {len(micro) for step in parts for own in step for micro in own} == {12 // world // accumulate}
 
 
@@ -253,13 +272,14 @@ def test_a_resumed_epoch_has_the_same_rest(world, accumulate):
 
 def test_no_image_is_augmented_alike_in_two_epochs_or_under_two_seeds():
     """The number that decides an image's crop differs between all images, epochs 0 to 99 and seeds 0 and 1."""
-    seeds = [seed for run in (0, 1) for epoch in range(100) for step in flat(micro_batches(48, epoch=epoch, seed=run))
+    seeds = [seed for run in (0, 1) for epoch in range(100) for step in flat(micro_batches(48, epoch=epoch,
+                                                                                           seed=run))
              for _, seed in step]
     assert len(set(seeds)) == len(seeds) == 2 * 100 * 48
     assert all(0 <= seed < 2 ** 32 for seed in seeds)
 
 
-# --- data: pixels ----------------------------------------------------------------------------------------------------
+# --- data: pixels -------------------------------------------------------------------------------------------
 
 def read(small, workers, epoch=0, seed=0):
     """{image: pixels} of an epoch, through the training's loader."""
@@ -306,7 +326,7 @@ def test_random_crops_have_10_to_100_percent_of_the_area_and_aspects_of_4_to_5()
     assert 0.4 < (width < 0).double().mean() < 0.6
     left, top = x[:, 0, 32].min(dim=1).values, x[:, 1, :, 32].min(dim=1).values
     room = (width.abs() < 200) & (height < 200)
-    for start, size in ((left, width.abs()), (top, height)):            # the place is uniform over where it fits
+    for start, size in ((left, width.abs()), (top, height)):  # the place is uniform over where it fits
         assert 0.4 < (start / (256 - size))[room].mean() < 0.6
     random_crop, flip, _ = images.transform.transforms
     assert (random_crop.scale, random_crop.ratio, flip.p) == ((0.1, 1.0), (0.8, 1.25), 0.5)
@@ -319,7 +339,8 @@ def test_evaluation_takes_the_centre_of_the_resized_image(tmp_path):
     for split in ("train", "val"):
         Image.fromarray(noise.numpy()).save(tmp_path / split / "class0" / "a.png")
     for resize, size, (left, top) in ((36, (50, 36), (9, 2)), (53, (75, 53), (22, 10))):
-        expected = Image.fromarray(noise.numpy()).resize(size, Image.BILINEAR).crop((left, top, left + 32, top + 32))
+        expected = Image.fromarray(noise.numpy()).resize(size, Image.BILINEAR).crop((left, top, left + 32,
+                                                                                     top + 32))
         args = parse_args([*SMALL_RUN, "--data", str(tmp_path), "--resize", str(resize), "--augment", "no"])
         for images in load_images(args, CPU):
             index = next(i for i, path in enumerate(images.paths) if path.endswith(b"a.png"))
@@ -327,7 +348,8 @@ def test_evaluation_takes_the_centre_of_the_resized_image(tmp_path):
             assert label == 0 and x.dtype == torch.uint8 and torch.equal(x, pil_to_tensor(expected))
 
 
-@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "png"), ("RGBA", "png"), ("1", "png")])
+@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "png"), ("RGBA", "png"), ("1",
+                                                                                                         "png")])
 def test_files_of_every_mode_become_three_channels(mode, kind, tmp_path):
     """ImageNet has grey and CMYK JPEGs, and a PNG under the name of a JPEG."""
     make_folder(tmp_path, classes=1, train=8, val=1)
@@ -347,7 +369,7 @@ def test_labels_are_the_sorted_class_folders(small):
         assert [f"class{label}" for label in images.y] == [Path(os.fsdecode(p)).parent.name for p in images.paths]
 
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # of ImageNet's channels
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet's channels
 
 
 def test_images_are_normalised_by_the_statistics_of_ImageNet():
@@ -381,11 +403,11 @@ def test_toy_images_cannot_be_told_apart_by_a_linear_classifier():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 1.0                                                       # it has learnt the training images
+    assert loss < 1.0  # it has learnt the training images
     assert (F.linear(x_val, weight, bias).argmax(1) == y_val).float().mean() < 0.4
 
 
-# --- unreadable files ------------------------------------------------------------------------------------------------
+# --- unreadable files ---------------------------------------------------------------------------------------
 
 def break_file(root, split, kind):
     """One file of the split is cut short, or is no image; returns its path."""
@@ -394,13 +416,16 @@ def break_file(root, split, kind):
     return path
 
 
-@pytest.mark.parametrize("split, kind, workers", [("train", "truncated", 0), ("train", "text", 2), ("val", "text", 0),
+@pytest.mark.parametrize("split, kind, workers", [("train", "truncated", 0), ("train", "text", 2), ("val",
+                                                                                                    "text",
+                                                                                                    0),
                                                   ("val", "truncated", 2)])
 def test_an_unreadable_file_is_named_and_ends_the_run(split, kind, workers, tmp_path, capsys):
     """In one line, also where a worker process met it."""
     make_folder(tmp_path / "data", train=40)        # of 42 training images two would be in no step
     path = break_file(tmp_path / "data", split, kind)
-    message = refused(capsys, *SMALL_RUN, "--data", tmp_path / "data", "--workers", workers, "--out", tmp_path / "run")
+    message = refused(capsys, *SMALL_RUN, "--data", tmp_path / "data", "--workers", workers, "--out",
+                      tmp_path / "run")
     assert message.startswith(f"error: --data: cannot read the image {path} (") and "remove it" in message
 
 
@@ -428,7 +453,8 @@ for last in {lasts!r}:
 else:
     print(codes)
 """
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=ENVIRONMENT, text=True,
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=ENVIRONMENT,
+                               text=True,
                                stdout=subprocess.PIPE, start_new_session=True)
     try:
         codes = json.loads(process.communicate(timeout=60)[0])
@@ -449,18 +475,20 @@ def test_workers_never_keep_a_process_from_ending(last, codes, printed, ends):
     assert ends[last][0] in codes and ends[last][1].strip().split("\n")[-1] == printed
 
 
-# --- wrong flags and wrong data --------------------------------------------------------------------------------------
+# --- wrong flags and wrong data -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, named", [
     ("--crop 225", "--crop 225"), ("--crop 36 --resize 40", "--crop 36"), ("--crop 64", "--resize 36"),
     ("--channels 8 12", "--channels"), ("--channels 4 8", "--channels"),
     ("--channels 8 --head-channels 4", "two or more"), ("--head-channels 4", "--head-channels"),
-    ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan", "--lam"),
+    ("--head-channels 4 0", "--head-channels"), ("--k 0", "--k"), ("--lam 0", "--lam"), ("--lam nan",
+                                                                                         "--lam"),
     ("--lam 1.5", "--lam"), ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
     ("--lr inf", "--lr"), ("--save-every -1", "--save-every"), ("--save-every nan", "--save-every"),
     ("--seed 4294967296", "--seed"), ("--accumulate 0", "--accumulate"), ("--workers -1", "--workers"),
     ("--weight-decay nan", "--weight-decay"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
-    ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"), ("--backward-solver newton", "--backward-solver"),
+    ("--max-iter 0", "--max-iter"), ("--grad exact", "--grad"), ("--backward-solver newton",
+                                                                 "--backward-solver"),
     ("--grad bptt", "--solver fixed-point"), ("--eval", "--resume"), ("--resume auto", "--out"),
     ("--eval --resume auto --out x", "--eval needs"), ("--benchmark --eval", "--benchmark"),
     ("--init x", "--init: there is no file x"), ("--sync-bn", "--sync-bn needs a GPU"),
@@ -475,7 +503,8 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, smal
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]              # nothing was written
 
 
-@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson", "neither anderson"),
+@pytest.mark.parametrize("flags, named", [("--tol 1e-3", "--tol 0"), ("--solver anderson",
+                                                                      "neither anderson"),
                                           ("--backward-solver anderson", "neither anderson"),
                                           ("--sync-bn", "--sync-bn"), ("--accumulate 2", "--accumulate 1")])
 def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
@@ -556,7 +585,8 @@ def break_no_classes(root):
     return str(root / "train")
 
 
-@pytest.mark.parametrize("break_it", [break_no_val, break_classes, break_many_classes, break_class_of_train_alone,
+@pytest.mark.parametrize("break_it", [break_no_val, break_classes, break_many_classes,
+                                      break_class_of_train_alone,
                                       break_empty_class, break_a_thousand_empty_classes, break_no_classes])
 def test_broken_folders_are_named_before_training(break_it, tmp_path, capsys):
     make_folder(tmp_path / "data")
@@ -579,8 +609,10 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for more, named in (("--lam 0.4", "--lam 0.6 (here 0.4)"), ("--seed 3", "--seed 0 (here 3)"),
                         ("--epochs 3", "--epochs 1 (here 3)"), ("--accumulate 2", "--accumulate 1 (here 2)"),
                         ("--batch-size 4", "--batch-size 8 (here 4)"), ("--crop 24", "--crop 32 (here 24)"),
-                        ("--augment no", "--augment yes (here no)"), ("--dropout 0.1", "--dropout 0.0 (here 0.1)"),
-                        ("--channels 8 8", "--channels [8, 16] (here [8, 8])"), ("--lr 0.1", "--lr 0.05 (here 0.1)"),
+                        ("--augment no", "--augment yes (here no)"), ("--dropout 0.1",
+                                                                      "--dropout 0.0 (here 0.1)"),
+                        ("--channels 8 8", "--channels [8, 16] (here [8, 8])"), ("--lr 0.1",
+                                                                                 "--lr 0.05 (here 0.1)"),
                         ("--pretrain-steps 3", "--pretrain-steps 0 (here 3)")):
         assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
     message = refused(capsys, *flags, "--eval", "--resume", out / "checkpoint.pt", "--final-channels", 24)
@@ -608,8 +640,10 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
     for mode in (["--out", tmp_path / "new"], ["--eval"]):
         message = refused(capsys, *SMALL_RUN, "--data", small, "--resume", tmp_path / "cifar.pt", *mode)
         assert "cifar.pt is of another script" in message
-    assert "another script" in refused(capsys, "--data", "nowhere", "--eval", "--resume", tmp_path / "cifar.pt")
-    message = refused(capsys, *SMALL_RUN, "--data", small, "--out", tmp_path / "new", "--init", tmp_path / "cifar.pt")
+    assert "another script" in refused(capsys, "--data", "nowhere", "--eval", "--resume",
+                                       tmp_path / "cifar.pt")
+    message = refused(capsys, *SMALL_RUN, "--data", small, "--out", tmp_path / "new", "--init",
+                      tmp_path / "cifar.pt")
     assert "--init" in message and "does not fit" in message
     assert (out / "metrics.jsonl").read_text() == before
 
@@ -626,14 +660,15 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, s
     assert_same_end(checkpoint(tmp_path), end)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("grad, more", [("upg", "--amp --accumulate 2"), ("npg", "--dropout 0.1"),
                                         ("implicit", "--solver anderson --augment no"),
                                         ("bptt", "--solver fixed-point --memory-format contiguous")])
 def test_every_gradient_trains(grad, more, tmp_path, small):
     """Five steps, the first two with the pretraining network; radii of J and J_lam beside."""
-    run(*SMALL_RUN, "--data", small, "--grad", grad, *more.split(), *"--pretrain-steps 2 --radius-every 3".split(),
+    run(*SMALL_RUN, "--data", small, "--grad", grad, *more.split(),
+        *"--pretrain-steps 2 --radius-every 3".split(),
         "--out", tmp_path)
     assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5]
     assert all(0 < r["loss"] < 10 and 0 < r["data_wait"] < 1 for r in metrics(tmp_path, "train"))
@@ -653,7 +688,8 @@ def test_the_backward_solver_of_the_command_solves_for_the_gradient_alone(name, 
             return result
 
         monkeypatch.setitem(mdeq_imagenet.SOLVERS, other, noted)
-    run(*SMALL_RUN, "--data", small, *"--grad implicit --backward-max-iter 4 --backward-solver".split(), name, "--out",
+    run(*SMALL_RUN, "--data", small, *"--grad implicit --backward-max-iter 4 --backward-solver".split(), name,
+        "--out",
         tmp_path)
     assert [call for call in found if call[1] == 4] == [(name, 4, 5)] * 5
     assert {call for call in found if call[1] != 4} == {("broyden", 3, 4)}
@@ -692,7 +728,8 @@ def test_a_captured_pass_trains_as_an_eager_one(tmp_path, monkeypatch, small):
         assert len(found) == 4 and expected == {k: graph[k] for k in expected}
 
 
-def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_after(tmp_path, monkeypatch, small):
+def test_the_pretraining_network_is_used_for_the_first_steps_and_the_solver_after(tmp_path, monkeypatch,
+                                                                                  small):
     forward, unrolls = MDEQ.forward, []
 
     def watched(self, x, unroll=0, **kwargs):
@@ -717,7 +754,8 @@ def test_radii_do_not_change_a_run(tmp_path, small):
 
 def test_radii_are_means_at_the_equilibria_of_images_over_all_of_val(monkeypatch, small):
     """Images 0, 2, 4 of 7 in batches of 2 and 1: radii of J (lam = 1) and of J_lam, and the share of J's above 1."""
-    args = parse_args([*SMALL_RUN, "--data", str(small), *"--batch-size 2 --radius-images 3 --lam 0.5".split()])
+    args = parse_args([*SMALL_RUN, "--data", str(small),
+                       *"--batch-size 2 --radius-images 3 --lam 0.5".split()])
     _, images = load_images(args, CPU)
     model, states = mdeq_imagenet.build_model(args, CLASSES, CPU), []
 
@@ -747,7 +785,8 @@ def test_a_few_images_are_learnt_by_heart(tmp_path):
     make_folder(tmp_path / "data", classes=3, train=12, val=12)
     for path in (tmp_path / "data" / "val").rglob("*.JPEG"):
         path.write_bytes((tmp_path / "data" / "train" / path.relative_to(tmp_path / "data" / "val")).read_bytes())
-    run(*SMALL_RUN, "--data", tmp_path / "data", *"--augment no --batch-size 12 --epochs 60 --max-iter 6".split(),
+    run(*SMALL_RUN, "--data", tmp_path / "data",
+        *"--augment no --batch-size 12 --epochs 60 --max-iter 6".split(),
         "--save-every", 1000, "--out", tmp_path / "run")
     epochs = metrics(tmp_path / "run", "epoch")
     last, best = epochs[-1], itertools.accumulate((r["val_top1"] for r in epochs), max)
@@ -779,11 +818,13 @@ def test_evaluation_counts_every_image_once(tmp_path, small):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_divide_the_validation_images_without_a_repetition(world, accumulate, monkeypatch):
     """All, or some of them that are spread over the classes."""
-    monkeypatch.setattr(mdeq_imagenet, "read", lambda images, keys, args, process: [(key, 0, 0) for key in keys])
+    monkeypatch.setattr(mdeq_imagenet, "read", lambda images, keys, args, process: [(key, 0,
+                                                                                     0) for key in keys])
     args = parse_args(["--batch-size", "8", "--accumulate", str(accumulate)])
     for some, expected in ((None, range(19)), (4, [0, 4, 8, 12]), (30, range(19))):
         shares = [[keys for keys, _ in mdeq_imagenet.evaluation_batches(
-            SimpleNamespace(y=range(19)), args, Process(rank, world, CPU.device), some)] for rank in range(world)]
+            SimpleNamespace(y=range(19)), args, Process(rank, world, CPU.device),
+            some)] for rank in range(world)]
         assert sorted(i for share in shares for batch in share for i, _ in batch) == list(expected)
         assert max(len(batch) for share in shares for batch in share) <= max(1, 8 // world // accumulate)
 
@@ -792,7 +833,8 @@ def all_finite(state):
     return all(v.isfinite().all() for v in state["model"].values())
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, small):
+def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tmp_path, capsys, monkeypatch,
+                                                                              small):
     """Exit code 1; the message names the step and the checkpoint, which has finite weights and can be continued."""
     prepare_once, calls = mdeq_imagenet.prepare, []
 
@@ -824,13 +866,14 @@ def test_broken_weights_are_never_saved(tmp_path, capsys, monkeypatch, small):
     assert checkpoint(tmp_path)["step"] == 3 and all_finite(checkpoint(tmp_path))
 
 
-# --- official checkpoints --------------------------------------------------------------------------------------------
+# --- official checkpoints -----------------------------------------------------------------------------------
 
 def official(shape, layout=reference.with_aliases, seed=0):
     """(what phantom_grad's ImageNet script saves, the state dict in float64)."""
     sd = reference.random_state_dict(seed=seed, stem_strides=2, **shape)
     weights = {f"module.{k}": reference.single(v) for k, v in layout(sd).items()}
-    return {"epoch": 99, "state_dict": weights, "best_acc1": torch.tensor(75.7), "optimizer": {"state": {}}}, sd
+    return {"epoch": 99, "state_dict": weights, "best_acc1": torch.tensor(75.7),
+            "optimizer": {"state": {}}}, sd
 
 
 def direct_evaluation(sd, channels, args, max_iter):
@@ -838,7 +881,8 @@ def direct_evaluation(sd, channels, args, max_iter):
     _, images = load_images(args, CPU)
     x = prepare(torch.stack([images[i, 0][0] for i in range(len(images.y))]), args, CPU.device).double()
     y, u = torch.tensor(images.y), reference.inject(sd, x, channels, strides=(2, 2))
-    h, best, lowest = [torch.zeros_like(ui) for ui in u], None, torch.full((len(x),), torch.inf, dtype=torch.float64)
+    h, best, lowest = [torch.zeros_like(ui) for ui in u], None, torch.full((len(x),), torch.inf,
+                                                                           dtype=torch.float64)
     for _ in range(max_iter + 1):
         f_h = reference.f(sd, h, u)
         gap, size = (torch.cat([p.flatten(1) for p in parts], dim=1).norm(dim=1)
@@ -862,7 +906,8 @@ def test_official_checkpoints_are_evaluated(shape, layout, tmp_path, capsys, sma
     saved, sd = official(shape, layout)
     torch.save(saved, tmp_path / "official.pth")
     flags = [*SMALL_RUN, "--data", str(small), "--channels", *map(str, shape["channels"]), "--head-channels",
-             *map(str, shape["head"]), "--final-channels", str(shape["final"]), *"--solver fixed-point".split()]
+             *map(str, shape["head"]), "--final-channels", str(shape["final"]),
+             *"--solver fixed-point".split()]
     run(*flags, "--eval", "--resume", tmp_path / "official.pth")
     printed = capsys.readouterr().out
     top1, loss = direct_evaluation(sd, shape["channels"], parse_args(flags), max_iter=3)
@@ -882,7 +927,8 @@ def test_official_checkpoints_cannot_be_continued_and_other_keys_are_named(tmp_p
     torch.save({"state_dict": {k: v for k, v in weights.items() if k != gone}}, tmp_path / "less.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     for name, reason in (("odd", 'Unexpected key(s) in state_dict: "surprise"'),
-                         ("less", 'Missing key(s) in state_dict: "blocks.0.gn1.bias"'), ("list", "does not fit")):
+                         ("less", 'Missing key(s) in state_dict: "blocks.0.gn1.bias"'), ("list",
+                                                                                         "does not fit")):
         path = tmp_path / f"{name}.pth"
         for mode in (["--eval", "--resume", path], ["--init", path, "--out", tmp_path / "out"]):
             message = refused(capsys, *flags, *mode)
@@ -923,7 +969,8 @@ def test_training_can_begin_with_a_checkpoint_of_another_run(tmp_path, capsys, m
     A run that is resumed with the same flags does not begin with them again.
     """
     run(*SMALL_RUN, "--data", small, "--out", tmp_path / "a")
-    flags = [*SMALL_RUN, "--data", small, "--seed", 4, "--lr", 1e-30, "--weight-decay", 0, "--batch-size", TRAIN]
+    flags = [*SMALL_RUN, "--data", small, "--seed", 4, "--lr", 1e-30, "--weight-decay", 0, "--batch-size",
+             TRAIN]
     run(*flags, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b")
     a, b = (checkpoint(tmp_path / name) for name in "ab")
     assert b["step"] == 1 and all(torch.equal(a["model"][name], b["model"][name]) for name, _ in
@@ -934,7 +981,7 @@ def test_training_can_begin_with_a_checkpoint_of_another_run(tmp_path, capsys, m
     assert "continues after step 1" in capsys.readouterr().out
 
 
-# --- evaluation is interrupted ---------------------------------------------------------------------------------------
+# --- evaluation is interrupted ------------------------------------------------------------------------------
 
 def interrupted(monkeypatch, where, happens):
     """`happens` is called once: before or after the images of the first evaluation, or as that is saved."""
@@ -969,7 +1016,7 @@ def two_epochs(small, tmp_path_factory):
     """(flags, last checkpoint) of an undisturbed run in this process."""
     out = tmp_path_factory.mktemp("two_epochs")
     flags = [*SMALL_RUN, "--data", small, "--dropout", 0.2, "--epochs", 2]
-    with mock.patch.object(torch.cuda, "is_available", lambda: False):          # it comes before a_process_of_its_own
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):  # it comes before a_process_of_its_own
         run(*flags, "--out", out)
     return flags, checkpoint(out)
 
@@ -990,7 +1037,8 @@ def test_an_evaluation_that_was_killed_is_done_by_the_resumed_run(where, two_epo
 
 
 @pytest.mark.parametrize("where", ["start", "end", "saving"])
-def test_SIGTERM_in_an_evaluation_ends_the_run_after_the_next_step(where, two_epochs, tmp_path, monkeypatch, capsys):
+def test_SIGTERM_in_an_evaluation_ends_the_run_after_the_next_step(where, two_epochs, tmp_path, monkeypatch,
+                                                                   capsys):
     """The evaluation is finished and saved; the resumed run ends the same bit for bit."""
     flags, end = two_epochs
     interrupted(monkeypatch, where, terminate)
@@ -1013,10 +1061,11 @@ def test_a_best_epoch_is_of_the_validation_images_that_it_was_found_on(small, tm
         out = shutil.copytree(tmp_path / "run", tmp_path / data.name / "run")
         run(*SMALL_RUN, "--data", data, "--epochs", 2, "--out", out, "--resume", "auto")
         epoch = metrics(out, "epoch")[-1]
-        assert (epoch["best_top1"], epoch["best_epoch"]) == (best or (epoch["val_top1"], 2 * (epoch["val_top1"] > 0)))
+        assert (epoch["best_top1"], epoch["best_epoch"]) == (best or (epoch["val_top1"],
+                                                                      2 * (epoch["val_top1"] > 0)))
 
 
-# --- kill and resume, real processes ---------------------------------------------------------------------------------
+# --- kill and resume, real processes ------------------------------------------------------------------------
 
 LONG_RUN = [*SMALL_RUN, *"--epochs 8 --save-every 0 --dropout 0.2".split()]         # 40 steps, each saved
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -1095,7 +1144,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, sma
     end, expected = finish(out, process), finish(*undisturbed[1])
     assert end["step"] == 40
     assert_same_end(end, expected)
-    assert steps_of(out, "start")[0] == 0 and min(steps_of(out, "start")[1:]) > 0       # resumed, not begun again
+    assert steps_of(out, "start")[0] == 0 and min(steps_of(out, "start")[1:]) > 0  # resumed, not begun again
     for folder in (out, undisturbed[1][0]):
         assert steps_of(folder) == list(range(1, 41)) and steps_of(folder, "epoch") == list(range(5, 41, 5))
     losses = [[r["loss"] for r in metrics(folder, "train")] for folder in (out, undisturbed[1][0])]
@@ -1114,13 +1163,15 @@ def test_signals_save_and_end_with_code_0(tmp_path, small, undisturbed):
         wait_for(lambda: (out / "metrics.jsonl").exists() and max(steps_of(out), default=0) > step, process)
         os.killpg(process.pid, number)
         before, step = step, finish(out, process)["step"]
-        assert before < step < 40 and f"{name}: saved after step {step} " in Path(f"{out}.log").read_text()
+        printed = Path(f"{out}.log").read_text()
+        assert before < step < 40 and f"{name}: saved after step {step} " in printed
+        assert printed.count(f"{number.name}: will save") == 1                      # and not from each worker
     end, expected = finish(out, start(out, *flags)), finish(*undisturbed[1])
     assert_same_end(end, expected)
     assert steps_of(out) == list(range(1, 41)) and steps_of(out, "epoch") == list(range(5, 41, 5))
 
 
-# --- two processes ---------------------------------------------------------------------------------------------------
+# --- two processes ------------------------------------------------------------------------------------------
 
 def ranks(agent):
     """{rank: pid} of torchrun's running processes."""
@@ -1130,7 +1181,8 @@ def ranks(agent):
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == agent.pid and str(SCRIPT).encode() in (entry / "cmdline").read_bytes():
-                    environment = dict(v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if v)
+                    environment = dict(v.split(b"=",
+                                               1) for v in (entry / "environ").read_bytes().split(b"\0") if v)
                     found[int(environment[b"RANK"])] = int(entry.name)
             except (OSError, KeyError):
                 continue                        # it has just ended, or has not begun
@@ -1186,7 +1238,7 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path, small):
     The evaluation under two processes counts each of the 7 images once: a single process that evaluates the
     checkpoint, and two, get the same.
     """
-    flags = [*SMALL_RUN, "--data", small, "--lr", 0.005]        # at 0.05 rounding grows a million times in 5 steps
+    flags = [*SMALL_RUN, "--data", small, "--lr", 0.005]  # at 0.05 rounding grows a million times in 5 steps
     together = start_pair(tmp_path / "two", *flags)
     run(*flags, "--accumulate", 2, "--out", tmp_path / "one")
     two, one = finish(tmp_path / "two", *together), checkpoint(tmp_path / "one")

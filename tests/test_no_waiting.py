@@ -1,7 +1,7 @@
 """A step on a GPU never waits for it, nor mixes it with the host; shown without one.
 
-Tensors of torch's meta device have shapes and no numbers: whatever reads one on the host (item, bool, tolist, nonzero,
-a copy to the host) raises.  `OneDevice` also refuses what only a GPU would refuse, or wait for.
+Tensors of torch's meta device have shapes and no numbers: whatever reads one on the host (item, bool, tolist,
+nonzero, a copy to the host) raises.  `OneDevice` also refuses what only a GPU would refuse, or wait for.
 """
 import contextlib
 import functools
@@ -22,7 +22,7 @@ SOLVERS = [fixed_point, anderson, broyden, gmres]
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses operations on tensors of host and device, single numbers excepted, and blocking copies to the device."""
+    """Refuses operations on tensors of host and device, but for single numbers, and blocking copies."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -72,7 +72,8 @@ def test_reading_mixing_and_blocking_raise():
                      lambda: x[x > 0]):
             with pytest.raises((RuntimeError, NotImplementedError)):
                 read()
-        for wrong in (lambda: x @ host, lambda: x[torch.tensor([0])], lambda: host.to(META), lambda: x.copy_(host)):
+        for wrong in (lambda: x @ host, lambda: x[torch.tensor([0])], lambda: host.to(META),
+                      lambda: x.copy_(host)):
             with pytest.raises((RuntimeError, AssertionError)):
                 wrong()
         host.to(META, non_blocking=True)
@@ -98,7 +99,7 @@ def test_a_solve_with_a_fixed_budget(solver, parts, mode):
 
 
 class IntStrides(TorchDispatchMode):
-    """Refuses a batched product of matrices whose rows or columns are further apart than cuBLAS's int can tell."""
+    """Refuses a batched product of matrices whose rows are further apart than cuBLAS's int can tell."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name == "aten::bmm":
@@ -154,7 +155,8 @@ def test_with_a_tolerance_the_first_look_is_after_the_eighth_evaluation(solver):
 def test_a_gradient(grad, parts):
     f, h0, needed = cell(parts)
     with OneDevice():
-        h, _ = equilibrium(f, h0, grad=grad, k=3, solver=fixed_point if grad == "bptt" else broyden, max_iter=5, tol=0,
+        h, _ = equilibrium(f, h0, grad=grad, k=3, solver=fixed_point if grad == "bptt" else broyden,
+                           max_iter=5, tol=0,
                            backward_max_iter=9, backward_tol=0)
         sum(p.square().sum() for p in tree_leaves(h)).backward()
     assert all(x.grad.device == META for x in needed)
@@ -167,18 +169,19 @@ def test_diagnostics_and_meter():
         jacobian_regularization(f, h0).backward()
         grads = [x.grad for x in needed]
         assert cosine_similarity(grads, [grads[0], None]).device == META
-        meter = Meter(META)
+        meter = Meter(PROCESS)
         for _ in range(2):
             meter.add(3, loss=torch.ones((), device=META))
 
 
-@pytest.mark.parametrize("flags", ["--memory-format channels-last", "--grad npg", "--grad implicit --dropout 0.2",
+@pytest.mark.parametrize("flags", ["--memory-format channels-last", "--grad npg",
+                                   "--grad implicit --dropout 0.2",
                                    "--grad implicit --backward-solver broyden", "--pretrain-steps 1"])
 @pytest.mark.parametrize("name", ["mdeq_cifar", "mdeq_imagenet"])
 def test_a_step_and_an_evaluation_of_mdeq(name, flags):
     module = script(name)
-    args = module.parse_args(f"--data toy --memory-format contiguous --max-iter 2 --backward-max-iter 2 --k 2 {flags}"
-                             .split())
+    args = module.parse_args("--data toy --memory-format contiguous --max-iter 2 --backward-max-iter 2 --k 2 "
+                             f"{flags}".split())
     with META:
         model = module.build_model(args, 10, PROCESS)
     module.normalisation(META)                              # sent to the device once
@@ -187,8 +190,8 @@ def test_a_step_and_an_evaluation_of_mdeq(name, flags):
     with OneDevice():
         x, y = (t.to(META, non_blocking=True) for t in (x, y))
         x = module.prepare(x, True, module.memory_format(args)) if cifar else module.prepare(x, args, META)
-        training = module.training_pass(args, model, 4, x.shape[-1], META)
-        logits, residual = training(x, unroll=2 * args.pretrain_steps)
+        training, net = module.training_pass(args, model, 4, x.shape[-1], PROCESS)
+        logits, residual = net(x, unroll=2 * args.pretrain_steps)
         F.cross_entropy(logits, y).backward()
         kept = [training.backward_residual[:4].clone(), residual is None or residual.detach().clone()]
         with torch.no_grad():
@@ -196,18 +199,21 @@ def test_a_step_and_an_evaluation_of_mdeq(name, flags):
     assert all_have_gradients(model) and logits.device == result.residual.device == kept[0].device == META
 
 
-@pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit --checkpoint-blocks", "--pretrain-steps 1",
+@pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit --checkpoint-blocks",
+                                   "--pretrain-steps 1",
                                    "--norm pre --dropout 0.1 --dropatt 0.1 --jr 1",
-                                   "--n-blocks 2 --ln-affine --attn-out-ln --dropout 0.1 --output-dropout channels"])
+                                   "--model deq-lm --dropout 0.1"])
 def test_a_step_and_an_evaluation_of_the_transformer_with_ids_on_the_host(flags):
     module = script("deq_wikitext")
-    args = module.parse_args(f"--data toy --tol 0 --max-iter 2 --backward-max-iter 2 --k 2 --mem-len 9 {flags}".split())
+    args = module.parse_args("--data toy --tol 0 --max-iter 2 --backward-max-iter 2 --k 2 --mem-len 9 "
+                             f"{flags}".split())
     with META:
-        model = module.build_model(args, 2000, PROCESS)
+        model = module.build_model(args, range(2000), PROCESS)
     ids, memory = torch.arange(2 * 21).view(2, 21) * 47, None           # of all three clusters
     with OneDevice():
         for start in (0, 10):
-            out = model(ids[:, start:start + 10], ids[:, start + 1:start + 11], memory, unroll=2 * args.pretrain_steps,
+            out = model(ids[:, start:start + 10], ids[:, start + 1:start + 11], memory,
+                        unroll=2 * args.pretrain_steps,
                         regularize=args.jr > 0 and args.pretrain_steps == 0)
             (out.nll.mean() + (0 if out.jr is None else out.jr)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -217,22 +223,26 @@ def test_a_step_and_an_evaluation_of_the_transformer_with_ids_on_the_host(flags)
     assert all_have_gradients(model) and memory.h.shape[1] == 9
 
 
-@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("anderson", "npg"), ("broyden", "implicit"), *(
-    ("fixed-point", f"implicit --backward-solver {name}") for name in ("fixed-point", "anderson", "broyden"))])
+@pytest.mark.parametrize("solver, grad", [("fixed-point", "upg"), ("anderson", "npg"), ("broyden",
+                                                                                        "implicit"), *(
+    ("fixed-point", f"implicit --backward-solver {name}")
+    for name in ("fixed-point", "anderson", "broyden"))])
 def test_a_step_of_ignn(solver, grad, monkeypatch):
     """Sparse matrices replaced by dense ones: there are none on the meta device."""
     module = script("ignn_graphs")
     monkeypatch.setattr(module, "propagate", lambda A, h: A.matrix @ h)
-    args = module.parse_args(f"--dataset COX2 --hidden 8 --tol 0 --backward-tol 0 --max-iter 3 --backward-max-iter 3 "
-                             f"--solver {solver} --grad {grad}".split())
+    args = module.parse_args("--dataset COX2 --hidden 8 --tol 0 --backward-tol 0 --max-iter 3 "
+                             f"--backward-max-iter 3 --solver {solver} --grad {grad}".split())
     with META:
         model = module.GraphIGNN(6, 2, args.hidden, args.kappa, args.dropout, module.solver_settings(args))
         adjacency, pool = (module.Sparse(torch.zeros(n, 12), None) for n in (12, 3))
         batch = module.Graphs(torch.zeros(12, 6), torch.zeros(3, dtype=torch.long), adjacency, pool,
-                              torch.zeros(4, dtype=torch.long), 5, torch.zeros(12, dtype=torch.long), None, None)
+                              torch.zeros(4, dtype=torch.long), 5, torch.zeros(12, dtype=torch.long), None,
+                              None)
     with OneDevice():
         log_probs = model(batch, module.dropout_mask(args, fold=0, epoch=0, step=0, batch=batch))
         F.nll_loss(log_probs, batch.y).backward()
         model.project_()
-        assert all(t.device == META for t in module.evaluate_graphs(model, batch))
+        with torch.no_grad():
+            assert model.eval()(batch).device == META
     assert all_have_gradients(model)

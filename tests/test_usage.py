@@ -1,10 +1,12 @@
-"""A user's own equilibrium layer, with nothing but common.py, inside what PyTorch offers for training a model.
+"""A user's own equilibrium layer, with nothing but common.py, inside what PyTorch offers to train a model.
 
 The expected gradients are written by hand, without common.py.  Other tests of the gradients: test_phantom.py.
 """
 import copy
 import math
+import operator
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -49,7 +51,8 @@ class Two(One):
         self.down, self.up = nn.Linear(5, 3), nn.Linear(3, 5)
 
     def f(self, h, u):
-        return torch.tanh(0.5 * self.linear(h[0]) + 0.4 * self.up(h[1]) + u), torch.tanh(0.5 * self.down(h[0]))
+        one = torch.tanh(0.5 * self.linear(h[0]) + 0.4 * self.up(h[1]) + u)
+        return one, torch.tanh(0.5 * self.down(h[0]))
 
     def zeros(self, u):
         return torch.zeros_like(u), u.new_zeros(len(u), 3)
@@ -76,7 +79,7 @@ def loss_of(h):
 
 
 def by_hand(model, u):
-    """Autograd through 100 plain iterations, which have converged; for phantom gradients through K damped steps more.
+    """Autograd through 100 plain iterations, which have converged; for phantom gradients K damped steps more.
 
     That is UPG's definition, and at a fixed point NPG equals it.
     """
@@ -86,7 +89,8 @@ def by_hand(model, u):
             h = model.f(h, u)
     for _ in range(0 if exact else K):
         f_h = model.f(h, u)
-        h = (1 - LAM) * h + LAM * f_h if torch.is_tensor(h) else [(1 - LAM) * a + LAM * b for a, b in zip(h, f_h)]
+        h = (1 - LAM) * h + LAM * f_h if torch.is_tensor(h) else [(1 - LAM) * a + LAM * b
+                                                                  for a, b in zip(h, f_h)]
     return torch.autograd.grad(loss_of(h), list(model.parameters()))
 
 
@@ -103,7 +107,8 @@ def assert_equal(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = ["cpu", pytest.param("cuda",
+                               marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -119,10 +124,10 @@ def test_the_gradient_is_the_one_written_by_hand(Model, grad, device):
 @pytest.mark.parametrize("device", DEVICES)
 @every
 def test_bf16_autocast_reaches_every_weight(Model, grad, device):
-    """The trap: a leaf weight cast under no_grad sits in autocast's cache without a graph, and would get no gradient
+    """The trap: a leaf weight cast under no_grad sits in autocast's cache without a graph: no gradient.
 
-    (torch 2.14 no longer has it).  The state stays float32.  bf16 has 8 bits of mantissa, 0.4 % per operation; a few
-    operations in a row: cosine above 0.999, norm to 3 %.
+    (torch 2.14 no longer has it.)  The state stays float32.  bf16 has 8 bits of mantissa, 0.4 % per
+    operation; a few operations in a row: cosine above 0.999, norm to 3 %.
     """
     model, u = build(Model, grad, device, torch.float32, N=64, max_iter=20, tol=0.0, backward_max_iter=20,
                      backward_tol=0.0)
@@ -150,10 +155,10 @@ def test_gradients_accumulate(Model, grad):
     assert_equal(left_in(model), by_hand(model, u))
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 def train_together(folder):
-    """One of two processes: every model's gradients under DistributedDataParallel on its half of the batch."""
+    """One of two processes: each model's gradients under DistributedDataParallel on half of the batch."""
     process, results = init_process(), {}
     for Model in (One, Two):
         for grad in GRADS:
@@ -180,7 +185,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
             assert_equal([2 * g for g in got], by_hand(*build({"One": One, "Two": Two}[name[0]], name[1])))
 
 
-# --- compilation -----------------------------------------------------------------------------------------------------
+# --- compilation --------------------------------------------------------------------------------------------
 
 @every
 def test_f_can_be_compiled(Model, grad):
@@ -195,13 +200,14 @@ def test_f_can_be_compiled(Model, grad):
 
 
 def test_a_compiled_f_must_not_donate_its_buffers():
-    """npg and implicit run the backward of one graph repeatedly; a donated buffer may be overwritten by the first run.
+    """npg and implicit run the backward of one graph repeatedly; the first may overwrite a donated buffer.
 
-    torch gives none away if a graph's first backward keeps it, so npg alone works.  After upg's, or with the compile
-    cache of a run of upg, it refuses: torch._functorch.config.donated_buffer has to be False before f is compiled.
+    torch gives none away if a graph's first backward keeps it, so npg alone works.  After upg's, or with the
+    compile cache of a run of upg, it refuses: torch._functorch.config.donated_buffer has to be False before f
+    is compiled.
     """
     class Deep(One):
-        def f(self, h, u):                      # several operations, so that there is an intermediate to donate
+        def f(self, h, u):        # several operations, so that there is an intermediate to donate
             return torch.tanh(torch.relu(torch.sigmoid(self.linear(h)) * h.sin() + u) * 0.5 + self.linear(u))
 
     for donate in (True, False):
@@ -220,21 +226,25 @@ def test_a_compiled_f_must_not_donate_its_buffers():
                 assert_equal(left_in(model), by_hand(build(Deep, grad)[0], u))
 
 
-@every
-def test_the_whole_model_can_be_compiled(Model, grad):
-    """torch.compile leaves the compiled code wherever the solver asks whether it has finished (a graph break)."""
-    model, u = build(Model, grad, max_iter=4)
-    loss_of(model(u)).backward()
-    expected = left_in(model)
+@pytest.mark.parametrize("Model, grads", [(One, ("upg", "npg")), (Two, ("implicit",))])
+def test_the_whole_model_can_be_compiled(Model, grads):
+    """torch.compile leaves the compiled code where the solver asks whether it is done (a graph break)."""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    for _ in range(2):
-        loss_of(compiled(u)).backward()
-        assert_equal(left_in(model), expected)
+    for grad in grads:
+        model, u = build(Model, grad, max_iter=3, backward_max_iter=3)
+        loss_of(model(u)).backward()
+        expected = left_in(model)
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            loss_of(compiled(u)).backward()
+            assert_equal(left_in(model), expected)
 
 
 def test_a_graph_of_the_whole_model_without_a_break_is_refused():
-    """fullgraph=True: how often the solver calls f depends on the data.  torch's message names the solver's line."""
+    """fullgraph=True: how often the solver calls f depends on the data.
+
+    torch's message names the solver's line.
+    """
     model, u = build(One, "upg")
     torch._dynamo.reset()
     with pytest.raises(Exception, match="finished") as refusal:
@@ -243,7 +253,7 @@ def test_a_graph_of_the_whole_model_without_a_break_is_refused():
 
 
 def test_a_captured_model_is_replayed_only_where_it_can_be(monkeypatch):
-    """What `captured` adds to torch's make_graphed_callables, which here is a stand-in; on a GPU: test_gpu.py."""
+    """What `captured` adds to torch's make_graphed_callables, here a stand-in; on a GPU: test_gpu.py."""
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -272,26 +282,33 @@ def test_a_captured_model_is_replayed_only_where_it_can_be(monkeypatch):
         captured(lambda h: h, x)
     with pytest.raises(ValueError, match="training mode"):
         captured(model.eval(), x)
-    before = copy.deepcopy(model.train().state_dict())
-    assert captured(model, x) is model and devices == [7]
+    plain, before = model.train(), copy.deepcopy(model.state_dict())
+    model = captured(plain, x)
+    assert devices == [7] and all(map(operator.is_, model.parameters(), plain.parameters()))
     assert torch.equal(torch.get_rng_state(), state) and torch.is_autocast_cache_enabled()
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in before.items())
+    assert plain(x) == "eager 0 None" and "forward" not in vars(plain)          # as it was
     assert model(x) == model(x + 1) == "replayed"
     for other in (x[:2], x.double(), x.clone().requires_grad_()):
         assert model.to(other.dtype)(other) == "eager 0 None"
     assert model.float()(x, 3) == "eager 3 None" and model(x, unroll=0) == "eager 0 None"
-    assert model(x, name="a") == "eager 0 a" and model.eval()(x) == "eager 0 None" and model.train()(x) == "replayed"
+    assert model(x, name="a") == "eager 0 a"
+    assert model.eval()(x) == "eager 0 None" and model.train()(x) == "replayed"
     with torch.no_grad():
         assert model(x) == "eager 0 None"
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.norm.weight.fill_(math.nan)
+        other.model.norm.weight.fill_(math.nan)
     assert other(x) == "not finite" and model(x) == "replayed"                  # a copy has its own weights
     with pytest.raises(ValueError, match="captured before"):
         captured(model, x)
+    assert captured(plain, x)(x) == "replayed"
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None                                   # it is in no cycle that would keep its graphs
 
 
-# --- checkpointing, functional calls, copies -------------------------------------------------------------------------
+# --- checkpointing, functional calls, copies ----------------------------------------------------------------
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @every
@@ -304,7 +321,10 @@ def test_the_model_can_be_checkpointed(Model, grad, use_reentrant):
 
 @every
 def test_a_reentrant_checkpoint_wants_an_input_with_a_gradient(Model, grad):
-    """torch's own rule for any model: without one it warns, and there is no gradient.  The other kind needs none."""
+    """torch's own rule for any model: without one it warns, and there is no gradient.
+
+    The other kind needs none.
+    """
     model, u = build(Model, grad)
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         assert not any(p.requires_grad for p in parts(checkpoint(model, u, use_reentrant=True)))
@@ -326,12 +346,13 @@ def test_f_can_be_checkpointed(Model, grad):
 def test_a_reentrant_checkpoint_inside_f_is_wrong_or_refused(grad):
     """torch refuses npg's and implicit's products with the Jacobian, which autograd.grad takes.
 
-    upg's first step has no input with a gradient, so that what this step gives the weight is lost; torch's warning does
-    not help, as it comes in the solve already.
+    upg's first step has no input with a gradient, so that what this step gives the weight is lost; torch's
+    warning does not help, as it comes in the solve already.
     """
     model, u = build(One, grad)
     expected, linear = by_hand(model, u), model.linear
-    model.f = lambda h, u: torch.tanh(0.5 * checkpoint(linear, h, use_reentrant=True) + 0 * linear.bias.sum() + u)
+    model.f = lambda h, u: torch.tanh(0.5 * checkpoint(linear, h,
+                                                       use_reentrant=True) + 0 * linear.bias.sum() + u)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loss = loss_of(model(u))
