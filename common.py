@@ -1433,7 +1433,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help texts end with their default, and whose errors do not end a page of usage."""
     class Help(argparse.HelpFormatter):
         def _get_help_string(self, action):
-            shown = action.default not in (None, False, argparse.SUPPRESS)
+            shown = action.default is not None and action.default is not False and (
+                action.default != argparse.SUPPRESS)
             return action.help + " (default: %(default)s)" * shown
 
     return argparse.ArgumentParser(description=description, formatter_class=Help,

@@ -201,9 +201,9 @@ def load_images(args, process):
     """(training images, test images) on the device."""
     root = Path(args.data)
     if args.data == "toy":
-        train, test = toy_images(args.train_size or 2000, seed=1), toy_images(args.test_size or 1000, seed=2)
+        train_set, eval_set = toy_images(args.train_size or 2000, 1), toy_images(args.test_size or 1000, 2)
     elif (root / "train").is_dir() or (root / "test").is_dir():
-        train, test = (decoded(folder, process) for folder in image_folders(root, "train", "test"))
+        train_set, eval_set = (decoded(f, process) for f in image_folders(root, "train", "test"))
     else:
         from torchvision.datasets import CIFAR10
         try:
@@ -211,17 +211,18 @@ def load_images(args, process):
         except (OSError, RuntimeError, EOFError) as error:
             die(f"--data {root}: no CIFAR-10 there, and the download failed ({error}); give a folder with "
                 "cifar-10-batches-py, or with train/CLASS/* and test/CLASS/*, or --data toy")
-        train, test = (Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),    # (N, 3, 32, 32)
-                              torch.tensor(s.targets), s.classes) for s in sets)
-    train = balanced(train, args.train_size, "--train-size")
-    test = balanced(test, args.test_size, "--test-size")
-    N, last = len(train.y), len(train.y) % args.batch_size
+        train_set, eval_set = (
+            Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),       # (N, 3, 32, 32)
+                   torch.tensor(s.targets), s.classes) for s in sets)
+    train_set = balanced(train_set, args.train_size, "--train-size")
+    eval_set = balanced(eval_set, args.test_size, "--test-size")
+    N, last = len(train_set.y), len(train_set.y) % args.batch_size
     if not args.eval and (N < args.batch_size or 0 < last < process.world_size):
         die(f"--batch-size {args.batch_size}: there are only {N} training images, and the last batch of an "
             f"epoch must have one for each of {process.world_size} process(es)")
-    if len(test.y) < process.world_size:
-        die(f"--data {root}: {len(test.y)} test images are too few for {process.world_size} processes")
-    return [s._replace(x=s.x.to(process.device), y=s.y.to(process.device)) for s in (train, test)]
+    if len(eval_set.y) < process.world_size:
+        die(f"--data {args.data}: {len(eval_set.y)} evaluation image(s) for {process.world_size} processes")
+    return [s._replace(x=s.x.to(process.device), y=s.y.to(process.device)) for s in (train_set, eval_set)]
 
 
 def memory_format(args):

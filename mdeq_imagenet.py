@@ -217,26 +217,26 @@ def image_folders(root, *splits):
 
 def load_images(args, process):
     """(training images, validation images); with --eval, which needs no train/, twice the latter."""
-    from torchvision.transforms import (CenterCrop, Compose, PILToTensor, RandomHorizontalFlip,
-                                        RandomResizedCrop, Resize)
-    crop = Compose([Resize(args.resize), CenterCrop(args.crop), PILToTensor()])
-    random_crop = Compose([RandomResizedCrop(args.crop, scale=(0.1, 1.0), ratio=(0.8, 1.25)),
-                           RandomHorizontalFlip(), PILToTensor()])
+    from torchvision import transforms as T
+    crop = T.Compose([T.Resize(args.resize), T.CenterCrop(args.crop), T.PILToTensor()])
+    random_crop = T.Compose([T.RandomResizedCrop(args.crop, scale=(0.1, 1.0), ratio=(0.8, 1.25)),
+                             T.RandomHorizontalFlip(), T.PILToTensor()])
     if args.data == "toy":
         classes = [str(c) for c in range(10)]
-        train, val = (Images([(f"{split}/{i % 10}/{i}", i % 10) for i in range(n)], classes, toy_image, crop)
-                      for split, n in (("train", 800), ("val", 200)))
+        train_set, eval_set = (
+            Images([(f"{split}/{i % 10}/{i}", i % 10) for i in range(n)], classes, toy_image, crop)
+            for split, n in (("train", 800), ("val", 200)))
     else:
         folders = image_folders(args.data, *(("val",) if args.eval else ("train", "val")))
-        train, val = (Images(f.samples, f.classes, f.loader, crop) for f in (folders[0], folders[-1]))
+        train_set, eval_set = (
+            Images(f.samples, f.classes, f.loader, crop) for f in (folders[0], folders[-1]))
     if args.augment == "yes":
-        train.transform = random_crop
-    N = len(train.y)
-    if not args.eval and N < args.batch_size:
-        die(f"--batch-size {args.batch_size}: there are only {N} training images")
-    if len(val.y) < process.world_size:
-        die(f"--data {args.data}: {len(val.y)} val images are too few for {process.world_size} processes")
-    return train, val
+        train_set.transform = random_crop
+    if not args.eval and len(train_set.y) < args.batch_size:
+        die(f"--batch-size {args.batch_size}: there are only {len(train_set.y)} training images")
+    if len(eval_set.y) < process.world_size:
+        die(f"--data {args.data}: {len(eval_set.y)} evaluation image(s) for {process.world_size} processes")
+    return train_set, eval_set
 
 
 def memory_format(args):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -163,7 +164,8 @@ def test_a_checkpoint_of_another_script_or_version_is_named(tmp_path, capfd):
     older = {name: value for name, value in saved.items() if name != "tol"}
     for args, named in (
             ({**saved, "crop": 224}, "is of another script, or of another version of this one: there is no "
-             "--crop here"), (older, "is of another version of this script, which had no --tol")):
+             "--crop here"), (older, "is of another script, or of another version of this one, which "
+             "had no --tol")):
         torch.save({"model": {}, "args": args}, file)
         for mode in (["--eval"], []):
             assert ends(capfd, lambda: options(*mode, "--resume", file)) == f"--resume {file} {named}"
@@ -654,7 +656,7 @@ def test_the_start_of_a_run_is_noted_and_printed(tmp_path, capfd):
         run.start("7 parameters", parameters=7)
         command, about, words = capfd.readouterr().out.splitlines()
         assert "x 1, torch" in about and f"writing to {tmp_path}" in about
-        assert words == tail and "pytest" in command
+        assert words == tail and command == shlex.join(sys.argv)
         save(run, 5)
     first, second = records(tmp_path)
     assert (first["event"], first["step"], second["step"]) == ("start", 0, 5)
