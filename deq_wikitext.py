@@ -57,8 +57,10 @@ import itertools
 import math
 import os
 import random
+import re
 import shlex
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +93,7 @@ PRESETS = {
                 warmup_steps=16000, batch_size=56, segment=150, mem_len=150, lr=2.5e-4, eval_every=5000,
                 log_every=200),
     "deq-lm": dict(norm="pre", d_inner=14800, k=12, lam=1.0, max_iter=0, pretrain_steps=0, steps=150000,
-                   warmup_steps=8000),
+                   warmup_steps=8000, checkpoint_blocks=True),
     "toy": dict(d_model=64, n_head=4, d_inner=256, cutoffs=[200, 800], dropout=0.0, max_iter=12,
                 backward_max_iter=12, pretrain_steps=0, steps=1000, warmup_steps=50, batch_size=20, segment=30,
                 mem_len=30, lr=2e-3, eval_every=250, log_every=50)}
@@ -202,6 +204,18 @@ def parse_args(argv=None):
     modes = add_run_flags(p, "wikitext-GRAD", save_every=15.0, log_every=200)
     modes.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
     args = parse_flags(p, argv, presets, FROM_CHECKPOINT)
+    complete(args, p, argv)
+    return args
+
+
+def complete(args, p, argv):
+    """Settles what --eval has been given against a checkpoint's, and refuses what cannot work together."""
+    # If --eval is given a --solver, it is that of evaluation, whatever --eval-solver the checkpoint brings.
+    names = [(name, f"eval_{name}") for name in ("solver", "max_iter", "mem_len")]
+    given = p.parse_args(argv, Namespace(**dict.fromkeys(itertools.chain(*names))))         # without defaults
+    for name, in_evaluation in names:
+        if getattr(given, name) is not None:
+            setattr(args, in_evaluation, getattr(given, in_evaluation))
     n, longest = len(args.cutoffs), max(args.mem_len, *eval_memories(args)) + args.segment
     d_embed = args.d_embed or args.d_model
     if args.d_model % args.n_head or args.d_model % 2:
@@ -216,7 +230,7 @@ def parse_args(argv=None):
                 "no effect; shorten the memory, or say how many it sees with --local-size")
     if args.lam == "auto" and args.grad not in ("upg", "npg"):
         p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
-    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.lam == "auto"):
+    if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.jr_increment or args.lam == "auto"):
         p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
     if args.jitter and args.jitter >= args.max_iter:
         p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
@@ -226,7 +240,6 @@ def parse_args(argv=None):
         p.error(f"--temperature {args.temperature}: must be 0 or at least 0.01")
     if args.init and (args.eval or args.benchmark or args.generate is not None):
         p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
-    return args
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -705,67 +718,43 @@ class DEQTransformer(nn.Module):
 
 # --- official checkpoints -----------------------------------------------------------------------------------
 
-def grouped_by_head(rows, n_head, back=False):
-    """Rows of W_qkv or the injection from thirds (queries, keys, values; heads within each) to heads; back: reversed.
-
-    Row s D + h d + a of locuslab/deq is row 3 d h + s d + a of torchdeq's deq-lm.
-    """
-    d = len(rows) // (3 * n_head)
-    shape = (n_head, 3, d) if back else (3, n_head, d)
-    return rows.unflatten(0, shape).transpose(0, 1).flatten(0, 2)
-
-
-def official_names(model, lm):
-    """{our key: key in locuslab/deq, or with `lm` in torchdeq's deq-lm}."""
-    g, v = "parametrizations.weight.original0", "parametrizations.weight.original1"
-    inject = "injection" if lm else "inject_conv"
-    names = {"injection.weight": f"{inject}.weight", "injection.bias": f"{inject}.bias",
-             "cluster_weight": "crit.cluster_weight", "cluster_bias": "crit.cluster_bias",
-             "head_projection": "crit.out_projs.0.weight"}
-    for i in range(len(model.tables)):
-        names |= {f"tables.{i}": f"word_emb.emb_layers.{i}.weight", f"biases.{i}": f"crit.out_layers.{i}.bias",
-                  f"projections.{i}": f"word_emb.emb_projs.{i}.weight"}
-    for b in range(len(model.blocks)):
-        attn, ff = (f"func.{part}.{b}." if lm else f"func.{part}." for part in ("dec_attn", "pos_ff"))
-        names |= {f"blocks.{b}.{key}": attn + key for key in ("r_w_bias", "r_r_bias")}
-        for ours, theirs in (("qkv", attn + "qkv_net"), ("r", attn + "r_net"), ("o", attn + "o_net"),
-                             ("ff1", ff + "ff1_net"), ("ff2", ff + "ff2_net")):
-            names |= {f"blocks.{b}.{ours}.{g}": f"{theirs}.weight_g", f"blocks.{b}.{ours}.{v}": f"{theirs}.weight_v",
-                      f"blocks.{b}.{ours}.bias": f"{theirs}.bias"}
-        for ours, theirs in (("ln1", attn + "ln1"), ("ln_out", attn + "ln2"), ("ln2", ff + "ln")):
-            names |= {f"blocks.{b}.{ours}.{key}": f"{theirs}.{key}" for key in ("weight", "bias")}
-    return {ours: theirs for ours, theirs in names.items() if ours in model.state_dict()}
-
-
 def load_official(model, state_dict):
     """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
 
-    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict: RuntimeError names
-    keys that are unknown, missing or of another shape; ValueError those that are not tied as they must be.
+    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict:
+    RuntimeError names keys that are unknown, missing or of another shape; ValueError those that are not tied
+    as they must be.
     """
-    state_dict = state_dict.get("state_dict", state_dict) if isinstance(state_dict, dict) else None
-    if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
+    renames = [(r"^module\.", ""), (r"^inject_conv\.", "injection."), (r"^crit\.(cluster_\w+)$", r"\1"),
+               (r"^(?:word_emb\.emb|crit\.out)_layers\.(\d+)\.weight$", r"tables.\1"),
+               (r"^crit\.out_layers\.(\d+)\.bias$", r"biases.\1"),
+               (r"^crit\.out_projs\.0\.weight$", "head_projection"),
+               (r"^(?:word_emb\.emb|crit\.out)_projs\.(\d+)\.weight$", r"projections.\1"),
+               (r"^func\.(dec_attn|pos_ff)\.(?!\d)", r"func.\1.0."),       # a single block has no number
+               (r"^func\.dec_attn\.(\d+)\.ln2\.", r"blocks.\1.ln_out."),
+               (r"^func\.pos_ff\.(\d+)\.ln\.", r"blocks.\1.ln2."),
+               (r"^func\.(?:dec_attn|pos_ff)\.(\d+)\.", r"blocks.\1."), (r"_net\.", ".")]
+    state_dict, found = state_dict.get("state_dict", state_dict), {}
+    if not all(map(torch.is_tensor, state_dict.values())):
         raise ValueError("it is no state dict: a dict of tensors")
-    found = {}
-    for key, value in state_dict.items():
-        key = key.removeprefix("module.")
+    lm = any(re.match(r"(module\.)?(injection|func\.dec_attn\.0)\.", key) for key in state_dict)
+    for theirs, value in state_dict.items():
+        key = theirs
+        for pattern, replacement in renames:
+            key = re.sub(pattern, replacement, key)
         if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # a copy of F; a constant
             continue
-        found[key] = value.flatten(1) if value.dim() == 3 else value                # kernel-1 convolutions
-    lm = any(key.startswith(("injection.", "func.dec_attn.0.")) for key in found)
-    names = official_names(model, lm)
-    for key in [k for k in names.values() if k.endswith(".weight_v") and k[:-2] in found]:
-        found[key] = found.pop(key[:-2])                        # without weight norm: v = W, g = ||W||
-        found[key[:-1] + "g"] = torch.linalg.vector_norm(found[key], dim=1, keepdim=True)
-    for i, tied in itertools.product(range(len(model.tables)), ("layers", "projs")):
-        copy, original = f"crit.out_{tied}.{i}.weight", f"word_emb.emb_{tied}.{i}.weight"
-        value = None if copy in names.values() else found.pop(copy, None)
-        if value is not None and original in found and not torch.equal(value, found[original]):
-            raise ValueError(f"{copy} differs from {original}, which is the same parameter here")
-    for key in [k for k in names.values() if lm and ("qkv_net" in k or k.startswith("injection."))]:
-        found[key] = grouped_by_head(found[key], model.blocks[0].n_head, back=True)
-    ours = {theirs: ours for ours, theirs in names.items()}
-    model.load_state_dict({ours.get(key, key): value for key, value in found.items()})
+        value = value.flatten(1) if value.dim() == 3 else value                     # kernel-1 convolutions
+        if lm and re.match(r"(blocks\.\d+\.qkv|injection)\.", key):
+            # There rows are grouped by head, here by q, k and v: row 3 d h + s d + a becomes s D + h d + a.
+            value = value.unflatten(0, (model.blocks[0].n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+        if key in found and not torch.equal(found[key], value):
+            raise ValueError(f"{theirs} differs from the other of its two names, one parameter here, {key}")
+        found[key] = value
+    for key in [k for k in found if re.fullmatch(r"blocks\.\d+\.(qkv|r|o|ff1|ff2)\.weight", k)]:
+        found[key + "_v"] = v = found.pop(key)                  # without weight norm: v = W, g = ||W||
+        found[key + "_g"] = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    model.load_state_dict(found)                # (g, v) are put in their place by weight_norm's own hook
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -839,30 +828,50 @@ def measured_damping(args, process, model, streams, memories, step):
     return adaptive_damping(rho)
 
 
+def gathered(memories, process):
+    """The memory of all streams for a checkpoint, [h, u] on the CPU; None at the beginning of an epoch."""
+    if memories[0] is None:
+        return None
+    return [torch.cat(process.gather(torch.cat(parts).cpu())) for parts in zip(*memories)]
+
+
+def scattered(memory, process, n):
+    """What `gathered` has returned, for each of this process's n micro-batches; both numbers may have changed."""
+    if memory is None:
+        return [None] * n
+    own = [x.tensor_split(process.world_size)[process.rank].to(process.device).tensor_split(n) for x in memory]
+    return [Memory(*pair) for pair in zip(*own)]
+
+
+def about(args, model, text, segments):
+    """What to know at the start: sizes, and what a short run should have changed."""
+    line = (f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(text.train)} training tokens of "
+            f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of {segments}")
+    if args.warmup_steps >= args.steps:
+        line += f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
+    if args.pretrain_steps >= args.steps:
+        line += "; all of them are pretraining, without a solver: lower --pretrain-steps"
+    return line
+
+
 def train(args, process, model, text):
     """Trains, evaluates every --eval-every steps, and reads the test text with the best weights."""
-    device, world = process.device, process.world_size
-    B, T, n = args.batch_size, args.segment, args.accumulate
-    if len(text.train) < 2 * B:
-        process.die(f"--batch-size {B}: the training text has only {len(text.train)} tokens")
-    tokens = streams(text.train, B)                                                          # (B, length)
+    device, world, T, n = process.device, process.world_size, args.segment, args.accumulate
+    tokens = streams(text.train, args.batch_size)                                                          # (B, length)
     segments = math.ceil((tokens.shape[1] - 1) / T)                                          # per epoch; last: short
     own = tokens.tensor_split(world)[process.rank].tensor_split(n)                           # n micro-batches
     run = Run(args, process, f"wikitext-{args.grad}", MAY_DIFFER, types=checksum(text.vocabulary),
               train_text=fingerprint(text.train))
-    best_path = run.folder / "best.pt"
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, args))
-    first, evaluated, memories, lam = 0, 0, [None] * n, 1.0 if args.lam == "auto" else args.lam
+    step, evaluated, memories, lam = 0, 0, [None] * n, 1.0 if args.lam == "auto" else args.lam
     score = {"best": math.inf, "best_step": 0, "measured_on": fingerprint(text.valid)}
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         scheduler.load_state_dict(run.state["scheduler"])
-        first, evaluated, lam = (run.state[name] for name in ("step", "evaluated", "lam"))
-        if run.state["memory"] is not None:
-            parts = [part.tensor_split(world)[process.rank].to(device).tensor_split(n) for part in run.state["memory"]]
-            memories = [Memory(*pair) for pair in zip(*parts)]
+        step, evaluated, lam = (run.state[name] for name in ("step", "evaluated", "lam"))
+        memories = scattered(run.state["memory"], process, n)
         if run.state["score"]["measured_on"] == score["measured_on"]:
             score = run.state["score"]
         elif process.rank == 0:
@@ -871,21 +880,14 @@ def train(args, process, model, text):
         load_init(args, process, model, run)
     # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    parameters = sum(p.numel() for p in model.parameters())
-    note = f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
-    run.start(f"{parameters:,} parameters; {len(text.train)} training tokens of {len(text.vocabulary)} types; "
-              f"{args.steps} steps, {args.steps / segments:.1f} epochs of {segments}"
-              + note * (args.warmup_steps >= args.steps), parameters=parameters)
+    run.start(about(args, model, text, segments), parameters=sum(p.numel() for p in model.parameters()))
     meter = Meter(process)
 
     def save(step):
-        memory = None
-        if memories[0] is not None:                         # of all processes: their number may change
-            memory = [torch.cat(process.gather(torch.cat(parts).cpu())) for parts in zip(*memories)]
+        memory = gathered(memories, process)
         run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory, "lam": lam,
                   "scheduler": scheduler.state_dict(), "step": step, "evaluated": evaluated, "score": score})
 
-    step = first
     for end in [*range(args.eval_every, args.steps, args.eval_every), args.steps]:
         if end <= evaluated:                    # all done before the run was continued
             continue
@@ -903,8 +905,8 @@ def train(args, process, model, text):
             means = collections.defaultdict(float)          # over the micro-batches
             for i in range(n):
                 ids, targets = own[i][:, start:stop_at], own[i][:, start + 1:stop_at + 1]
-                reduce = world == 1 or i == n - 1           # gradients meet once per step
-                with contextlib.nullcontext() if reduce else net.no_sync():
+                # gradients meet once per step
+                with contextlib.nullcontext() if world == 1 or i == n - 1 else net.no_sync():
                     with autocast(args, device):
                         output = net(ids, targets, memories[i], **settings,
                                      on_backward=lambda r: run.note_residuals(backward=r.residual))
@@ -948,26 +950,34 @@ def train(args, process, model, text):
         if record["valid_perplexity"] < score["best"]:
             score["best"], score["best_step"] = record["valid_perplexity"], step
             if process.rank == 0:
-                save_checkpoint(best_path, {"model": model.state_dict(), "args": vars(args), "lam": lam, "step": step,
-                                            "facts": run.facts, "valid_perplexity": score["best"]})
+                save_checkpoint(run.folder / "best.pt", {
+                    "model": model.state_dict(), "args": vars(args), "facts": run.facts, "lam": lam, "step": step,
+                    "valid_perplexity": score["best"]})
         run.report("eval", step=step, **record, best_perplexity=score["best"], best_step=score["best_step"],
                    **run.health(args.tol))
         save(step)
         meter.reset()
 
-    # best.pt is not there if the run was continued in another folder.
-    here, of_step = (best_path, score["best_step"]) if best_path.exists() else (run.checkpoint, step)
-    if of_step != step:
-        model.load_state_dict(load_checkpoint(here, flag="--out")["model"])
-    record = evaluate(model, "test", text.test, args, process, eval_memories(args)[0], of_step)
-    run.report("test", step=step, of_step=of_step, **record)
+    test_the_best(args, process, run, model, text, score)
+
+
+def test_the_best(args, process, run, model, text, score):
+    """The end of a training: perplexity of the test text, by the weights that were best on valid."""
+    # No best.pt if the run was continued in another folder; one of another text if valid has changed since.
+    path, step = run.folder / "best.pt", score["best_step"]
+    if not step or not path.exists():
+        path, step = run.checkpoint, args.steps
+    if step != args.steps:
+        model.load_state_dict(load_checkpoint(path, flag="--out")["model"])
+    record = evaluate(model, "test", text.test, args, process, eval_memories(args)[0], step)
+    run.report("test", step=args.steps, of_step=step, **record)
     if process.rank == 0:
         flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
         print(f"done: test perplexity {record['test_perplexity']:.6g} of {record['test_tokens']} tokens, memory "
-              f"{record['test_mem_len']} (weights of step {of_step}; best on valid: step {score['best_step']}); "
+              f"{record['test_mem_len']} (weights of step {step}; best on valid: step {score['best_step']}); "
               f"{run.seconds / 60:.1f} minutes\n" + (BEST.format(*text.best) + "\n" if text.best else "")
-              + f"weights: {here}; evaluate them with: python deq_wikitext.py --eval --resume {shlex.quote(str(here))}"
-              + flags, flush=True)
+              + f"weights: {path}; evaluate them with: python deq_wikitext.py --eval --resume "
+              f"{shlex.quote(str(path))}{flags}", flush=True)
 
 
 def fingerprint(ids):
@@ -1082,14 +1092,15 @@ def evaluate_checkpoint(args, process, model, text, state):
     """--eval: perplexities at each memory length, and spectral radii."""
     step, main = state["step"] if is_ours(state) else math.inf, process.rank == 0
     if main:
-        print(f"{args.resume}, step {step}: {evaluation_solve(args, step)[1]}; {args.eval_streams} streams, segments "
-              f"of {args.segment}", flush=True)
+        of_step = f", step {step}" if step < math.inf else ""
+        print(f"{args.resume}{of_step}: {evaluation_solve(args, step)[1]}; {args.eval_streams} streams, "
+              f"segments of {args.segment}", flush=True)
     for mem_len, name in itertools.product(eval_memories(args), ("valid", "test")):
         record = evaluate(model, name, getattr(text, name), args, process, mem_len, step)
         if main:
             print(spell(record), flush=True)
     if step > args.pretrain_steps:                      # else it has not seen its equilibrium yet
-        lam = args.lam if args.lam != "auto" else state["lam"]
+        lam = args.lam if args.lam != "auto" else state["lam"] if is_ours(state) else 1.0
         record = radii(model, text.valid, args, process, lam)
         if main:
             print(spell(record))
@@ -1192,6 +1203,8 @@ def main(args):
     for name, ids in (("valid", text.valid), ("test", text.test)):
         if len(ids) < 2 * args.eval_streams:
             process.die(f"--eval-streams {args.eval_streams}: the {name} text has only {len(ids)} tokens")
+    if training and len(text.train) < 2 * args.batch_size:
+        process.die(f"--batch-size {args.batch_size}: the training text has only {len(text.train)} tokens")
     model = build_model(args, text.vocabulary, process)
     if training:
         train(args, process, model, text)

@@ -3,6 +3,7 @@ import json
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def fig4():
 
 
 def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded(fig4):
-    """App. D.4: Broyden's cosine falls at L_h = 0.9999 and its norm passes the exact one's at 0.9; the phantom's never.
+    """App. D.4: Broyden's cosine falls at L_h = 0.9999, its norm passes the exact one's at 0.9; the phantom's never.
 
     Where its norm peaks at 0.9999 rounding decides, and with it the number of threads."""
     line = {at: r for at, r in fig4.items() if at[1] in ("broyden", "phantom")}
@@ -69,7 +70,8 @@ def test_fig4_broydens_climbing_true_residual_is_not_the_gradients(fig4):
     broyden, gmres = (fig4[0.999, grad][-1] for grad in ("broyden", "gmres"))
     assert gmres["objective"] < 0.1 * broyden["objective"] and gmres["cosine"] > 0.99
     first, *later = fig4[0.9999, "broyden"]
-    late = {key: statistics.median(r[key] / first[key] for r in later[-10:]) for key in ("objective", "relative_error")}
+    late = {key: statistics.median(r[key] / first[key] for r in later[-10:])
+            for key in ("objective", "relative_error")}
     assert late["objective"] > 3 and late["relative_error"] < 0.1
 
 
@@ -128,16 +130,15 @@ def test_table_2_npgs_memory_is_flat_and_upgs_linear():
 
 
 def test_the_script_writes_its_rows(tmp_path):
-    run = subprocess.run([sys.executable, "deq_synthetic.py", "--only", "theorem1", "--out", str(tmp_path)], cwd=ROOT,
-                         capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "deq_synthetic.py", "--only", "theorem1", "--out", str(tmp_path)],
+                         cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 1 + 9
     assert "0 exceptions" in run.stdout
 
 
 @pytest.mark.parametrize("flags", [["--pairs", "1"], ["--lip", "1"], ["--only", "fig2"], ["--activation", "gelu"],
-                                   ["--seed", "4294967296"],
-                                   ["--plot", "x", "--only", "fig1"]])
+                                   ["--seed", "4294967296"], ["--plot", "x", "--only", "fig1"]])
 def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
         deq_synthetic.parse_args(flags)
@@ -145,16 +146,23 @@ def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
 
 
 def test_folders_that_cannot_be_used_are_named_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", sys)
-    monkeypatch.setattr(deq_synthetic, "theorem1", lambda _: pytest.fail("the work was done first"))
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))      # need not be installed
+    monkeypatch.setattr(deq_synthetic, "seed_everything", lambda _: pytest.fail("the work was done first"))
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "run").mkdir()
-    for name in ("checkpoint.pt", "metrics.jsonl"):
-        (tmp_path / "run" / name).write_text("of a training run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("of a run")
     for flags, named in ((["--only", "theorem1", "--out", tmp_path / "run"], "run already holds a run"),
                          (["--only", "theorem1", "--out", tmp_path / "file"], "cannot make this folder"),
                          (["--plot", tmp_path / "file" / "x"], "x: cannot make this folder")):
         with pytest.raises(SystemExit) as end:
             deq_synthetic.main(deq_synthetic.parse_args([str(flag) for flag in flags]))
         assert end.value.code == 2 and named in capsys.readouterr().err
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of a training run"
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of a run"
+
+
+def test_without_matplotlib_a_figure_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(deq_synthetic, "seed_everything", lambda _: pytest.fail("the work was done first"))
+    with pytest.raises(SystemExit) as end:
+        deq_synthetic.main(deq_synthetic.parse_args(["--plot", str(tmp_path)]))
+    assert end.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import deq_wikitext
 from common import (Process, anderson, broyden, equilibrium, fixed_point, gmres, implicit, jacobian_regularization,
                     npg, spectral_radius, upg)
-from deq_wikitext import (BlockMasks, DEQTransformer, Masks, Memory, checksum, evaluate, grouped_by_head, load_official,
-                          load_text, official_names, parse_args, streams, toy_text)
+from deq_wikitext import (BlockMasks, DEQTransformer, Masks, checksum, evaluate, load_official,
+                          load_text, parse_args, streams, toy_text)
 
 CPU = Process(0, 1, torch.device("cpu"))
 SMALL = dict(n_token=60, cutoffs=(10, 20, 35), d_model=16, n_head=2, d_inner=24, div_val=2, mem_len=5)
@@ -42,6 +42,38 @@ def build(seed=0, dtype=torch.float64, trained=True, solve=solving(), **more):
             for name, p in model.named_parameters():
                 p += (0.02 if name.endswith("original1") else 0.2) * torch.randn_like(p)
     return model
+
+
+def grouped_by_head(rows, n_head, back=False):
+    """Rows of W_qkv or the injection from thirds (queries, keys, values; heads within each) to heads; back: reversed.
+
+    Row s D + h d + a of locuslab/deq is row 3 d h + s d + a of torchdeq's deq-lm.
+    """
+    d = len(rows) // (3 * n_head)
+    shape = (n_head, 3, d) if back else (3, n_head, d)
+    return rows.unflatten(0, shape).transpose(0, 1).flatten(0, 2)
+
+
+def official_names(model, lm):
+    """{our key: key in locuslab/deq, or with `lm` in torchdeq's deq-lm}."""
+    g, v = "parametrizations.weight.original0", "parametrizations.weight.original1"
+    inject = "injection" if lm else "inject_conv"
+    names = {"injection.weight": f"{inject}.weight", "injection.bias": f"{inject}.bias",
+             "cluster_weight": "crit.cluster_weight", "cluster_bias": "crit.cluster_bias",
+             "head_projection": "crit.out_projs.0.weight"}
+    for i in range(len(model.tables)):
+        names |= {f"tables.{i}": f"word_emb.emb_layers.{i}.weight", f"biases.{i}": f"crit.out_layers.{i}.bias",
+                  f"projections.{i}": f"word_emb.emb_projs.{i}.weight"}
+    for b in range(len(model.blocks)):
+        attn, ff = (f"func.{part}.{b}." if lm else f"func.{part}." for part in ("dec_attn", "pos_ff"))
+        names |= {f"blocks.{b}.{key}": attn + key for key in ("r_w_bias", "r_r_bias")}
+        for ours, theirs in (("qkv", attn + "qkv_net"), ("r", attn + "r_net"), ("o", attn + "o_net"),
+                             ("ff1", ff + "ff1_net"), ("ff2", ff + "ff2_net")):
+            names |= {f"blocks.{b}.{ours}.{g}": f"{theirs}.weight_g", f"blocks.{b}.{ours}.{v}": f"{theirs}.weight_v",
+                      f"blocks.{b}.{ours}.bias": f"{theirs}.bias"}
+        for ours, theirs in (("ln1", attn + "ln1"), ("ln_out", attn + "ln2"), ("ln2", ff + "ln")):
+            names |= {f"blocks.{b}.{ours}.{key}": f"{theirs}.{key}" for key in ("weight", "bias")}
+    return {ours: theirs for ours, theirs in names.items() if ours in model.state_dict()}
 
 
 def official_state_dict(model, lm=False):
