@@ -1,4 +1,4 @@
-"""assets/figures.py reads what runs have written; assets/fig3.sh loops over Fig. 3's runs, here with a stand-in."""
+"""assets/figures.py on what runs have written; the loop of assets/fig3.sh, with a stand-in for the training."""
 import json
 import os
 import signal
@@ -25,8 +25,8 @@ def start(**args):
 
 
 def epoch(number, accuracy):
-    return {"event": "epoch", "step": 10 * number, "epoch": number, "test_accuracy": accuracy, "test_loss": 1.0,
-            **{f"{name}_residual_p{p}": p / 1000 for name in ("train", "test") for p in (10, 50, 90)}}
+    return {"event": "epoch", "step": 10 * number, "epoch": number, "test_accuracy": accuracy,
+            "test_loss": 1.0, **{f"{name}_residual_p{p}": p / 1000 for name in ("train", "test") for p in (10, 50, 90)}}
 
 
 def refused(capsys, *argv):
@@ -70,7 +70,6 @@ def test_runs_of_fig_3_with_different_flags_are_named(tmp_path, capsys, monkeypa
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, capsys):
     run = write(tmp_path / "run", start())
     assert "run: nothing to draw" in refused(capsys, "curves", run, tmp_path / "x.png")
-    assert "metrics.jsonl: " not in refused(capsys, "curves", tmp_path / "none", tmp_path / "x.png")
     assert "none: No such file" in refused(capsys, "curves", tmp_path / "none", tmp_path / "x.png")
     assert "must end in .png" in refused(capsys, "curves", run, run)               # the picture was forgotten
     assert "no run of Fig. 3" in refused(capsys, "fig3", tmp_path, tmp_path / "x.png")
@@ -83,15 +82,17 @@ def test_curves_of_every_kind_of_run_are_drawn(tmp_path, monkeypatch):
                   {"event": "cosine", "step": 5, "cosine_upg": 0.9, "cosine_npg": 0.8, "cosine_gmres": 1.0})
     text = write(tmp_path / "text", start(), {"event": "train", "step": 5, "loss": 2.0},
                  {"event": "eval", "step": 5, "valid_nll": 2.0, "valid_perplexity": 7.0})
-    graphs = write(tmp_path / "graphs", start(), *({"event": "epoch", "step": step, "fold": fold, "loss": 1.0,
-                                                    "test": 70.0 + fold} for fold in (0, 1) for step in (1, 2)))
+    folds = [{"event": "epoch", "step": step, "fold": fold, "loss": 1.0, "test": 70.0 + fold}
+             for fold in (0, 1) for step in (1, 2)]
+    graphs = write(tmp_path / "graphs", start(), *folds)
     drawn, plt = {}, figures.prepare(tmp_path / "x.png")
     monkeypatch.setattr(figures, "save", lambda fig, picture: drawn.update({picture: fig}))
     figures.main(["curves", cifar, text, graphs, str(tmp_path / "all.png")])
     (fig,) = drawn.values()
     panels = {ax.get_title(): ax for ax in fig.axes}
     assert [title.split(" (")[0] for title in panels] == [
-        "loss", "score", "perplexity", "training residual", "evaluation residual", "cosine to the exact gradient"]
+        "loss", "score", "perplexity", "training residual", "evaluation residual",
+        "cosine to the exact gradient"]
     lines = [line for line in panels["score (%)"].lines if len(line.get_xdata())]
     assert sorted(tuple(line.get_ydata()) for line in lines if len(line.get_xdata()) == 2)[-2:] == [
         (70.0, 70.0), (71.0, 71.0)]                                                 # a line per fold
@@ -104,7 +105,7 @@ def test_curves_of_every_kind_of_run_are_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "new" / "one.png").stat().st_size > 10000
 
 
-# --- the loop of fig3.sh, with a script that stands for python mdeq_cifar.py ---------------------------------
+# --- the loop of fig3.sh, with a script that stands for python mdeq_cifar.py --------------------------------
 
 STAND_IN = """#!/bin/bash
 shift                                                   # mdeq_cifar.py
@@ -113,7 +114,8 @@ while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 mkdir -p $out
 case $out in
     *upg-0.3-3) echo '{{"event": "broken"}}' >> $out/metrics.jsonl; exit 1 ;;
-    *upg-0.3-9) [ -e {slow} ] || exit 0; trap 'echo saved; exit 0' TERM; touch {slow}.now; sleep 20 & wait ;;
+    *upg-0.3-9) [ -e {slow} ] || exit 0; trap 'kill $!; echo saved; exit 0' TERM
+                sleep 30 & touch {slow}.now; wait ;;
     *upg-0.5-1) [ ! -e {bad} ] || exit 2 ;;
 esac
 """
@@ -127,8 +129,8 @@ def loop(tmp_path):
 
     def begin(*flags):
         (tmp_path / "log").write_text("")
-        return subprocess.Popen([ROOT / "assets" / "fig3.sh", tmp_path / "out", *flags], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        return subprocess.Popen([ROOT / "assets" / "fig3.sh", tmp_path / "out", *flags], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                 env={**os.environ, "PYTHON": str(tmp_path / "python")})
 
     return begin
@@ -142,7 +144,7 @@ def test_the_loop_trains_all_30_and_goes_on_after_one_that_diverges(loop, tmp_pa
     assert lines[0] == f"--epochs 2 --grad upg --lam 0.3 --k 1 --out {tmp_path}/out/upg-0.3-1 --resume auto"
     made = {f"{grad}-{lam}-{k}" for grad in figures.FIG3["grad"] for lam in figures.FIG3["lam"]
             for k in figures.FIG3["k"]}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == made             # those that figures.py reads
+    assert {path.name for path in (tmp_path / "out").iterdir()} == made          # those that figures.py reads
     assert loop().communicate(timeout=60)[0].count("has diverged before") == 1      # and is not tried again
     assert len((tmp_path / "log").read_text().splitlines()) == 29
 
@@ -155,7 +157,8 @@ def test_a_signal_lets_the_run_save_and_ends_the_loop(number, loop, tmp_path):
         time.sleep(0.02)
     os.kill(run.pid, number)
     out = run.communicate(timeout=15)[0]
-    assert run.returncode == 0 and "saved\nstopped" in out and len((tmp_path / "log").read_text().splitlines()) == 4
+    assert run.returncode == 0 and "saved\nstopped" in out
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
 
 
 def test_wrong_flags_end_the_loop(loop, tmp_path):

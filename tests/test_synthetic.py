@@ -23,7 +23,7 @@ def rows(part, *flags, **sizes):
 
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 def test_fig1_the_cosine_grows_with_k_and_falls_with_damping(activation):
-    """Sec. 3; and the two exact gradients agree above 0.9999.  Standard error of a mean of 4 pairs: a few 1e-3."""
+    """Sec. 3; and the two exact gradients agree above 0.9999.  Standard error of a mean: a few 1e-3."""
     exact, *grid = rows("fig1", "--pairs", "4", "--activation", activation)
     assert exact["cosine_min"] > 0.9999 and exact["residual_max"] < 1e-5
     mean = {(r["grad"], r["lam"], r["k"]): r["mean"] for r in grid}
@@ -32,7 +32,7 @@ def test_fig1_the_cosine_grows_with_k_and_falls_with_damping(activation):
         for lam in (0.1, 0.5, 1.0):
             assert all(mean[grad, lam, k + 1] > mean[grad, lam, k] - 1e-6 for k in range(1, 20))
         assert mean[grad, 0.1, 5] < mean[grad, 0.5, 5] < mean[grad, 1.0, 5]
-    assert max(abs(mean["upg", lam, k] - mean["npg", lam, k]) for _, lam, k in mean) < 1e-4       # h* is accurate
+    assert max(abs(mean["upg", lam, k] - mean["npg", lam, k]) for _, lam, k in mean) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def fig4():
 
 
 def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded(fig4):
-    """App. D.4: Broyden's cosine falls at L_h = 0.9999, its norm passes the exact one's at 0.9; the phantom's never.
+    """App. D.4: Broyden's cosine falls at L_h = 0.9999, its norm passes the exact one's at 0.9.
 
-    Where its norm peaks at 0.9999 rounding decides, and with it the number of threads."""
+    The phantom's never do.  Where its norm peaks at 0.9999 rounding decides, and with it the number of threads."""
     line = {at: r for at, r in fig4.items() if at[1] in ("broyden", "phantom")}
     assert all(len(line[0.9999, grad]) == 30 for grad in ("broyden", "phantom"))
     fall = {at: max(a["cosine"] - b["cosine"] for a, b in zip(r, r[1:])) for at, r in line.items()}
@@ -58,12 +58,12 @@ def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded(fig4):
 def test_fig4_broydens_climbing_true_residual_is_not_the_gradients(fig4):
     """GMRES on the same systems: its true residual never rises, its norm and its cosine do not overshoot.
 
-    Broyden's climbs at L_h = 0.9999 while the paper's relative error falls: medians of the last ten iterations, since
-    rounding decides its path."""
+    Broyden's climbs at L_h = 0.9999 while the paper's relative error falls: medians of the last ten
+    iterations, since rounding decides its path."""
     for lip in (0.9, 0.99, 0.999, 0.9999):
         gmres = fig4[lip, "gmres"]
         assert len(gmres) == 30
-        assert gmres[1]["cosine"] == pytest.approx(gmres[0]["cosine"], abs=1e-6)        # one product: a multiple of g
+        assert gmres[1]["cosine"] == pytest.approx(gmres[0]["cosine"], abs=1e-6)    # a multiple of g
         for a, b in zip(gmres, gmres[1:]):
             assert b["objective"] <= a["objective"] + 1e-6 * gmres[0]["objective"]
             assert b["cosine"] >= a["cosine"] - 1e-4 and b["l1"] < 1 + 1e-3
@@ -99,7 +99,8 @@ def test_theorem_1s_left_side_is_that_of_b_to_the_k():
     eye = torch.eye(len(j), dtype=j.dtype)
     a = deq_synthetic.gradient_matrix(deq_synthetic.npg(f, h, 4, 0.6), w)
     b = 0.6 * j + 0.4 * eye
-    torch.testing.assert_close(a @ (eye - j) - df, -df @ torch.linalg.matrix_power(b, 4), rtol=1e-9, atol=1e-11)
+    remainder = -df @ torch.linalg.matrix_power(b, 4)
+    torch.testing.assert_close(a @ (eye - j) - df, remainder, rtol=1e-9, atol=1e-11)
 
 
 def test_theorem_2_the_rate_is_the_spectral_radius():
@@ -137,8 +138,9 @@ def test_the_script_writes_its_rows(tmp_path):
     assert "0 exceptions" in run.stdout
 
 
-@pytest.mark.parametrize("flags", [["--pairs", "1"], ["--lip", "1"], ["--only", "fig2"], ["--activation", "gelu"],
-                                   ["--seed", "4294967296"], ["--plot", "x", "--only", "fig1"]])
+@pytest.mark.parametrize("flags", [["--pairs", "1"], ["--lip", "1"], ["--only", "fig2"],
+                                   ["--activation", "gelu"], ["--seed", "4294967296"],
+                                   ["--plot", "x", "--only", "fig1"]])
 def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
         deq_synthetic.parse_args(flags)
@@ -146,7 +148,7 @@ def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
 
 
 def test_folders_that_cannot_be_used_are_named_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))      # need not be installed
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))      # it may be absent
     monkeypatch.setattr(deq_synthetic, "seed_everything", lambda _: pytest.fail("the work was done first"))
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "run").mkdir()
