@@ -1,4 +1,4 @@
-"""assets/figures.py on what runs have written; the loop of assets/fig3.sh, with a stand-in for the training."""
+"""assets/figures.py on what runs have written; the loop of assets/fig3.sh, with a stand-in for training."""
 import json
 import os
 import signal
@@ -26,7 +26,8 @@ def start(**args):
 
 def epoch(number, accuracy):
     return {"event": "epoch", "step": 10 * number, "epoch": number, "test_accuracy": accuracy,
-            "test_loss": 1.0, **{f"{name}_residual_p{p}": p / 1000 for name in ("train", "test") for p in (10, 50, 90)}}
+            "test_loss": 1.0,
+            **{f"{name}_residual_p{p}": p / 1000 for name in ("train", "test") for p in (10, 50, 90)}}
 
 
 def refused(capsys, *argv):

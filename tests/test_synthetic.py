@@ -46,7 +46,7 @@ def fig4():
 def test_fig4_broyden_oscillates_and_the_phantom_gradient_stays_bounded(fig4):
     """App. D.4: Broyden's cosine falls at L_h = 0.9999, its norm passes the exact one's at 0.9.
 
-    The phantom's never do.  Where its norm peaks at 0.9999 rounding decides, and with it the number of threads."""
+    The phantom's never do.  Rounding, and so the number of threads, decides where it peaks at 0.9999."""
     line = {at: r for at, r in fig4.items() if at[1] in ("broyden", "phantom")}
     assert all(len(line[0.9999, grad]) == 30 for grad in ("broyden", "phantom"))
     fall = {at: max(a["cosine"] - b["cosine"] for a, b in zip(r, r[1:])) for at, r in line.items()}
