@@ -1935,8 +1935,8 @@ class Run:
     def stopped(self, step: int):
         """Says, when `due` has asked to stop and all is saved, how to continue."""
         if self.process.rank == 0:
-            print(f"{self.stopped_by()}: saved after step {step} to {self.checkpoint}; continue with the same command, "
-                  f"--out {self.folder} and --resume auto", flush=True)
+            print(f"{self.stopped_by()}: saved after step {step} to {self.checkpoint}; continue with the same "
+                  f"command, --out {self.folder} and --resume auto", flush=True)
 
     def note_residuals(self, **residuals: Tensor):
         """Keeps the residuals (N,) of a step's solves for `health`, also in checkpoints; no host sync."""
