@@ -1,54 +1,59 @@
-"""Implicit graph neural networks with phantom gradients: "On Training Implicit Models" (NeurIPS 2021), Table 4.
+"""Implicit graph networks with phantom gradients: "On Training Implicit Models" (NeurIPS 2021), Table 4.
 
-    python ignn_graphs.py --dataset chains                      # generated, no download; implicit beside 4 hops
-    python ignn_graphs.py --dataset COX2                        # UPG A_{5,0.5}, 10 stratified folds, 200 epochs
-    python ignn_graphs.py --dataset PROTEINS --table4           # four methods, same folds and weights; prints the table
-    torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4          # the folds divided over two processes
-    python ignn_graphs.py --dataset PPI --ppi-model literal --epochs 1000       # Table 4's PPI rows: the paper's model
-    python ignn_graphs.py --dataset PPI-synthetic --ppi-model robust            # generated look-alike of PPI
-    python ignn_graphs.py --dataset COX2 --benchmark            # step time and memory of the three gradients
+    python ignn_graphs.py --dataset chains                  # generated, no download; implicit beside 4 hops
+    python ignn_graphs.py --dataset COX2                    # UPG A_{5,0.5}, 10 stratified folds, 200 epochs
+    python ignn_graphs.py --dataset PROTEINS --table4       # four methods, same folds and weights, as a table
+    torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4      # folds divided over two processes
+    python ignn_graphs.py --dataset PPI --ppi-model literal --epochs 1000   # Table 4's PPI: the paper's model
+    python ignn_graphs.py --dataset PPI-synthetic --ppi-model robust        # generated look-alike of PPI
+    python ignn_graphs.py --dataset COX2 --benchmark        # step time and memory of the three gradients
 
-Data: --data DIR (default data): PyG downloads COX2, PROTEINS and PPI, or finds them unpacked in DIR/NAME/raw/.
+Data: --data DIR (default data): PyG downloads COX2, PROTEINS and PPI, or finds them in DIR/NAME/raw/.
 
-Table 4: --table4 for COX2, PROTEINS and PPI, or one row.  The paper solves backwards by plain iteration, which is the
-default here, too, except for chains and --ppi-model robust and zoo: GMRES.
-    paper COX2 84.1 ± 2.9  PROTEINS 78.6 ± 4.1  PPI 97.6        --grad implicit --backward-solver fixed-point
-               83.9 ± 3.0           78.4 ± 4.2      98.2        --grad upg --lam 0.5
-               83.9 ± 2.7           78.6 ± 4.2      97.4        --grad upg --lam 0.8
-               83.0 ± 2.9           78.8 ± 4.2      96.2        --grad upg --lam 1.0
-The paper's protocol takes the best TEST epoch of each fold.  Beside it stand the best common epoch, the last epoch
-and, with --val, the epoch chosen on held-out training graphs.  What the official release does and changes numbers:
-    --evaluate-2a-too       evaluate with the matrix of 2A + I as well, as the release does after training with A + I
-    --unstratified-folds    the release shuffles the graphs after it has stratified them
-    --ppi-model literal     raw adjacency, W projected with the radius of each step's graph, absolute tolerance 3e-6
+Table 4: --table4 for COX2, PROTEINS and PPI, or one row.  The paper solves backwards by plain iteration, as
+here by default, except for chains and --ppi-model robust and zoo: GMRES.
+    paper COX2 84.1 ± 2.9  PROTEINS 78.6 ± 4.1  PPI 97.6     --grad implicit --backward-solver fixed-point
+               83.9 ± 3.0           78.4 ± 4.2      98.2     --grad upg --lam 0.5
+               83.9 ± 2.7           78.6 ± 4.2      97.4     --grad upg --lam 0.8
+               83.0 ± 2.9           78.8 ± 4.2      96.2     --grad upg --lam 1.0
+The paper's protocol takes the best TEST epoch of each fold.  Beside it stand the best common epoch, the last
+epoch and, with --val, the epoch chosen on held-out training graphs.  What the official release does:
+    --evaluate-2a-too       evaluates with the matrix of 2A + I, after training with A + I
+    --unstratified-folds    shuffles the graphs after it has stratified them
+    --ppi-model literal     raw adjacency, W projected with the radius of a step's graph, tolerance absolute
 
-Layer (IGNN, Gu et al. 2020), rows are nodes: H* = relu(A H* W^T + A V Omega_1^T), ||W||_inf <= kappa / rho(A).
+Layer (IGNN, Gu et al. 2020), rows are nodes:
+    H* = relu(A H* W^T + A V Omega_1^T), ||W||_inf <= kappa / rho(A)
 
-What makes it faster: batches and their sparse matrices (CSR, with the transpose for the backward pass) are built once;
-W is projected once per step, all rows in one sort; A V Omega_1^T is computed before the solve; graphs stop one by one;
-freed memory is kept for the next step; the folds of COX2 and PROTEINS are divided over processes (on a CPU with
-OMP_NUM_THREADS=1: the matrices are too small for threads).  No --amp, --compile or --cuda-graph: batches
-are of any size, and solves stop at a tolerance.
+What makes it faster: batches and their sparse matrices (CSR, with the transpose for the backward pass) are
+built once; W is projected once per step, all rows in one sort; A V Omega_1^T is computed before the solve;
+graphs stop one by one; freed memory is kept for the next step; the processes divide the folds (on a CPU with
+OMP_NUM_THREADS=1: the matrices are too small for threads).  No --amp, --compile or --cuda-graph: batches are
+of any size, and solves stop at a tolerance.
 
-Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU, and step times on one H200; PPI is
-not run.
+Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU, and step times on an H200;
+PPI is not run.
 
-Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds (there:
-shuffled after stratification); residual per graph and relative (there: the largest entry of the batch); W is projected
-at a step, not in each forward pass, so that evaluation changes nothing (with a raw adjacency each pass projects a copy
-to its graphs' radius); the backward solve stops at a residual relative to dL/dH* (there: absolute, and it starts at
-B); no Omega_2 and bias, which are counted there but never used: of COX2's 37,634 parameters 27,010 are.  --ppi-model
-zoo is torchdeq's model with the solver budget of this file (there: 40 iterations, 1e-3).
+Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds
+(there: shuffled after stratification); residual per graph and relative (there: the batch's largest entry); W
+is projected at a step, not in each forward pass, so that evaluation changes nothing (with a raw adjacency a
+pass projects a copy to its graphs' radius); the backward solve stops at a residual relative to dL/dH* (there:
+absolute, and it starts at B); no Omega_2 and bias, which are counted there but never used: of COX2's 37,634
+parameters 27,010 are.  --ppi-model zoo is torchdeq's model with the solver budget of this file (there: 40
+iterations, 1e-3).
 """
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
 import math
 import os
+import re
+import signal
 import statistics
 import time
 import warnings
@@ -60,31 +65,37 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Process, Run, add_run_flags, anderson, benchmark, broyden, die, equilibrium, finite, fixed_point,
-                    gmres, health, init_process, is_ours, launched, load_checkpoint, make_parser, output_folder,
-                    parse_flags, save_checkpoint, seed_everything, upg, within)
+from common import (Process, Run, add_run_flags, anderson, benchmark, broyden, catch_signals, die,
+                    equilibrium, finite, fixed_point, gmres, health, init_process, is_ours, launched,
+                    load_checkpoint, load_weights, lock, make_parser, output_folder, parse_flags,
+                    save_checkpoint, seed_everything, upg, within)
 
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
          "PPI": ("97.6", "98.2", "97.4", "96.2")}
 METHODS = (("implicit", None), ("upg", 0.5), ("upg", 0.8), ("upg", 1.0))        # Table 4's rows
-# The defaults of options, by --dataset and, for PPI and its look-alike, by --ppi-model: that row wins.
-GRAPHS = dict(hidden=64, kappa=0.9, epochs=200, batch_size=128, lr=0.001, clip=0.0, tol=1e-5, solver="fixed-point",
-              backward_solver="fixed-point")
-NODES = dict(kappa=0.98, clip=1.0, tol=1e-6, solver="anderson", backward_solver="gmres")
-PRESETS = {"COX2": GRAPHS, "PROTEINS": GRAPHS,
-           "PPI": dict(NODES, hidden=256, epochs=1000, batch_size=1, lr=0.005),
-           "PPI-synthetic": dict(NODES, hidden=32, epochs=100, batch_size=1, lr=0.005),
-           "chains": dict(NODES, hidden=16, epochs=200, batch_size=64, lr=0.01),
+
+# What an option is if it is not given, by --dataset; for PPI and its look-alike --ppi-model wins.
+OF_GRAPHS = dict(hidden=64, kappa=0.9, epochs=200, batch_size=128, lr=0.001, clip=0.0, tol=1e-5,
+                 solver="fixed-point", backward_solver="fixed-point")
+OF_NODES = dict(kappa=0.98, batch_size=1, lr=0.005, clip=1.0, tol=1e-6, solver="anderson",
+                backward_solver="gmres")
+PRESETS = {"COX2": OF_GRAPHS, "PROTEINS": OF_GRAPHS,
+           "PPI": {**OF_NODES, "hidden": 256, "epochs": 1000},
+           "PPI-synthetic": {**OF_NODES, "hidden": 32, "epochs": 100},
+           "chains": {**OF_NODES, "hidden": 16, "epochs": 200, "batch_size": 64, "lr": 0.01},
            "robust": {}, "zoo": dict(clip=0.0),
            "literal": dict(clip=0.0, tol=3e-6, solver="fixed-point", backward_solver="fixed-point")}
-ONLY_FOR = {"folds val unstratified_folds evaluate_2a_too dropout": ("COX2", "PROTEINS"),
-            "clip": ("PPI", "PPI-synthetic", "chains"), "chain_length hops": ("chains",),
-            "ppi_model": ("PPI", "PPI-synthetic"), "graph_scale": ("PPI-synthetic",)}
+# Options that only these data sets have: on others they would have no effect, and are refused.
+ONLY_FOR = {("COX2", "PROTEINS"): "folds val unstratified_folds evaluate_2a_too dropout",
+            ("PPI", "PPI-synthetic"): "ppi_model", ("PPI", "PPI-synthetic", "chains"): "clip",
+            ("PPI-synthetic",): "graph_scale", ("chains",): "chain_length hops"}
+ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
 
 
 def presets(args):
@@ -93,84 +104,91 @@ def presets(args):
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains IGNN on graphs.  Without options: the generated chains, a minute.  Defaults are those of "
-                    "the chains; PRESETS has the others.")
-    count, positive = within(int, "[1, inf)"), within(float, "[0, inf)")
+    p = make_parser("Trains IGNN on graphs; no flags: the generated chains, a minute.  Defaults are those of "
+                    "the chains; others are in PRESETS.")
+    count, nonnegative = within(int, "[1, inf)"), within(float, "[0, inf)")
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=["COX2", "PROTEINS", "PPI", "PPI-synthetic", "chains"], default="chains",
-        help="COX2, PROTEINS: classification of graphs; PPI: of nodes; PPI-synthetic: its generated look-alike; "
-        "chains: a generated task of long range")
+        help="COX2, PROTEINS: classification of graphs; PPI: of nodes; PPI-synthetic: a generated look-alike "
+        "of PPI; chains: a generated task of long range")
     add("--data", default="data", help="folder with NAME/raw/*; PyG downloads what is not there")
-    add("--folds", type=within(int, "[2, inf)"), default=10, help="folds of the cross-validation on COX2 and PROTEINS")
+    add("--folds", type=within(int, "[2, inf)"), default=10, help="folds of the cross-validation")
     add("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
-    add("--unstratified-folds", action="store_true", help="the official folds: graphs are shuffled after stratification")
-    add("--evaluate-2a-too", action="store_true", help="also evaluate with the normalised 2A + I, as the official "
-        "release does, in columns of its own")
+    add("--unstratified-folds", action="store_true",
+        help="the official folds: graphs are shuffled after stratification")
+    add("--evaluate-2a-too", action="store_true",
+        help="evaluate with the normalised 2A + I, too, as the official release does, in columns of its own")
     add("--graph-scale", type=within(float, "(0, inf)"), default=0.1,
         help="nodes of PPI-synthetic's graphs as a fraction of PPI's")
     add("--chain-length", type=within(int, "[2, inf)"), default=20, help="nodes of the longest chain")
 
     add = p.add_argument_group("model").add_argument
-    add("--hidden", type=count, help="width")
-    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A); below 1 the equilibrium exists")
-    add("--dropout", type=within(float, "[0, 1)"), default=0.5, help="before the last layer, on COX2 and PROTEINS")
+    add("--hidden", type=count, help="features of a node in the state")
+    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A), below which H* exists")
+    add("--dropout", type=within(float, "[0, 1)"), default=0.5,
+        help="probability of dropout before the last layer of COX2 and PROTEINS")
     add("--ppi-model", choices=["robust", "literal", "zoo"], default="robust",
-        help="robust: A / rho(A), relative tolerance, clipping; literal: the paper's, raw A; zoo: torchdeq's, raw A, "
-        "spectral norm and Omega_2")
-    add("--hops", type=count, default=2, help="iterations of each of the two layers of the few-hop network of chains, "
-        "which sees twice as far")
+        help="robust: A / rho(A), relative tolerance, clipping; literal: the paper's, raw A; zoo: "
+        "torchdeq's, raw A, spectral norm and Omega_2")
+    add("--hops", type=count, default=2, help="iterations of each of the two layers of the few-hop network "
+        "for chains, which sees twice as far")
 
     add = p.add_argument_group("equilibrium").add_argument
     add("--grad", choices=["implicit", "upg", "npg"], default="upg", help="how the gradient is computed")
     add("--k", type=count, default=5, help="steps of the phantom gradient")
     add("--lam", type=within(float, "(0, 1]"), default=0.5, help="damping of the phantom gradient")
     add("--solver", choices=["fixed-point", "anderson", "broyden"], help="finds the equilibrium")
-    add("--max-iter", type=count, default=300, help="iterations of the solver")
-    add("--tol", type=positive, help="residual at which a graph is solved: relative, or the largest entry with "
-        "--ppi-model literal")
-    add("--backward-solver", choices=list(SOLVERS), help="solver of --grad implicit's backward pass; the paper's is "
-        "fixed-point")
-    add("--backward-max-iter", type=count, default=300, help="its iterations")
-    add("--backward-tol", type=positive, help="residual at which the backward solve of a graph stops, relative to "
-        "dL/dH* (default: ten times --tol, 1e-5 with literal)")
+    add("--max-iter", type=count, default=300, help="steps of the forward solver")
+    add("--tol", type=nonnegative, help="residual at which a graph counts as solved: relative, or with "
+        "--ppi-model literal the largest entry")
+    add("--backward-solver", choices=list(SOLVERS),
+        help="solves for the gradient of --grad implicit; the paper's is fixed-point")
+    add("--backward-max-iter", type=count, default=300, help="steps of that solver")
+    add("--backward-tol", type=nonnegative, help="residual, relative to dL/dH*, at which it stops on a graph "
+        "(default: ten times --tol, 1e-5 with literal)")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, help="passes over the training graphs")
-    add("--batch-size", type=count, help="graphs per step over all processes; on COX2 and PROTEINS, whose folds are "
-        "divided over the processes, per fold")
-    add("--lr", type=within(float, "(0, inf)"), help="Adam's learning rate; COX2 and PROTEINS halve it from epoch 51 on")
-    add("--clip", type=positive, help="largest norm of the gradient, on PPI and chains; 0: any")
-    modes = add_run_flags(p, "ignn-DATASET", seed=42, log_every=None, log_unit="epochs")
+    add("--batch-size", type=count, help="graphs per step over all processes; for COX2 and PROTEINS per fold")
+    add("--lr", type=within(float, "(0, inf)"),
+        help="Adam's learning rate, which COX2 and PROTEINS halve from epoch 51 on")
+    add("--clip", type=nonnegative, help="largest norm of the gradient; 0: no clipping")
+    modes = add_run_flags(p, "ignn-DATASET", seed=42, log_every=None,
+                          log_unit="epochs (default: a tenth of all)")
     modes.add_argument("--table4", action="store_true",
-                       help="train implicit differentiation and UPG with lam 0.5, 0.8, 1.0, and print Table 4")
-    p.set_defaults(stop_mode=None)              # no option: it follows from --ppi-model
-    plain = p.parse_args(argv)
-    given = [name for name, value in vars(plain).items() if value != p.get_default(name)]
-    of_run = {"out", "resume", "eval", "benchmark", "table4", "save_every", "log_every"}
-    args = parse_flags(p, argv, presets, from_checkpoint=" ".join(set(vars(plain)) - of_run))
-    for names, datasets in ONLY_FOR.items():
-        for name in set(names.split()) & set(given):
-            if args.dataset not in datasets and not (name == "graph_scale" and args.dataset == "PPI" and args.benchmark):
-                p.error(f"--{name.replace('_', '-')} is of {' and '.join(datasets)}: it has no effect on {args.dataset}")
-    if args.table4 and (args.dataset == "chains" or {"grad", "lam"} & set(given) or args.resume not in (None, "auto")):
-        p.error("--table4 is of COX2, PROTEINS and PPI, sets --grad and --lam itself, and continues by --out DIR "
-                "--resume auto")
+                       help="train implicit and UPG with lam 0.5, 0.8 and 1.0, and print Table 4")
+    p.set_defaults(stop_mode=None)          # no flag: it follows from --ppi-model
+    plain = vars(p.parse_args(argv))
+    given = {name for name, value in plain.items() if value != p.get_default(name)}
+    of_a_run = {"out", "resume", "save_every", "log_every", "eval", "benchmark", "table4"}
+    args = parse_flags(p, argv, presets, from_checkpoint=" ".join(plain.keys() - of_a_run))
+
+    for datasets, names in ONLY_FOR.items():
+        for name in given & set(names.split()) if args.dataset not in datasets else ():
+            if not (name == "graph_scale" and args.dataset == "PPI" and args.benchmark):
+                p.error(f"--{name.replace('_', '-')} is of {' and '.join(datasets)}: it has no effect on "
+                        f"{args.dataset}")
+    file = args.resume not in (None, "auto")
+    if args.table4 and (args.dataset == "chains" or given & {"grad", "lam"} or file):
+        p.error("--table4 is of COX2, PROTEINS and PPI, sets --grad and --lam itself, and is continued by "
+                "--out DIR --resume auto")
+    if file and not args.eval and args.dataset in ("COX2", "PROTEINS"):
+        p.error("--resume: each fold has a checkpoint of its own; continue all by --out DIR --resume auto")
     if args.eval and (args.dataset == "chains" or launched()):
         p.error("--eval is for one process, and not for chains: their run prints its figures at its end")
     if args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"):
-        p.error("--benchmark needs --dataset COX2, PPI or PPI-synthetic: graphs of those sizes are generated for it")
-    if args.dataset in ("COX2", "PROTEINS") and not args.eval and args.resume not in (None, "auto"):
-        p.error("--resume: every fold has a checkpoint of its own; continue all with --out DIR --resume auto")
-    literal = args.dataset in ("PPI", "PPI-synthetic") and args.ppi_model == "literal"
+        p.error("--benchmark needs --dataset COX2, PPI or PPI-synthetic: it generates graphs of those sizes")
+    literal = args.ppi_model == "literal" and args.dataset in ("PPI", "PPI-synthetic")
     args.stop_mode = "max" if literal else "rel"
-    args.backward_tol = args.backward_tol if args.backward_tol is not None else 1e-5 if literal else 10 * args.tol
+    if args.backward_tol is None:
+        args.backward_tol = 1e-5 if literal else 10 * args.tol
     args.log_every = args.log_every or max(1, args.epochs // 10)
     return args
 
 
 @functools.cache
 def pyg():
-    """torch_geometric, imported when it is first needed: that takes a second."""
+    """torch_geometric, imported when it is first needed: that takes seconds."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
         import torch_geometric.data
@@ -183,7 +201,7 @@ def pyg():
 # --- data: graphs to one block-diagonal batch ---------------------------------------------------------------
 
 class Sparse(NamedTuple):
-    """A sparse matrix and its transpose, both CSR: torch's own backward of a CSR product transposes anew, each time."""
+    """A sparse matrix and its transpose, both CSR: torch's own backward pass would transpose it each time."""
     matrix: torch.Tensor
     transpose: torch.Tensor
 
@@ -203,8 +221,7 @@ class Graphs:
     x: torch.Tensor                 # (n, p)
     y: torch.Tensor                 # (G,) long, labels of graphs; (n,) long or (n, C) float, of nodes
     adjacency: Sparse               # (n, n)
-    pool: Sparse                    # (G, n): the sum over the nodes of each graph
-    offsets: torch.Tensor           # (G + 1,) first row of each graph
+    offsets: torch.Tensor           # (G + 1,) first row of each graph, and n
     longest: int                    # nodes of the largest graph
     slots: torch.Tensor             # (n,) place of each row when graphs are padded to the longest
     rho: float | None               # spectral radius of a raw adjacency; None: it is normalised, 1 at most
@@ -219,7 +236,6 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
     batch = pyg().data.Batch.from_data_list(graphs)
     n, longest = batch.num_nodes, int(batch.ptr.diff().max())
     index, offsets, graph = (t.to(device) for t in (batch.edge_index, batch.ptr, batch.batch))
-    nodes = torch.arange(n, device=device)
 
     def normalised(weight):
         """(D + I)^-1/2 (w A + I) (D + I)^-1/2 with D the degrees of w A."""
@@ -232,21 +248,22 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
     else:
         ones = torch.ones(index.shape[1], dtype=dtype, device=device)
         adjacency = sparse(index, ones, (n, n))
-        radius = spectral_radii(adjacency, offsets, graph)
+        radius = spectral_radii(adjacency, offsets, graph)                          # (G,)
         if kind == "raw":
             rho = radius.max().item() + 1e-5                # of the batch, as in the official release
         else:
             adjacency = sparse(index, ones / radius.to(dtype)[graph[index[0]]], (n, n))
-    pool = sparse(torch.stack([graph, nodes]), torch.ones(n, dtype=dtype, device=device), (len(graphs), n))
-    return Graphs(batch.x.to(device, dtype), batch.y.to(device), adjacency, pool, offsets, longest,
-                  graph * longest + nodes - offsets[graph], rho, normalised(2.0) if with_2a else None)
+    slots = graph * longest + torch.arange(n, device=device) - offsets[graph]
+    return Graphs(batch.x.to(device, dtype), batch.y.to(device), adjacency, offsets, longest, slots, rho,
+                  normalised(2.0) if with_2a else None)
 
 
 def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
-    """An upper bound (G,) of rho(A) of each graph, within tol of it unless max_iter comes first; A >= 0, symmetric.
+    """An upper bound (G,) of rho(A) of each graph, within tol of it unless max_iter comes first.
 
-    Power iteration with A + I, which also converges for a bipartite graph.  For x > 0 the Rayleigh quotient is a lower
-    bound and max_i (A x)_i / x_i an upper one (Collatz-Wielandt), so the projection's radius kappa / rho is safe.
+    A >= 0, symmetric.  Power iteration with A + I, which also converges for a bipartite graph.  For x > 0 the
+    Rayleigh quotient is a lower bound and max_i (A x)_i / x_i an upper one (Collatz-Wielandt), so the
+    projection's radius kappa / rho is safe.
     """
     matrix = A.matrix.double()
     x = torch.ones(matrix.shape[0], 1, dtype=torch.float64, device=graph.device)
@@ -259,54 +276,59 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
                 break
         x = x + y
         largest = torch.segment_reduce(x[:, 0], "max", offsets=offsets, initial=0)
-        x = (x / largest[graph, None]).clamp_min(1e-200)        # stays positive where a component's radius is smaller
+        x = (x / largest[graph, None]).clamp_min(1e-200)       # > 0 also in a component of smaller radius
     return upper
 
 
 # --- data: COX2, PROTEINS, PPI ------------------------------------------------------------------------------
 
 def load(args, process, make):
-    """The data set of PyG, by make().  The first process downloads and converts, the others read what it has left."""
+    """The data set of PyG, by make().  The first process downloads and converts, others read its files."""
     raw = Path(args.data) / args.dataset / "raw"
-    names = ([f"{args.dataset}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
-             if args.dataset != "PPI" else [f"{split}_{part}" for split in ("train", "valid", "test") for part in
-                                            ("graph.json", "feats.npy", "labels.npy", "graph_id.npy")])
+    if args.dataset == "PPI":
+        names = [f"{split}_{part}" for split in ("train", "valid", "test")
+                 for part in ("graph.json", "feats.npy", "labels.npy", "graph_id.npy")]
+    else:
+        names = [f"{args.dataset}_{part}.txt"
+                 for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
 
     def read():         # what is missing, too: another process may be downloading
         missing = [name for name in names if not (raw / name).is_file()]
         there = raw.is_dir() and any(raw.iterdir())         # PyG makes the folder before it downloads
         if there and missing:
-            die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}; "
-                "unpack it anew, or remove the folder to have it downloaded")
+            die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' * (len(missing) > 4)};"
+                " unpack it anew, or remove the folder to have it downloaded")
         try:
             return make()
-        except Exception as error:          # PyG lets through whatever the network, the archive or the numbers raise
+        except Exception as error:          # PyG lets through whatever network, archive or numbers raise
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
-                + (f"its files are damaged: remove {raw.parent / 'processed'}, and unpack {raw} anew if that does "
-                   "not help" if there else f"unpack it to {raw}, or give this machine internet access"))
+                + (f"its files are damaged: remove {raw.parent / 'processed'}, and unpack {raw} anew if that "
+                   "does not help" if there else f"unpack it to {raw}, or give this machine internet access"))
 
     return process.first(read)
 
 
 def check_graphs(args, graphs, nodes):
-    """Ends the run with one line where a graph's edges, features and labels do not fit together."""
+    """Ends the run with one line if a graph's edges, features and labels do not fit together."""
     where = f"--data {args.data}: {args.dataset}"
     if not graphs:
         die(f"{where} holds no graphs")
     for i, graph in enumerate(graphs):
         n = 0 if graph.x is None else len(graph.x)
+        labels, expected = 0 if graph.y is None else len(graph.y), n if nodes else 1
         if n == 0:
             die(f"{where}: graph {i} has no node features")
         if not bool(graph.x.isfinite().all()):
             die(f"{where}: graph {i} has a feature that is not finite")
-        if graph.edge_index.numel() and not 0 <= int(graph.edge_index.min()) <= int(graph.edge_index.max()) < n:
-            die(f"{where}: graph {i} has an edge to a node outside 0..{n - 1}")
+        try:
+            graph.validate()
+        except ValueError as error:
+            die(f"{where}: graph {i} has an edge to a node outside 0..{n - 1} ({error})")
         if nodes and graph.edge_index.numel() == 0:
             die(f"{where}: graph {i} has no edges, so rho(A) = 0 and its projection has no radius; remove it")
-        if graph.y is None or len(graph.y) != (n if nodes else 1):
-            die(f"{where}: graph {i} has {0 if graph.y is None else len(graph.y)} labels for "
-                f"{f'{n} nodes' if nodes else 'one graph'}")
+        if labels != expected:
+            die(f"{where}: graph {i} has {labels} labels for {f'{n} nodes' if nodes else 'one graph'}")
         if nodes and graph.y.dim() == 2 and not bool(((graph.y == 0) | (graph.y == 1)).all()):
             die(f"{where}: graph {i} has a label that is neither 0 nor 1")
     return graphs
@@ -326,16 +348,37 @@ def load_tu(args, process):
 
     labels, graphs = load(args, process, make)
     if labels is None or len(labels) != len(graphs):
-        die(f"--data {args.data}: {args.dataset} has {0 if labels is None else len(labels)} labels for {len(graphs)} "
-            "graphs")
+        die(f"--data {args.data}: {args.dataset} has {0 if labels is None else len(labels)} labels for "
+            f"{len(graphs)} graphs")
     return check_graphs(args, graphs, nodes=False)
+
+
+def load_nodes(args, process):
+    """[train, val, test] of PPI, its look-alike or the chains: lists of graphs."""
+    if args.dataset == "chains":
+        return chains(args.chain_length, args.seed)
+    if args.dataset == "PPI-synthetic":
+        return ppi_lookalike(args.graph_scale, args.seed)
+    root = Path(args.data) / "PPI"
+
+    def make():
+        for part in () if (root / "processed").is_dir() else ("train", "valid", "test"):
+            file = root / "raw" / f"{part}_graph.json"
+            if file.is_file():          # PyG drops an edge to no node without a word
+                graph = json.loads(file.read_text())
+                ends = [link[end] for link in graph["links"] for end in ("source", "target")]
+                if min(ends) < 0 or max(ends) >= len(graph["nodes"]):
+                    raise ValueError(f"an edge to a node outside 0..{len(graph['nodes']) - 1} in {file.name}")
+        return [list(pyg().datasets.PPI(root, split=part)) for part in ("train", "val", "test")]
+
+    return [check_graphs(args, graphs, nodes=True) for graphs in load(args, process, make)]
 
 
 def stratified_folds(labels, folds, seed):
     """(n,) the fold of each graph: scikit-learn's StratifiedKFold(folds, shuffle=True, random_state=seed).
 
-    Of the sorted labels every folds-th goes to the same fold, which fixes how many of each class a fold gets; which
-    ones is drawn class by class, in the order in which the classes first appear.
+    Of the sorted labels every folds-th goes to the same fold, which fixes how many of each class a fold gets;
+    which ones is drawn class by class, in the order in which the classes first appear.
     """
     labels, rng = np.asarray(labels), np.random.RandomState(seed)
     classes = labels[np.sort(np.unique(labels, return_index=True)[1])]
@@ -349,9 +392,9 @@ def stratified_folds(labels, folds, seed):
 
 
 def split(args, labels):
-    """[(train, val, test)] of each fold, lists of graph numbers; the order of train is that of its fixed batches.
+    """[(train, val, test)] of each fold, lists of graph numbers; the order of train is that of its batches.
 
-    --unstratified-folds: the official split, whose indices of the graphs in file order are used on shuffled ones.
+    --unstratified-folds: the official split, whose numbers in file order are used on shuffled graphs.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)).numpy()
     fold_of = stratified_folds(labels, args.folds, args.seed)
@@ -369,17 +412,25 @@ def split(args, labels):
     return splits
 
 
+def checksum(graphs):
+    """Hash of a data set's edges, features and labels: a run is continued on the data that it began with."""
+    digest = hashlib.sha256()
+    for tensor in (t for graph in graphs for t in (graph.edge_index, graph.x, graph.y)):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 # --- data: generated ----------------------------------------------------------------------------------------
 
-PPI_NODES = ((1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312, 2401, 1878, 1819, 3480, 2794, 2326, 2650, 2815,
-              3163, 3021), (3230, 3284), (3224, 2300))         # of the graphs of train, val and test
+PPI_NODES = ((1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312, 2401, 1878, 1819, 3480, 2794, 2326,
+              2650, 2815, 3163, 3021), (3230, 3284), (3224, 2300))     # of the graphs of train, val and test
 
 
 def ppi_lookalike(scale, seed):
-    """[train, val, test], lists of graphs of PPI's sizes times scale: 50 features, 121 labels; heavy-tailed degrees.
+    """[train, val, test], lists of graphs of PPI's sizes times scale: 50 features, 121 labels, a few hubs.
 
-    Edges join nodes with probability proportional to the product of log-normal weights, 13.65 per node.  The labels
-    come from one linear teacher of a node's features and its neighbours' mean, cut at the 70th percentile.
+    Edges join nodes with probability proportional to the product of log-normal weights, 13.65 per node.  A
+    linear teacher labels a node by its features and its neighbours' mean, cut at the 70th percentile.
     """
     rng = torch.Generator().manual_seed(seed)
     own, around = torch.randn(50, 121, generator=rng), torch.randn(50, 121, generator=rng)
@@ -391,9 +442,9 @@ def ppi_lookalike(scale, seed):
             weight = weight.clamp(max=25 * weight.mean().item())
             wanted, edges = round(min(13.65 * n, 0.3 * n * (n - 1) / 2)), torch.empty(0, dtype=torch.long)
             while len(edges) < wanted:
-                ends = torch.multinomial(weight, 2 * wanted, replacement=True, generator=rng).view(2, -1).sort(dim=0)[0]
-                drawn = (ends[0] * n + ends[1])[ends[0] < ends[1]]
-                edges = torch.unique(torch.cat([edges, drawn]))
+                ends = torch.multinomial(weight, 2 * wanted, replacement=True, generator=rng)
+                a, b = ends.view(2, -1).sort(dim=0).values
+                edges = torch.unique(torch.cat([edges, (a * n + b)[a < b]]))
             edges = edges[torch.randperm(len(edges), generator=rng)[:wanted]]
             edge_index = pyg().utils.to_undirected(torch.stack([edges // n, edges % n]), num_nodes=n)
             x = ((torch.rand(n, 50, generator=rng) < 0.08).float() - 0.08) / math.sqrt(0.08 * 0.92)
@@ -408,7 +459,7 @@ def ppi_lookalike(scale, seed):
 
 
 def chains(length, seed):
-    """[train, val, test]: chains of length / 2 to length nodes; the first node shows the class that all nodes have.
+    """[train, val, test]: chains of length / 2 to length nodes; the first node shows the class that all have.
 
     No other node has a feature, so a network that sees t hops far can only guess for the nodes beyond.
     """
@@ -421,20 +472,36 @@ def chains(length, seed):
             x = torch.zeros(n, 2)
             x[0, i % 2] = 1
             path = torch.stack([torch.arange(n - 1), torch.arange(1, n)])
-            graphs.append(pyg().data.Data(x=x, edge_index=pyg().utils.to_undirected(path), y=torch.full((n,), i % 2)))
+            edge_index = pyg().utils.to_undirected(path)
+            graphs.append(pyg().data.Data(x=x, edge_index=edge_index, y=torch.full((n,), i % 2)))
         splits.append(graphs)
     return splits
+
+
+def molecules(count, seed):
+    """Graphs of COX2's size (41 nodes, 43.5 edges) for the benchmark: random trees with three more edges."""
+    rng = torch.Generator().manual_seed(seed)
+    graphs = []
+    for i in range(count):
+        n = int(torch.randint(32, 51, (1,), generator=rng))
+        parent = (torch.arange(1, n) - 1 - (3 * torch.rand(n - 1, generator=rng)).long()).clamp_min(0)
+        more = torch.randint(0, n, (2, 3), generator=rng)
+        edges = torch.cat([torch.stack([torch.arange(1, n), parent]), more[:, more[0] != more[1]]], dim=1)
+        x = F.one_hot(torch.randint(0, 8, (n,), generator=rng), 35).float()
+        edge_index = pyg().utils.to_undirected(edges, num_nodes=n)
+        graphs.append(pyg().data.Data(x=x, edge_index=edge_index, y=torch.tensor([i % 2])))
+    return graphs
 
 
 # --- model --------------------------------------------------------------------------------------------------
 
 def project_rows(W, v):
-    """Each row of W (m, m) to its nearest point, in Euclidean norm, of the L1 ball of radius v > 0; a new tensor.
+    """Each row of W (m, m) to its nearest point, in Euclidean norm, of the L1 ball of radius v > 0; a copy.
 
-    A row inside stays as it is, bit for bit; one from outside ends on the ball to rounding.  Sort and cumulated sums of
-    all rows at once (IGNN's well-posedness condition ||W||_inf <= v, which decouples over rows): every absolute value
-    loses theta = (u_1 + ... + u_r - v) / r, with u the sorted absolute values and r the number of j with
-    u_j > (u_1 + ... + u_j - v) / j.
+    IGNN's well-posedness condition ||W||_inf <= v, which decouples over rows.  A row inside stays as it is,
+    bit for bit; one from outside ends on the ball to rounding: each of its absolute values loses
+    theta = (u_1 + ... + u_r - v) / r, with u the sorted absolute values and r the number of j with
+    u_j > (u_1 + ... + u_j - v) / j.  Sort and cumulated sums of all rows at once.
     """
     if not v > 0:
         raise ValueError(f"v, the radius of the L1 ball, must be positive, got {v}")
@@ -442,8 +509,8 @@ def project_rows(W, v):
     u = size.sort(dim=-1, descending=True).values
     total = u.cumsum(dim=-1)
     j = torch.arange(1, W.shape[-1] + 1, device=W.device, dtype=W.dtype)
-    r = (u * j > total - v).sum(dim=-1, keepdim=True).clamp_min(1)                  # 0 only if the row is not finite
-    theta = (total.gather(-1, r - 1) - v) / r
+    r = (u * j > total - v).sum(dim=-1, keepdim=True).clamp_min(1)           # 0 only if the row is not finite
+    theta = (total.gather(-1, r - 1) - v) / r                                   # (m, 1)
     return torch.where(total[..., -1:] > v, W.sign() * (size - theta).clamp_min(0), W)
 
 
@@ -454,7 +521,7 @@ class _Propagate(torch.autograd.Function):
     def forward(ctx, h, matrix, transpose):
         ctx.matrices = transpose, matrix
         out = h.new_empty(matrix.shape[0], h.shape[1])
-        return torch.addmm(out, matrix, h, beta=0, out=out)     # torch.sparse.mm would fill and copy zeros first
+        return torch.addmm(out, matrix, h, beta=0, out=out)     # torch.sparse.mm fills and copies zeros first
 
     @staticmethod
     def backward(ctx, g):
@@ -467,18 +534,20 @@ def propagate(A, h):
 
 
 def padded(solver, batch):
-    """common.anderson or common.broyden for a batch: its graphs are the samples, padded to the longest with zeros.
+    """common.anderson or common.broyden for a batch: its graphs are the samples, padded with zeros.
 
-    Few iterations where the contraction is slow, as with kappa = 0.98.  offsets=batch.offsets gives the same without
-    padding, but takes about 1.3 times as long on a CPU, unless one large graph makes the batch mostly padding.
+    They need few iterations if the contraction is slow, as with kappa = 0.98.  offsets=batch.offsets gives
+    the same without padding, but takes about 1.3 times as long on a CPU, unless one large graph makes the
+    batch mostly padding.  With PyG's to_dense_batch, which finds the places anew at each call, a training
+    step of COX2 takes 1.09 times as long.
     """
     graphs, longest = len(batch.offsets) - 1, batch.longest
 
     def pack(x):
-        if graphs * longest == len(x):
-            return x.view(graphs, longest, -1)
-        padded = x.new_zeros(graphs * longest, x.shape[1]).index_copy_(0, batch.slots, x)
-        return padded.view(graphs, longest, -1)
+        """(n, m) -> (G, longest, m)"""
+        if graphs * longest != len(x):
+            x = x.new_zeros(graphs * longest, x.shape[1]).index_copy_(0, batch.slots, x)
+        return x.view(graphs, longest, -1)
 
     def unpack(x):
         x = x.flatten(0, 1)
@@ -495,9 +564,9 @@ def padded(solver, batch):
     return solve
 
 
+# Each graph stops by itself.  memory: without it gmres has room for --backward-max-iter states, 300.
 SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point, offsets=batch.offsets),
            "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden),
-           # memory: without it room for --backward-max-iter states, 300.
            "gmres": lambda batch: functools.partial(gmres, memory=40, offsets=batch.offsets)}
 
 
@@ -512,15 +581,17 @@ def graph_equilibrium(f, h0, batch, *, solver="fixed-point", backward_solver="gm
 class ImplicitLayer(nn.Module):
     """H* = relu(A H* W^T + B), B = A V Omega_1^T, with V (n, p), H (n, m): the IGNN paper's U^T, X^T.
 
-    The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses; they are in its parameter counts.
+    The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses.
     omega_2: B = A V Omega_1^T + V Omega_2^T, as in torchdeq's node model.
     spectral: that model's normalisation, M <- diag(min(1, g / sigma)) M of each weight, sigma = u^T M v.
     hops: so many iterations from zero in place of the equilibrium, to see what that adds.
     """
 
-    def __init__(self, p, m, kappa, solve, omega_2=False, spectral=False, hops=0):
+    def __init__(self, p, m, kappa, omega_2=False, spectral=False, hops=0):
         super().__init__()
-        self.kappa, self.solve, self.spectral, self.hops = kappa, solve, spectral, hops
+        if not 0 < kappa < 1:
+            raise ValueError(f"kappa must be in (0, 1), got {kappa}")
+        self.kappa, self.spectral, self.hops = kappa, spectral, hops
         self.names = ["W", "Omega_1", *(["Omega_2"] if omega_2 else [])]
         for name in self.names:
             weight = torch.empty(m, m if name == "W" else p).uniform_(-m ** -0.5, m ** -0.5)
@@ -534,9 +605,10 @@ class ImplicitLayer(nn.Module):
 
     @torch.no_grad()
     def project_(self, rho=None):
-        """To be called between a change of the weights and the next forward pass, which itself changes nothing.
+        """To be called between a change of the weights and the next forward pass, which changes nothing.
 
-        Puts W into the ball of radius kappa / rho.  With spectral W may be anywhere; then one power iteration of u, v.
+        Puts W into the ball of radius kappa / rho.  With spectral W may be anywhere, and u and v are taken
+        further by one power iteration.
         """
         if not self.spectral:
             self.W.copy_(project_rows(self.W, self.kappa / (rho or 1.0)))
@@ -547,7 +619,7 @@ class ImplicitLayer(nn.Module):
             u.copy_(F.normalize(M @ v, dim=0))
 
     def weights(self, rho):
-        """The effective W, Omega_1 and Omega_2 (or None) for a batch whose adjacency has this radius (None: 1)."""
+        """The effective W, Omega_1 and Omega_2 (or None), for an adjacency of this radius (None: 1)."""
         def effective(name):
             M = getattr(self, name, None)
             if M is None or not self.spectral:
@@ -560,51 +632,46 @@ class ImplicitLayer(nn.Module):
             W = project_rows(W.detach(), self.kappa / (rho or 1.0)) + (W - W.detach())
         return W, Omega_1, Omega_2
 
-    def injection(self, V, A, Omega_1, Omega_2):
-        """B (n, m) from V (n, p)."""
-        m, p = Omega_1.shape
-        B = propagate(A, V) @ Omega_1.T if p < m else propagate(A, V @ Omega_1.T)       # they commute: narrow first
-        return B if Omega_2 is None else B + V @ Omega_2.T
-
     def f(self, h, B, W, A):
         """One application of the layer: h (n, m)."""
         return torch.addmm(B, propagate(A, h), W.T).relu_()
 
-    def forward(self, V, batch, log=None):
-        """H* (n, m).  log: a list that receives ("forward" or "backward", SolverResult)."""
+    def problem(self, V, batch):
+        """(f, h0) of the input V (n, p): H* solves H = f(H)."""
         W, Omega_1, Omega_2 = self.weights(batch.rho)
-        B = self.injection(V, batch.adjacency, Omega_1, Omega_2)
-        f = functools.partial(self.f, B=B, W=W, A=batch.adjacency)
-        if self.hops:
-            return upg(f, torch.zeros_like(B), k=self.hops, lam=1.0)
+        A, (m, p) = batch.adjacency, Omega_1.shape
+        # The two products commute: the narrow one goes through the graph.
+        B = propagate(A, V) @ Omega_1.T if p < m else propagate(A, V @ Omega_1.T)                   # (n, m)
+        if Omega_2 is not None:
+            B = B + V @ Omega_2.T
+        # From X = B, as in the official release.  From zero one more step would be needed: f(0) = relu(B).
+        return functools.partial(self.f, B=B, W=W, A=A), B.detach()
 
-        def keep(which, result):
+    def forward(self, V, batch, solve, log=None):
+        """H* (n, m).  log: a list that receives ("forward" or "backward", SolverResult)."""
+        def note(which, result):
             if log is not None:
                 log.append((which, result._replace(h=None)))        # an epoch's states would fill the memory
 
-        # From X = B, as in the official release.  From zero one more iteration would be needed: f(0) = relu(B).
-        h, result = self.solve(f, B.detach(), batch, on_backward=lambda r: keep("backward", r))
-        keep("forward", result)
+        f, h0 = self.problem(V, batch)
+        if self.hops:
+            return upg(f, torch.zeros_like(h0), k=self.hops, lam=1.0)
+        h, result = solve(f, h0, batch, on_backward=functools.partial(note, "backward"))
+        note("forward", result)
         return h
-
-
-def check_kappa(kappa):
-    if not 0 < kappa < 1:
-        raise ValueError(f"kappa must be in (0, 1), got {kappa}")
 
 
 class GraphIGNN(nn.Module):
     """Log-probabilities (G, classes): three implicit layers, sum over each graph's nodes, two linear layers.
 
-    solve(f, h0, batch) -> (H*, result) is the solver and its gradient, as graph_equilibrium with its settings.
+    solve(f, h0, batch) -> (H*, result) is the solver and its gradient: graph_equilibrium with its settings.
     """
 
     def __init__(self, num_features, num_classes, hidden=64, kappa=0.9, dropout=0.5, solve=graph_equilibrium):
         super().__init__()
-        check_kappa(kappa)
-        self.dropout = dropout
+        self.dropout, self.solve = dropout, solve
         widths = [num_features, hidden, hidden, hidden]
-        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, solve) for p, m in zip(widths, widths[1:]))
+        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa) for p, m in zip(widths, widths[1:]))
         self.readout = nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, num_classes)])
 
     def project_(self, rho=None):
@@ -616,14 +683,16 @@ class GraphIGNN(nn.Module):
         """batch: Graphs.  keep (G, hidden): the dropout mask, 0 or 1 / (1 - dropout); drawn here if None."""
         h = batch.x
         for layer in self.implicit:
-            h = layer(h, batch, log)
-        g = F.relu(self.readout[0](propagate(batch.pool, h)))                           # (G, hidden)
+            h = layer(h, batch, self.solve, log)
+        # As fast as PyG's scatter, with the same bits, in a fixed order on a GPU.  unsafe: without a sync.
+        g = torch.segment_reduce(h, "sum", offsets=batch.offsets, unsafe=True)              # (G, hidden)
+        g = F.relu(self.readout[0](g))
         g = F.dropout(g, self.dropout, self.training) if keep is None else g * keep
         return F.log_softmax(self.readout[1](g), dim=-1)
 
 
 class NodeIGNN(nn.Module):
-    """Logits (n, classes) of the nodes: h <- elu(IGNN_i(h) + V_i h) for each layer i, without elu after the last.
+    """Logits (n, classes) of the nodes: h <- elu(IGNN_i(h) + V_i h) for each layer i, the last without elu.
 
     widths: of the layers; the paper's PPI model is the default, 4, 2, 2, 1 times hidden, then the classes.
     """
@@ -632,10 +701,10 @@ class NodeIGNN(nn.Module):
                  solve=functools.partial(graph_equilibrium, solver="anderson"), widths=None, omega_2=False,
                  spectral=False, hops=0):
         super().__init__()
-        check_kappa(kappa)
+        self.solve = solve
         widths = [num_features, *(widths or [4 * hidden, 2 * hidden, 2 * hidden, hidden]), num_classes]
         pairs = list(zip(widths, widths[1:]))
-        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, solve, omega_2, spectral, hops) for p, m in pairs)
+        self.implicit = nn.ModuleList(ImplicitLayer(p, m, kappa, omega_2, spectral, hops) for p, m in pairs)
         self.skip = nn.ModuleList(nn.Linear(p, m) for p, m in pairs)
 
     project_ = GraphIGNN.project_
@@ -643,112 +712,95 @@ class NodeIGNN(nn.Module):
     def forward(self, batch, log=None):
         h = batch.x
         for i, (layer, skip) in enumerate(zip(self.implicit, self.skip)):
-            h = layer(h, batch, log) + skip(h)
+            h = layer(h, batch, self.solve, log) + skip(h)
             if i < len(self.skip) - 1:
                 h = F.elu(h)
         return h
 
 
 def load_official(model, state_dict):
-    """Loads a state dict of the official IGNN release (graph or PPI model) or of torchdeq's zoo, then projects W.
+    """Loads a state dict of the official IGNN release (graph or PPI) or of torchdeq's zoo, then projects W.
 
-    Strict: RuntimeError names keys that are unknown, missing or of another shape.  Parameters that those models own and
-    never use (bias; Omega_2 where the model here has none) are left out.
+    Strict: RuntimeError names keys that are unknown, missing or of another shape.  What those models own and
+    never use (bias; Omega_2 if the model here has none) is left out.
     """
-    node, own, found = isinstance(model, NodeIGNN), model.state_dict(), {}
-    last = len(model.implicit) - 1
+    linear, last = "skip" if isinstance(model, NodeIGNN) else "readout", len(model.implicit) - 1
+    renames = [(r"^module\.", ""), (r"^ig(\d+)\.", lambda m: f"implicit.{int(m[1]) - 1}."),
+               (r"^V_(\d+)\.", rf"{linear}.\1."), (r"^V\.", f"skip.{last}."),       # V: the node model's last
+               (r"^ignn\.(\d+)\.(\w+?)(_orig)?$", r"implicit.\1.\2"), (r"^proj\.", "skip.")]     # the zoo
+    own, found = model.state_dict(), {}
     for key, value in state_dict.items():
-        stem, _, rest = key.removeprefix("module.").partition(".")
-        name = key
-        if stem.startswith("ig") and stem[2:].isdigit():
-            name = f"implicit.{int(stem[2:]) - 1}.{rest}"
-        elif stem == "V":
-            name = f"skip.{last}.{rest}"                                # the official node model's fifth
-        elif stem.startswith("V_"):
-            name = f"{'skip' if node else 'readout'}.{stem[2:]}.{rest}"
-        elif stem in ("ignn", "proj"):                                  # the zoo's node model
-            name = f"{'implicit' if stem == 'ignn' else 'skip'}.{rest.removesuffix('_orig')}"
-        unused = name.endswith(".bias") and name.startswith("implicit") or name.endswith(".Omega_2") and name not in own
-        # What is unused is left out, but only of layers that the model has: others are unknown.
-        if not unused or name.removesuffix("bias").removesuffix("Omega_2") + "W" not in own:
-            found[name] = value
+        for pattern, replacement in renames:
+            key = re.sub(pattern, replacement, key)
+        unused = re.fullmatch(r"(implicit\.\d+\.)(bias|Omega_2)", key)
+        if key in own or not unused or unused[1] + "W" not in own:      # of a layer that is not here: unknown
+            found[key] = value
     model.load_state_dict(found)
-    if not any(layer.spectral for layer in model.implicit):         # else u and v of the checkpoint are as they must be
+    if not model.implicit[0].spectral:          # else u and v of the checkpoint are as they must be
         model.project_()
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
-
-
 def solver_settings(args):
+    """The models' `solve`, as the options say."""
     names = "grad k lam solver max_iter tol stop_mode backward_solver backward_max_iter backward_tol"
     return functools.partial(graph_equilibrium, **{name: getattr(args, name) for name in names.split()})
 
 
 def graph_model(args, graphs, seed):
-    """The model for COX2 or PROTEINS: from this seed, the same weights for every method."""
+    """The model of COX2 and PROTEINS: a seed gives the same weights for every method."""
     seed_everything(seed)
     return GraphIGNN(graphs[0].x.shape[1], max(int(graph.y) for graph in graphs) + 1, args.hidden, args.kappa,
                      args.dropout, solver_settings(args))
 
 
 def node_model(args, num_features, num_classes, hops=0):
-    """The model for PPI, its look-alike or the chains, from --seed."""
+    """The model of PPI, its look-alike and the chains: the same weights on all processes."""
     zoo = args.ppi_model == "zoo" and args.dataset != "chains"
     widths = [args.hidden] if args.dataset == "chains" else None
     seed_everything(args.seed)
-    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), widths, omega_2=zoo,
-                    spectral=zoo, hops=hops)
+    return NodeIGNN(num_features, num_classes, args.hidden, args.kappa, solver_settings(args), widths,
+                    omega_2=zoo, spectral=zoo, hops=hops)
 
 
 def official_count(model):
     """Parameters as the paper counts them: with the official layers' Omega_2 and bias, which nothing uses."""
-    dead = sum(layer.Omega_1.shape[0] * (1 + (layer.Omega_1.shape[1] if "Omega_2" not in layer.names else 0))
-               for layer in model.implicit)
-    return sum(p.numel() for p in model.parameters()) + dead
+    shapes, zoo = [layer.Omega_1.shape for layer in model.implicit], "Omega_2" in model.implicit[0].names
+    return sum(p.numel() for p in model.parameters()) + sum(m + m * p * (not zoo) for m, p in shapes)
 
 
 def describe(model, args):
-    """(a method's name, the name and its model's parameters)."""
-    own, hops = sum(p.numel() for p in model.parameters()), model.implicit[0].hops * len(model.implicit)
+    """(a method's name, the same with its number of parameters)."""
+    hops = model.implicit[0].hops * len(model.implicit)
     name = "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
     name = f"{hops} hops" if hops else name
+    own = sum(p.numel() for p in model.parameters())
     return name, f"{name}: {own:,} parameters ({official_count(model):,} as the paper counts)"
 
 
-def checksum(graphs):
-    """Hash of a data set's edges, features and labels.  A run is only continued on the data it started with."""
-    digest = hashlib.sha256()
-    for tensor in (t for graph in graphs for t in (graph.edge_index, graph.x, graph.y)):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def write_results(args, **results):
-    path = Path(args.out) / "results.json"
-    try:
-        path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
-    except OSError as error:
-        die(f"--out: cannot write {path} ({error.strerror})", code=1)
-
+# --- training -----------------------------------------------------------------------------------------------
 
 def dropout_mask(args, fold, epoch, step, batch):
     """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
-    rng = torch.Generator().manual_seed((((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63)
+    seed = (((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63
+    rng = torch.Generator().manual_seed(seed)
     keep = (torch.rand(len(batch.y), args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
-    return keep.to(batch.x.device, non_blocking=True)           # a blocking copy would wait for all steps before
+    return keep.to(batch.x.device, non_blocking=True)       # a blocking copy would wait for all steps before
+
+
+def node_loss(logits, y, reduction="mean"):
+    """Binary cross entropy over nodes and labels (y float), or cross entropy over nodes (y long)."""
+    loss = F.binary_cross_entropy_with_logits if y.is_floating_point() else F.cross_entropy
+    return loss(logits, y, reduction=reduction)
 
 
 def train(args, run, model, batches, shares, evaluation, fold=None):
-    """Trains on `batches`, graphs of a fold or node graphs, and evaluates after each epoch.
+    """Trains on `batches` and evaluates after each epoch: a fold of COX2 and PROTEINS, or (None) node graphs.
 
-    shares: of each batch, the factor of its loss: DistributedDataParallel averages over the processes.
-    evaluation: {"val": batch, "test": batch, ...}.  Returns the curve {"loss", "val", "test", ...: after each epoch},
-    or None if it was stopped.  A loss that is not finite ends the curve.
+    shares: of each batch, the factor of its loss.  evaluation: {"test": batch, ...}.  Returns the curve
+    {"loss", "test", "test_loss", ...: a number per epoch}, or None after a signal.
     """
-    process, nodes, raw = run.process, fold is None, batches[0].rho is not None
+    process, nodes = run.process, fold is None
+    what = "" if nodes else f"fold {fold}, "
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     first, curve = 0, {}
     if run.state:
@@ -756,10 +808,10 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
         optimizer.load_state_dict(run.state["optimizer"])
         first, curve = run.state["epoch"], run.state["curve"]
     net = DistributedDataParallel(model) if process.world_size > 1 else model
-    began, last_shown = time.perf_counter(), first
-    for epoch in process.bar(range(first, args.epochs), "training" if nodes else f"fold {fold}"):
-        log_of_solves, losses, order = [], [], list(range(len(batches)))
-        if nodes:                   # the release keeps the order of a fold's batches
+    for epoch in process.bar(range(first, args.epochs), what + "epochs"):
+        began, log, losses = time.perf_counter(), [], []
+        order = range(len(batches))             # of a fold always the same, as in the release
+        if nodes:
             rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
             order = torch.randperm(len(batches), generator=rng).tolist()
         lr = args.lr * (0.5 if epoch >= 50 and not nodes else 1)            # halved once, for epoch 51
@@ -768,11 +820,10 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
         for step, i in enumerate(order):
             batch = batches[i]
             if nodes:
-                model.project_(batch.rho)           # as in the release: with a raw adjacency, this graph's radius
-                loss = node_loss(net(batch, log=log_of_solves), batch.y)
+                model.project_(batch.rho)       # as in the release: a raw adjacency has this graph's radius
+                loss = node_loss(net(batch, log=log), batch.y)
             else:
-                mask = dropout_mask(args, fold, epoch, step, batch)
-                loss = F.nll_loss(net(batch, mask, log_of_solves), batch.y)
+                loss = F.nll_loss(net(batch, dropout_mask(args, fold, epoch, step, batch), log), batch.y)
             (loss * shares[i]).backward()
             if args.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -781,34 +832,39 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
             if not nodes:
                 model.project_()
             losses.append(loss.detach() * shares[i] if nodes else loss.detach().double() * len(batch.y))
-        if nodes and not raw:           # with a raw adjacency each forward pass projects for its own graph's radius
+        if nodes and batches[0].rho is None:    # else a forward pass projects for its own graphs' radius
             model.project_()
 
         # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
-        losses = torch.stack(losses)
-        found = {"loss": (process.sum(losses.mean()) / process.world_size if nodes else
-                          losses.sum() / sum(len(batch.y) for batch in batches)).item()}               # host sync
+        losses, graphs = torch.stack(losses), sum(len(batch.y) for batch in batches)
+        loss = process.sum(losses.mean()) / process.world_size if nodes else losses.sum() / graphs
+        found = {"loss": loss.item()}                                                           # host sync
         for name, batch in evaluation.items():
             found[name], found[f"{name}_loss"] = evaluate(model, batch, process)
         for name, value in found.items():
             curve.setdefault(name, []).append(value)
-        if not math.isfinite(found["loss"] + found["test_loss"]):
-            return curve
+        if not math.isfinite(found["loss"] + found["test_loss"]):       # of the weights after the epoch, too
+            if nodes and args.table4:
+                return curve                    # the table has a row for it
+            run.broke(f"{what}epoch {epoch + 1}: the loss became {found['loss']}, in the test "
+                      f"{found['test_loss']}", epoch + 1, "try a lower --lr, --kappa or (nodes) --clip")
         last = epoch + 1 == args.epochs
-        show = last or (epoch + 1) % args.log_every == 0
-        ms = 1e3 * (time.perf_counter() - began) / (epoch + 1 - last_shown)
-        extra = {"best_val_epoch": 1 + max(range(epoch + 1), key=lambda e: curve["val"][e])} if nodes else {"fold": fold}
-        run.report("epoch", show, step=epoch + 1, epoch=epoch + 1, lr=lr, **found, **extra, ms_per_epoch=ms,
-                   **solves(log_of_solves, args, process))
-        if show:
-            began, last_shown = time.perf_counter(), epoch + 1
-        saving, stop = run.due()
-        if saving or last:
+        more = {"best_val_epoch": 1 + best_epoch(curve)} if nodes else {"fold": fold}
+        more["ms_per_epoch"] = 1e3 * (time.perf_counter() - began)
+        run.report("epoch", last or (epoch + 1) % args.log_every == 0, step=epoch + 1, epoch=epoch + 1, lr=lr,
+                   **found, **more, **solves(log, args, process))
+        save, stop = run.due()
+        if save or last:
             run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": epoch + 1,
                       "epoch": epoch + 1, "curve": curve})
-        if stop and not last:
+        if stop:
             return None
     return curve
+
+
+def best_epoch(curve):
+    """The number, from 0 on, of the epoch with the best validation score, or the first of them."""
+    return max(range(len(curve["val"])), key=lambda e: curve["val"][e])
 
 
 def solves(log, args, process):
@@ -822,134 +878,150 @@ def solves(log, args, process):
     return record
 
 
-def stopped(args, process, name):
-    """Says how to continue, after a signal of this name."""
-    if process.rank == 0:
-        print(f"{name}: saved to {args.out}; continue with the same command, --out {args.out} and --resume auto",
-              flush=True)
+def write_results(args, **results):
+    path = Path(args.out) / "results.json"
+    try:
+        path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
+    except OSError as error:
+        die(f"--out: cannot write {path} ({error.strerror})", code=1)
 
 
-def train_graphs(args, process, graphs):
-    """Cross-validation.  The folds are runs of their own, in --out/fold-N, and divided over the processes.
+def train_fold(args, device, graphs, numbers, fold, data, about):
+    """One fold: a run of its own, of one process, in --out/fold-N.
 
-    Returns {"table": {protocol: accuracies of the folds}, "majority", "minutes"}, or None if it was stopped.
+    numbers: of the graphs in (train, val, test).  Returns (curve, weights, seconds), or None after a signal.
     """
-    args.out = output_folder(args, process, f"ignn-{args.dataset}")
-    whole, labels = Path(args.out, "checkpoint.pt"), [int(graph.y) for graph in graphs]
-    if whole.exists() and not args.resume:
-        process.die(f"--out {args.out} already holds a run: continue it with --resume auto, or choose another folder")
+    args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/fold-{fold}"})
+    run = Run(args, Process(0, 1, device), "", "table4", fold=fold, data=data)
+    train_set, val, test = ([graphs[i] for i in part] for part in numbers)
+    model = graph_model(args, graphs, args.seed * 1000 + fold).to(device)
+    continued = run.state and run.state["epoch"] < args.epochs
+    run.start(about if fold == 0 else f"fold {fold}" if continued else "", fold=fold)
+    batches = [make_batch(train_set[i:i + args.batch_size], device)         # the same in every epoch
+               for i in range(0, len(train_set), args.batch_size)]
+    evaluation = {"test": make_batch(test, device, with_2a=args.evaluate_2a_too)}
+    if args.evaluate_2a_too:
+        evaluation["test_2a"] = with_2a(evaluation["test"])
+    if args.val:
+        evaluation["val"] = make_batch(val, device)
+    curve = train(args, run, model, batches, [1.0] * len(batches), evaluation, fold)
+    weights = {name: w.cpu() for name, w in model.state_dict().items()}
+    return curve and (curve, weights, run.seconds)
+
+
+def cross_validate(args, process, graphs):
+    """COX2 and PROTEINS.  The folds are divided over the processes, which meet once, at the end.
+
+    Returns {"table": {protocol: accuracies of the folds}, ...}, or None after a signal.
+    """
+    labels, folder, data = [int(graph.y) for graph in graphs], Path(args.out), checksum(graphs)
     splits = split(args, labels)
     if min(min(len(train_set), len(test)) for train_set, _, test in splits) < 1:
         process.die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
+
+    def claim():
+        begun, ended = [*folder.glob("fold-*/checkpoint.pt*")], (folder / "checkpoint.pt").exists()
+        if process.rank == 0:
+            lock(folder)
+        if begun and not args.resume or ended and not begun:
+            die(f"--out {folder} already holds a run: continue it with --resume auto, or choose another "
+                "folder")
+
+    process.first(claim)
+    if process.world_size > 1:      # a process may wait at the end for hours; the usual group allows 0.5
+        meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
-    alone, fingerprint = Process(0, 1, process.device), checksum(graphs)
+    majority_class = f"{np.mean(majority):.1f} ± {np.std(majority):.1f} %"
     method, about = describe(graph_model(args, graphs, 0), args)
-    about += (f"; {len(graphs)} graphs, {args.folds} {'un' * args.unstratified_folds}stratified folds, {args.epochs} "
-              f"epochs; majority class {statistics.mean(majority):.1f} ± {statistics.pstdev(majority):.1f} % of the "
-              "test folds")
-    curves, weights, seconds, signal = {}, {}, 0.0, ""
+    about += (f"; {len(graphs)} graphs, {args.folds} {'un' * args.unstratified_folds}stratified folds, "
+              f"{args.epochs} epochs; majority class {majority_class} of the test folds")
+    own = {}
     for fold in range(process.rank, args.folds, process.world_size):
-        train_set, val, test = ([graphs[i] for i in numbers] for numbers in splits[fold])
-        one = argparse.Namespace(**{**vars(args), "out": f"{args.out}/fold-{fold}"})
-        run = Run(one, alone, "", data=fingerprint, fold=fold)
-        model = graph_model(args, graphs, args.seed * 1000 + fold).to(process.device)
-        run.start(about if fold == 0 else "", fold=fold)
-        batches = [make_batch(train_set[i:i + args.batch_size], process.device)
-                   for i in range(0, len(train_set), args.batch_size)]      # the same in every epoch, as in the release
-        evaluation = {"test": make_batch(test, process.device, with_2a=args.evaluate_2a_too)}
-        if args.evaluate_2a_too:
-            batch = evaluation["test"]
-            evaluation["test_2a"] = dataclasses.replace(batch, adjacency=batch.adjacency_2a)
-        if args.val:
-            evaluation["val"] = make_batch(val, process.device)
-        curve = train(args, run, model, batches, [1.0] * len(batches), evaluation, fold)
-        if curve is None:
-            signal = run.stopped_by()
+        own[fold] = train_fold(args, process.device, graphs, splits[fold], fold, data, about)
+        if own[fold] is None:
             break
-        if not math.isfinite(curve["loss"][-1] + curve["test_loss"][-1]):
-            run.broke(f"fold {fold}, epoch {len(curve['loss'])}: the loss became {curve['loss'][-1]}, in the test "
-                      f"{curve['test_loss'][-1]}", len(curve["loss"]), "try a lower --lr or --kappa")
-        curves[fold], seconds = curve, seconds + run.seconds
-        weights[fold] = {name: v.cpu() for name, v in model.state_dict().items()}
-    meeting = process.gather((curves, weights, seconds, signal))            # the only one of the processes
-    if any(signal for *_, signal in meeting):
-        return stopped(args, process, max(signal for *_, signal in meeting))
-    curves, weights = ({fold: x for part in parts for fold, x in part.items()} for parts in list(zip(*meeting))[:2])
-    table, minutes = protocols(curves), max(seconds for *_, seconds, _ in meeting) / 60
+
+    if process.world_size > 1:
+        dist.barrier(meeting)
+    folds = sorted(item for part in process.gather(own) for item in part.items())
+    if any(found is None for _, found in folds):
+        return None
+    curves, weights, seconds = ({fold: found[i] for fold, found in folds} for i in range(3))
+    table, minutes = protocols(curves), sum(seconds.values()) / 60
     if process.rank == 0:
-        if not whole.exists():
-            save_checkpoint(whole, {"weights": weights, "args": vars(args), "step": args.epochs,
-                                    "data": fingerprint})
+        if not (folder / "checkpoint.pt").exists():
+            save_checkpoint(folder / "checkpoint.pt", {"weights": weights, "args": vars(args),
+                                                       "facts": {"data": data}, "step": args.epochs})
+        logs = [(folder / f"fold-{fold}" / "metrics.jsonl").read_text() for fold in curves]
+        (folder / "metrics.jsonl").write_text("".join(logs))
         record = {name: [values.mean(), values.std(), *values] for name, values in table.items()}
         write_results(args, majority=majority, minutes=minutes, folds=curves, **{"mean, std, folds": record})
-        lines = [Path(args.out, f"fold-{fold}", "metrics.jsonl").read_text() for fold in range(args.folds)]
-        Path(args.out, "metrics.jsonl").write_text("".join(lines))
-        print(f"{args.dataset}, {method}, {args.folds} folds, mean ± standard deviation, {minutes:.1f} minutes")
-        print(f"  {'majority class':26s} {statistics.mean(majority):5.1f} ± {statistics.pstdev(majority):.1f} %")
+        print(f"{args.dataset}, {method}, {args.folds} folds: mean ± deviation; {minutes:.1f} minutes in all")
+        print(f"  {'majority class':26s} {majority_class:>12s}")
         for name, values in table.items():
             print(f"  {name:26s} {values.mean():5.1f} ± {values.std():.1f} %", flush=True)
-    return {"table": table, "majority": np.array(majority), "minutes": minutes, "method": method}
+    return {"table": table, "majority": majority_class, "minutes": minutes, "method": method}
 
 
 def train_nodes(args, process, splits, hops=0):
     """PPI, its look-alike or chains; a step is --batch-size graphs, divided over the processes.
 
-    Returns {"table": {protocol: test score (%)}, "collapsed": what happened or "", "minutes"}, or None if stopped.
+    Returns {"table": {protocol: test score (%)}, ...}, or None after a signal.
     """
     device, world, rank = process.device, process.world_size, process.rank
     if args.batch_size % world:
         process.die(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
-    each, binary = args.batch_size // world, splits[0][0].y.dim() == 2
     if len(splits[0]) % args.batch_size:
         process.die(f"--batch-size {args.batch_size} does not divide the {len(splits[0])} training graphs")
     if min(map(len, splits)) < world:
-        process.die(f"{min(map(len, splits))} graphs in a split for {world} processes: use fewer (--nproc_per_node)")
+        process.die(f"{min(map(len, splits))} graphs in a split for {world} processes: use fewer "
+                    "(--nproc_per_node)")
     kind = "sym" if args.dataset == "chains" else ADJACENCY[args.ppi_model]
-    classes = splits[0][0].y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
-    groups = [splits[0][i:i + args.batch_size] for i in range(0, len(splits[0]), args.batch_size)]
+    each, groups = args.batch_size // world, [splits[0][i:i + args.batch_size]
+                                              for i in range(0, len(splits[0]), args.batch_size)]
     batches = [make_batch(group[rank * each:(rank + 1) * each], device, kind=kind) for group in groups]
-    shares = [world * len(batch.x) / sum(len(graph.x) for graph in group) for batch, group in zip(batches, groups)]
+    # DistributedDataParallel averages over the processes; the loss is a mean over all nodes of a step.
+    shares = [world * len(batch.x) / sum(len(graph.x) for graph in group)
+              for batch, group in zip(batches, groups)]
     evaluation = {name: make_batch(graphs[rank::world], device, kind=kind)
                   for name, graphs in zip(("val", "test"), splits[1:])}
-    # With a raw adjacency the projection's radius is that of a step's graph with the largest rho, of all processes.
+    # With a raw adjacency W is projected for the graph with the largest radius of a step, over all processes.
     for batch in [*batches, *evaluation.values()] if kind == "raw" else []:
         batch.rho = max(process.gather(batch.rho))
-    run = Run(args, process, f"ignn-{args.dataset}", processes=world,
+    run = Run(args, process, "", "table4", processes=world, hops=hops,
               data=checksum([graph for graphs in splits for graph in graphs]))
+    y, binary = torch.cat([graph.y for graph in splits[1]]), splits[0][0].y.dim() == 2
+    metric, constant = ("micro-F1", constant_f1(y)) if binary else ("accuracy", 100 * (
+        y.bincount().max() / len(y)).item())
+    classes = y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
     model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
-    metric, constant = ("micro-F1", constant_f1(splits[1])) if binary else ("accuracy", 100 * torch.cat(
-        [graph.y for graph in splits[1]]).bincount().max().item() / sum(len(graph.y) for graph in splits[1]))
     method, about = describe(model, args)
-    run.start(f"{about}; {' + '.join(str(len(s)) for s in splits)} graphs of {args.dataset}, {args.epochs} epochs of "
-              f"{len(groups)} steps; a constant prediction has a validation {metric} of {constant:.1f} %")
+    run.start(f"{about}; {' + '.join(str(len(s)) for s in splits)} graphs of {args.dataset}, {args.epochs} "
+              f"epochs of {len(groups)} steps; a constant prediction has a validation {metric} of "
+              f"{constant:.1f} %")
     curve = train(args, run, model, batches, shares, evaluation)
     if curve is None:
-        return stopped(args, process, run.stopped_by())
-    val, test, loss = curve["val"], curve["test"], curve["loss"][-1] + curve["test_loss"][-1]
-    best = max(range(len(val)), key=lambda e: val[e])
-    what = [collapses(val, constant, metric)] if binary else []
-    what += [] if math.isfinite(loss) else [f"the loss became {loss} in epoch {len(val)}"]
-    collapsed, minutes = "; ".join(filter(None, what)), run.seconds / 60
+        return None
+    test, best, minutes = curve["test"], best_epoch(curve), run.seconds / 60
     table = {"epoch by val": test[best], "best test epoch": max(test), "last epoch": test[-1]}
-    if collapsed:
-        run.report("collapse", show=False, step=len(val), what=collapsed)
+    note = collapse(curve, constant) if binary else ""
+    if note:
+        run.report("collapse", show=False, step=len(test), what=note)
     if rank == 0:
-        write_results(args, minutes=minutes, val_epoch=best + 1, collapsed=collapsed, curve=list(zip(val, test)), **table)
+        write_results(args, minutes=minutes, val_epoch=best + 1, collapsed=note, curve=curve, **table)
         print(f"{args.dataset}, {method}, test {metric}: "
-              + ", ".join(f"{name} {value:.2f} %" for name, value in table.items()) + f"; {minutes:.1f} minutes"
-              + (f"; {collapsed}" if collapsed else ""), flush=True)
-    if not math.isfinite(loss) and not args.table4:
-        run.broke(collapsed, len(val), "try a lower --lr, --clip or --ppi-model robust")
-    return {"table": table, "collapsed": collapsed, "minutes": minutes, "method": method}
+              + ", ".join(f"{name} {value:.2f} %" for name, value in table.items())
+              + f"; {minutes:.1f} minutes" + f"; {note}" * bool(note), flush=True)
+    return {"table": table, "note": note, "minutes": minutes, "method": method}
 
 
-def collapses(val, constant, metric):
-    """What went wrong in a training on PPI, read off its validation scores (%) after each epoch; "" if nothing did."""
+def collapse(curve, constant):
+    """What went wrong in a training on PPI, read off its validation scores (%) after each epoch, or ''."""
     found, down, best = [], False, 0.0
-    for epoch, score in enumerate(val, start=1):
+    for epoch, score in enumerate(curve["val"], start=1):
         if not down and best > constant + 5 and score <= constant + 1:
-            found.append(f"collapsed in epoch {epoch}: validation {metric} fell from {best:.1f} to {score:.1f} %, a "
-                         "constant prediction's")
+            found.append(f"collapsed in epoch {epoch}: validation micro-F1 fell from {best:.1f} to "
+                         f"{score:.1f} %, a constant prediction's")
             down = True
         elif down and score > constant + 5:
             found.append(f"recovered in epoch {epoch}")
@@ -957,138 +1029,154 @@ def collapses(val, constant, metric):
         best = max(best, score)
     if best <= constant + 1:
         found.append(f"never above the constant prediction's {constant:.1f} %")
+    if not math.isfinite(curve["loss"][-1] + curve["test_loss"][-1]):
+        found.append(f"not finite from epoch {len(curve['loss'])} on")
     return "; ".join(found)
+
+
+def compare_hops(args, process, splits):
+    """Chains: the equilibrium beside a network of few hops, in --out/few-hops.  None after a signal."""
+    found = train_nodes(args, process, splits)
+    if found is None:
+        return None
+    few_args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/few-hops",
+                                     "resume": args.resume and "auto"})
+    few = train_nodes(few_args, process, splits, hops=args.hops)
+    if few and process.rank == 0:
+        print(f"accuracy on chains of up to {args.chain_length} nodes: equilibrium "
+              f"{found['table']['epoch by val']:.1f} %, {few['method']} {few['table']['epoch by val']:.1f} "
+              "%, guessing 50.0 %", flush=True)
+    return few
+
+
+def table4(args, process, data):
+    """Trains METHODS, each in a folder of its own, and prints the table.  None after a signal."""
+    nodes, rows = args.dataset in ("PPI", "PPI-synthetic"), []
+    for grad, lam in METHODS:
+        out = f"{args.out}/{grad if lam is None else f'{grad}-{lam}'}"
+        one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam or args.lam, "out": out})
+        rows.append((train_nodes if nodes else cross_validate)(one, process, data))
+        if rows[-1] is None:
+            return None
+    if process.rank == 0:
+        names, note = list(rows[0]["table"]), any(row.get("note") for row in rows)
+        print(f"\nTable 4, {args.dataset}"
+              + f", --ppi-model {args.ppi_model}; the paper has the best of three runs" * nodes)
+        print("| method | paper | " + " | ".join(names) + " | minutes |" + note * " note |" + "\n"
+              + "|---" * (len(names) + 3 + note) + "|")
+        for row, paper in zip(rows, PAPER.get(args.dataset, [""] * 4)):
+            cells = [f"{v:.2f}" if nodes else f"{v.mean():.1f} ± {v.std():.1f}"
+                     for v in row["table"].values()]
+            print(f"| {row['method']} | {paper} | " + " | ".join(cells) + f" | {row['minutes']:.1f} |"
+                  + note * f" {row.get('note')} |", flush=True)
+        if not nodes:
+            print(f"Majority class of the test folds: {rows[0]['majority']}", flush=True)
+    return rows
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-def node_loss(logits, y, reduction="mean"):
-    """Binary cross entropy over nodes and labels (y float), or cross entropy over nodes (y long)."""
-    loss = F.binary_cross_entropy_with_logits if y.is_floating_point() else F.cross_entropy
-    return loss(logits, y, reduction=reduction)
-
-
 @torch.no_grad()
 def evaluate(model, batch, process):
-    """(score in %, loss) over the batches of all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
-    training = model.training
+    """(score in %, loss) over all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
     model.eval()
     logits, y = model(batch), batch.y
-    model.train(training)
+    model.train()
     if y.is_floating_point():               # F1 = 2 tp / (predicted + true)
-        counts = [2 * ((logits > 0) * y).sum(), (logits > 0).sum() + y.sum()]
+        right, of = 2 * ((logits > 0) * y).sum(), (logits > 0).sum() + y.sum()
     else:
-        counts = [(logits.argmax(dim=1) == y).sum(), y.new_tensor(len(y))]
-    # Cross entropy is the same for logits and log-probabilities.
-    sums = torch.stack([c.double() for c in (*counts, node_loss(logits, y, "sum"), y.new_tensor(y.numel()))])
-    right, of, loss, n = process.sum(sums).tolist()                         # host sync
-    return 100 * right / max(of, 1), loss / n
+        right, of = (logits.argmax(dim=1) == y).sum(), y.new_tensor(len(y))
+    loss, n = node_loss(logits, y, "sum"), y.new_tensor(y.numel())      # log-probabilities are logits, too
+    counts = torch.stack([x.double() for x in (right, of, loss, n)])
+    right, of, loss, n = process.sum(counts).tolist()                                           # host sync
+    return 100 * (right / max(of, 1)), loss / n
 
 
-def constant_f1(graphs):
-    """The best micro-F1 (%) of a prediction that is the same for all nodes: what a collapsed network can score."""
-    positive = torch.cat([graph.y for graph in graphs]).double().sum(dim=0).sort(descending=True).values       # (C,)
-    predicted = sum(len(graph.y) for graph in graphs) * torch.arange(1, len(positive) + 1)      # with the j likeliest
+def with_2a(batch):
+    """The batch with the adjacency that the official release evaluates with."""
+    return dataclasses.replace(batch, adjacency=batch.adjacency_2a)
+
+
+def constant_f1(y):
+    """The best micro-F1 (%) of a prediction that is the same for all nodes, as a collapsed network's is."""
+    positive = y.double().sum(dim=0).sort(descending=True).values                           # (C,)
+    predicted = len(y) * torch.arange(1, len(positive) + 1)             # with the j likeliest labels
     return 100 * (2 * positive.cumsum(dim=0) / (predicted + positive.sum()).clamp_min(1)).max().item()
 
 
-def protocols(results):
+def protocols(curves):
     """{protocol: accuracies of the folds}, from {fold: {"test": accuracy after each epoch, ...}}."""
-    folds = sorted(results)
-    test = np.array([results[fold]["test"] for fold in folds])                                  # (folds, epochs)
-    table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, test.mean(axis=0).argmax()],
+    test = np.array([curve["test"] for curve in curves.values()])                           # (folds, epochs)
+    folds, common = range(len(test)), test.mean(axis=0).argmax()
+    table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, common],
              "last epoch": test[:, -1]}
-    if results[folds[0]].get("val"):
-        epochs = [max(range(test.shape[1]), key=lambda e: (results[fold]["val"][e], -results[fold]["val_loss"][e]))
-                  for fold in folds]                            # ties: the lower loss
-        table["epoch by val"] = test[range(len(folds)), epochs]
-    if results[folds[0]].get("test_2a"):
-        test = np.array([results[fold]["test_2a"] for fold in folds])
+    if all("val" in curve for curve in curves.values()):
+        by_val = [max(range(test.shape[1]), key=lambda e: (curve["val"][e], -curve["val_loss"][e]))
+                  for curve in curves.values()]                         # ties: the lower loss
+        table["epoch by val"] = test[folds, by_val]
+    if all("test_2a" in curve for curve in curves.values()):
+        test = np.array([curve["test_2a"] for curve in curves.values()])
         table["2A + I: best per fold"], table["2A + I: last"] = test.max(axis=1), test[:, -1]
     return table
 
 
-def evaluate_checkpoint(args, process):
-    """--eval: prints the scores of a checkpoint: of all folds, of one fold, of a run on nodes, or an official one."""
+def evaluate_checkpoint(args, process, data):
+    """--eval: the scores of a cross-validation, one of its folds, a run on nodes or official weights."""
     state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
-    ours = is_ours(state)
-    if ours and graphs != ("weights" in state or "fold" in state.get("facts", {})):
-        die(f"--resume {args.resume} is not of --dataset {args.dataset}")
-    data = load_tu(args, process) if graphs else load_nodes(args, process)
+    where, ours = f"--resume {args.resume}", is_ours(state)
+    if ours:
+        for name in ("dataset", "seed", "folds", "unstratified_folds"):
+            if state["args"][name] != getattr(args, name):
+                die(f"{where} is of a run with --{name.replace('_', '-')} {state['args'][name]}: with "
+                    f"{getattr(args, name)} it would be evaluated on what it was trained on")
     if not ours and not graphs and args.ppi_model == "robust":
-        die(f"--resume {args.resume} is of another release, whose models have a raw adjacency: give --ppi-model literal "
-            "or zoo")
+        die(f"{where} is of another release, whose models have a raw adjacency: give --ppi-model literal or "
+            "zoo")
 
-    def model_with(weights):
-        try:
-            model = graph_model(args, data, args.seed) if graphs else (
-                node_model(args, data[0][0].x.shape[1], data[0][0].y.shape[1]))
-            model.load_state_dict(weights) if ours else load_official(model, weights)
-            return model.to(process.device)
-        except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-            die(f"--resume {args.resume} does not fit the model (--dataset, --hidden, --ppi-model): "
-                f"{' '.join(str(error).split())[:400]}")
+    def loaded(model, state):
+        load_weights(model, state, load_official, f"{where} does not fit the model (--hidden, --ppi-model)")
+        return model.to(process.device)
 
     if not graphs:
-        model = model_with(state["model"] if ours else state)
+        model = loaded(node_model(args, data[0][0].x.shape[1], data[0][0].y.shape[1]), state)
         for name, part in zip(("validation", "test"), data[1:]):
             batch = make_batch(part, process.device, kind=ADJACENCY[args.ppi_model])
-            print("{}: micro-F1 {:.2f} %, loss {:.4f}".format(name, *evaluate(model, batch, process)), flush=True)
+            score, loss = evaluate(model, batch, process)
+            print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
         return
-    weights, folds = {None: state}, {None: range(len(data))}
+    parts = {"all graphs": (state, range(len(data)))}
     if ours:
-        weights = state["weights"] if "weights" in state else {state["facts"]["fold"]: state["model"]}
-        for name in ("folds", "seed", "unstratified_folds", "val"):
-            if state["args"][name] != getattr(args, name):
-                die(f"--{name.replace('_', '-')}: the folds of {args.resume} are those of {state['args'][name]}")
-        if checksum(data) != state.get("data", state.get("facts", {}).get("data")):
-            die(f"--resume {args.resume} is of a run on other data than --data {args.data} holds")
-        folds = {fold: numbers[2] for fold, numbers in enumerate(split(args, [int(graph.y) for graph in data]))}
-    for fold, w in sorted(weights.items()):
-        model, batch = model_with(w), make_batch([data[i] for i in folds[fold]], process.device, with_2a=True)
-        scores = [evaluate(model, b, process)[0]
-                  for b in (batch, dataclasses.replace(batch, adjacency=batch.adjacency_2a))]
-        print(f"{f'fold {fold}' if ours else 'all graphs'}: accuracy {scores[0]:.2f} % of {len(folds[fold])}; with "
-              f"2A + I {scores[1]:.2f} %", flush=True)
+        if state["facts"]["data"] != checksum(data):
+            die(f"{where} is of a run on other data than --data {args.data}: it may have seen these graphs")
+        weights = state.get("weights") or {state["facts"]["fold"]: state["model"]}
+        splits = split(args, [int(graph.y) for graph in data])
+        parts = {f"fold {fold}": ({**state, "model": w}, splits[fold][2])
+                 for fold, w in sorted(weights.items())}
+    for name, (state, numbers) in parts.items():
+        model = loaded(graph_model(args, data, args.seed), state)
+        batch = make_batch([data[i] for i in numbers], process.device, with_2a=True)
+        (one, _), (two, _) = evaluate(model, batch, process), evaluate(model, with_2a(batch), process)
+        print(f"{name}: accuracy {one:.2f} % of {len(numbers)}; with 2A + I {two:.2f} %", flush=True)
 
 
 # --- benchmark ----------------------------------------------------------------------------------------------
 
-def molecules(count, seed):
-    """Graphs of COX2's size (41 nodes, 43.5 edges) for the benchmark: random trees with three more edges."""
-    rng = torch.Generator().manual_seed(seed)
-    graphs = []
-    for i in range(count):
-        n = int(torch.randint(32, 51, (1,), generator=rng))
-        parent = (torch.arange(1, n) - 1 - (3 * torch.rand(n - 1, generator=rng)).long()).clamp_min(0)
-        more = torch.randint(0, n, (2, 3), generator=rng)
-        edge_index = torch.cat([torch.stack([torch.arange(1, n), parent]), more[:, more[0] != more[1]]], dim=1)
-        x = F.one_hot(torch.randint(0, 8, (n,), generator=rng), 35).float()
-        graphs.append(pyg().data.Data(x=x, edge_index=pyg().utils.to_undirected(edge_index, num_nodes=n), y=torch.tensor([i % 2])))
-    return graphs
-
-
 def run_benchmark(args, process):
-    """--benchmark: training steps on generated graphs by implicit, UPG and NPG; NPG's memory at k = 1 and 20."""
-    device, nodes = process.device, args.dataset in ("PPI", "PPI-synthetic")
+    """--benchmark: training steps of the three gradients on generated graphs; NPG also with k = 1 and 20."""
+    nodes = args.dataset in ("PPI", "PPI-synthetic")
     if nodes:
         graphs = ppi_lookalike(args.graph_scale, args.seed)[0][:args.batch_size]
-        batch, model = make_batch(graphs, device, kind=ADJACENCY[args.ppi_model]), node_model(args, 50, 121)
+        model, kind = node_model(args, 50, 121), ADJACENCY[args.ppi_model]
     else:
         graphs = molecules(args.batch_size, args.seed)
-        batch, model = make_batch(graphs, device), graph_model(args, graphs, args.seed)
-    model, calls = model.to(device), {}
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+        model, kind = graph_model(args, graphs, args.seed), "sym"
+    batch, model = make_batch(graphs, process.device, kind=kind), model.to(process.device)
+    optimizer, solve, calls = torch.optim.Adam(model.parameters(), lr=0.0), model.solve, {}
 
-    def row(grad, k):
-        solve = functools.partial(solver_settings(args), grad=grad, k=k)
-
+    def row(name, grad, k):
         def forward():
-            for layer in model.implicit:
-                layer.solve = solve
-            calls[grad] = []
-            logits = model(batch, log=calls[grad])
-            return node_loss(logits, batch.y) if nodes else F.nll_loss(logits, batch.y)
+            model.solve, calls[name] = functools.partial(solve, grad=grad, k=k), []
+            return (node_loss if nodes else F.nll_loss)(model(batch, log=calls[name]), batch.y)
 
         return forward
 
@@ -1097,83 +1185,30 @@ def run_benchmark(args, process):
         optimizer.zero_grad(set_to_none=True)
         model.project_(batch.rho)
 
-    rows = {grad: row(grad, args.k) for grad in ("implicit", "upg", "npg")}
-    rows.update({f"npg, k = {k}": row("npg", k) for k in (1, 20)})
-    layer = model.implicit[0]
+    rows = {grad: row(grad, grad, args.k) for grad in ("implicit", "upg", "npg")}
+    rows.update({f"npg, k = {k}": row(f"npg, k = {k}", "npg", k) for k in (1, 20)})
     with torch.no_grad():
-        W, *Omegas = layer.weights(batch.rho)
-        B = layer.injection(batch.x, batch.adjacency, *Omegas)
-    benchmark(rows, finish, process, unit="graphs", n=len(graphs), h0=B, repeats=5,
-              f=functools.partial(layer.f, B=B, W=W, A=batch.adjacency),
+        f, h0 = model.implicit[0].problem(batch.x, batch)
+    benchmark(rows, finish, process, unit="graphs", n=len(graphs), h0=h0, f=f, repeats=5,
               solve=functools.partial(SOLVERS[args.solver](batch), max_iter=args.max_iter, tol=args.tol,
                                       stop_mode=args.stop_mode),
               about=f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(graphs)} generated "
-              f"{'look-alikes of graphs of PPI' if nodes else 'graphs of the size of those of COX2'}, {len(batch.x)} "
-              f"nodes, {args.solver} to {args.tol:g}, backward {args.backward_solver} to {args.backward_tol:g}, "
-              f"k = {args.k}")
+              f"{'look-alikes of graphs of PPI' if nodes else 'graphs of the size of those of COX2'}, "
+              f"{len(batch.x)} nodes, {args.solver} to {args.tol:g}, backward {args.backward_solver} to "
+              f"{args.backward_tol:g}, k = {args.k}")
     for which in ("forward", "backward"):
-        evals = {grad: [r.n_evals for name, r in log if name == which] for grad, log in calls.items()}
-        print(f"calls of f per {which} solve: " + ", ".join(
-            f"{grad} {statistics.mean(n):.1f}" for grad, n in evals.items() if n), flush=True)
+        means = {name: statistics.mean([r.n_evals for way, r in log if way == which] or [0])
+                 for name, log in calls.items()}
+        print(f"calls of f in a {which} solve: "
+              + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items()), flush=True)
 
 
 # --- main ---------------------------------------------------------------------------------------------------
 
-def load_nodes(args, process):
-    """[train, val, test] of PPI, its look-alike or the chains."""
-    if args.dataset == "chains":
-        return chains(args.chain_length, args.seed)
-    if args.dataset == "PPI-synthetic":
-        return ppi_lookalike(args.graph_scale, args.seed)
-    root = Path(args.data) / "PPI"
-
-    def make():
-        for split in () if (root / "processed").is_dir() else ("train", "valid", "test"):       # PyG drops such edges
-            if (root / "raw" / f"{split}_graph.json").is_file():
-                graph = json.loads((root / "raw" / f"{split}_graph.json").read_text())
-                ends = [link[end] for link in graph["links"] for end in ("source", "target")]
-                if min(ends) < 0 or max(ends) >= len(graph["nodes"]):
-                    raise ValueError(f"an edge to a node outside 0..{len(graph['nodes']) - 1} in {split}_graph.json")
-        return [list(pyg().datasets.PPI(root, split=name)) for name in ("train", "val", "test")]
-
-    splits = load(args, process, make)
-    for graphs in splits:
-        check_graphs(args, graphs, nodes=True)
-    return splits
-
-
-def table4(args, process):
-    """Trains METHODS, each in a folder of its own, and prints the table beside the paper's."""
-    data = load_tu(args, process) if args.dataset in ("COX2", "PROTEINS") else load_nodes(args, process)
-    args.out, rows = output_folder(args, process, f"ignn-{args.dataset}"), []
-    for i, (grad, lam) in enumerate(METHODS):
-        name = grad if lam is None else f"{grad}-{lam}"
-        one = argparse.Namespace(**{**vars(args), "grad": grad, "lam": lam or args.lam, "out": f"{args.out}/{name}"})
-        row = (train_graphs if args.dataset in ("COX2", "PROTEINS") else train_nodes)(one, process, data)
-        if row is None:
-            return
-        rows.append((row["method"], PAPER.get(args.dataset, [""] * 4)[i], row))
-    if process.rank == 0:
-        names = list(rows[0][2]["table"])
-        nodes, note = "majority" not in rows[0][2], any(row.get("collapsed") for *_, row in rows)
-        print(f"\nTable 4, {args.dataset}" + (f", --ppi-model {args.ppi_model}; the paper has the best of three runs"
-                                              if nodes else ""))
-        print("| method | paper | " + " | ".join(names) + " | minutes |" + note * " note |" + "\n"
-              + "|---" * (len(names) + 3 + note) + "|")
-        for method, paper, row in rows:
-            cells = [f"{v.mean():.1f} ± {v.std():.1f}" if isinstance(v, np.ndarray) else f"{v:.2f}"
-                     for v in row["table"].values()]
-            print(f"| {method} | {paper} | " + " | ".join(cells) + f" | {row['minutes']:.1f} |"
-                  + note * f" {row.get('collapsed', '')} |")
-        if not nodes:
-            v = rows[0][2]["majority"]
-            print(f"Majority class of the test folds: {v.mean():.1f} ± {v.std():.1f} %", flush=True)
-
-
 def keep_freed_memory():
     """Lets glibc keep what is freed: a step's tensors of 1 MB each came from the kernel anew, page by page.
 
-    That was 40 % of a UPG step on a CPU (COX2, batch 128).  Where the C library has no mallopt, nothing happens.
+    That was 40 % of a UPG step on a CPU (COX2, batch 128).  Without mallopt in the C library nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):       # Windows has no CDLL(None)
         libc = ctypes.CDLL(None)
@@ -1186,23 +1221,20 @@ def main(args):
     process = init_process()
     if args.benchmark:
         run_benchmark(args, process)
-    elif args.eval:
-        evaluate_checkpoint(args, process)
-    elif args.table4:
-        table4(args, process)
-    elif args.dataset in ("COX2", "PROTEINS"):
-        train_graphs(args, process, load_tu(args, process))
-    else:
-        splits = load_nodes(args, process)
-        row = train_nodes(args, process, splits)
-        if args.dataset == "chains" and row:
-            few_args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/few-hops",
-                                             "resume": args.resume and "auto"})
-            few = train_nodes(few_args, process, splits, hops=args.hops)
-            if few and process.rank == 0:
-                print(f"accuracy on chains of up to {args.chain_length} nodes: equilibrium "
-                      f"{row['table']['epoch by val']:.1f} %, {2 * args.hops} hops "
-                      f"{few['table']['epoch by val']:.1f} %, guessing 50.0 %", flush=True)
+        return
+    of_graphs = args.dataset in ("COX2", "PROTEINS")
+    data = (load_tu if of_graphs else load_nodes)(args, process)
+    if args.eval:
+        evaluate_checkpoint(args, process, data)
+        return
+    args.out = output_folder(args, process, f"ignn-{args.dataset}")
+    came = catch_signals(process.rank == 0)         # once for all runs: folds, methods, networks
+    method = (table4 if args.table4 else cross_validate if of_graphs else
+              compare_hops if args.dataset == "chains" else train_nodes)
+    if method(args, process, data) is None and process.rank == 0:
+        name = "Ctrl-C" if signal.SIGINT in came else "SIGTERM"
+        print(f"{name}: saved to {args.out}; continue with the same command, --out {args.out} and "
+              "--resume auto", flush=True)
     process.end()
 
 

@@ -9,9 +9,8 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import pair
+from processes import Forked, pair, script
 from torch_geometric.data import Data
 from torch_geometric.utils import to_undirected
 
@@ -30,10 +29,7 @@ from common import Process, anderson, broyden, fixed_point, init_process
 from ignn_graphs import (SOLVERS, GraphIGNN, NodeIGNN, evaluate, graph_equilibrium, load_official, main,
                          make_batch, official_count, padded, parse_args, project_rows, stratified_folds)
 
-ROOT = Path(ignn_graphs.__file__).parent
-SCRIPT = ROOT / "ignn_graphs.py"
 CPU = Process(0, 1, torch.device("cpu"))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 EXACT = dict(max_iter=5000, tol=1e-14, backward_max_iter=5000, backward_tol=1e-14)
 
 
@@ -245,17 +241,14 @@ def test_adjacencies_are_the_formulas_in_training_and_in_evaluation():
     assert torch.linalg.eigvalsh(scaled).max() <= 1
 
 
-def test_the_transpose_is_the_transpose_and_pool_sums_over_graphs():
+def test_the_transpose_is_the_transpose():
     graphs = some_graphs(4)
     directed = Data(x=torch.ones(3, 4).double(), edge_index=torch.tensor([[0, 1], [1, 2]]), y=torch.tensor([0]),
                     num_nodes=3)
     batch = make_batch([*graphs, directed], "cpu", dtype=torch.float64)
-    for pair in (batch.adjacency, batch.pool):
-        assert torch.equal(pair.matrix.to_dense().T, pair.transpose.to_dense())
+    assert torch.equal(batch.adjacency.matrix.to_dense().T, batch.adjacency.transpose.to_dense())
     dense = batch.adjacency.matrix.to_dense()
     assert not torch.equal(dense, dense.T)
-    sums = torch.stack([graph.x.sum(0) for graph in (*graphs, directed)])
-    assert relative(ignn_graphs.propagate(batch.pool, batch.x), sums) < 1e-14
 
 
 @pytest.mark.parametrize("edges", [[(0, 1), (1, 2), (2, 3)], [(0, 1), (0, 2), (0, 3), (4, 5)],
@@ -481,7 +474,7 @@ def test_the_layer_is_equivariant_and_the_model_invariant_under_renumbering():
     model = graph_model(official_graph_weights())
     a, b = (make_batch([g], "cpu", dtype=torch.float64) for g in (graph, moved))
     with torch.no_grad():
-        assert relative(model.implicit[0](b.x, b), model.implicit[0](a.x, a)[order]) < 1e-12
+        assert relative(model.implicit[0](b.x, b, model.solve), model.implicit[0](a.x, a, model.solve)[order]) < 1e-12
         assert relative(model(b), model(a)) < 1e-12
 
 
@@ -604,9 +597,9 @@ def test_the_official_release_is_reproduced(name, dtype):
     runs = {"grads": example["grads"], **example["upg_grads"]}
     for key, reference in runs.items():
         for grad in ["implicit"] if key == "grads" else ["upg", "npg"]:
-            model.solve.grad = grad
+            model.solve = partial(solve, grad=grad)
             if key != "grads":
-                model.solve.k, model.solve.lam = int(key[1]), float(key.split("lam")[1])
+                model.solve = partial(model.solve, k=int(key[1]), lam=float(key.split("lam")[1]))
             model.zero_grad()
             states.clear()
             out = model(batch)
@@ -1006,7 +999,7 @@ def test_every_gradient_trains(grad, tu, tmp_path):
     assert loss[-1] < 0.98 * loss[0]
 
 
-def test_the_training_recipe_is_the_official_one(tu, tmp_path):
+def test_the_training_recipe_is_the_official_one(tu, tmp_path, monkeypatch):
     """Adam 0.001, halved for epoch 51; fixed batches; another method begins with the same weights on the same folds."""
     args = parse_args(["--dataset", "COX2"])
     assert (args.lr, args.epochs, args.batch_size, args.hidden, args.kappa, args.dropout, args.folds, args.max_iter,
@@ -1026,18 +1019,16 @@ def test_the_training_recipe_is_the_official_one(tu, tmp_path):
         return original(optimizer, *rest)
 
     epoch = [0]
-    torch.optim.Adam.step = step
-    try:
-        run(*SMALL, "--data", tu, "--out", tmp_path, "--folds", 2, "--batch-size", 4, "--epochs", 52,
-            "--hidden", 2, "--tol", 0.1, "--k", 1)
-    finally:
-        torch.optim.Adam.step = original
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(ignn_graphs, "evaluate", lambda *_: (0.0, 0.0))
+    run(*SMALL, "--data", tu, "--out", tmp_path, "--folds", 2, "--batch-size", 4, "--epochs", 52, "--hidden", 2,
+        "--tol", 0.1, "--k", 1, "--log-every", 52)
     assert [seen[e] for e in (0, 49, 50, 51)] == [0.001, 0.001, 0.0005, 0.0005]
 
 
 def test_protocols_are_what_they_say():
-    runs = {0: {"test": [50.0, 80.0, 60.0], "val": [70.0, 60.0, 70.0], "val_loss": [1.0, 0.1, 0.5], "test_2a": []},
-            1: {"test": [60.0, 70.0, 90.0], "val": [10.0, 20.0, 15.0], "val_loss": [1.0, 1.0, 1.0], "test_2a": []}}
+    runs = {0: {"test": [50.0, 80.0, 60.0], "val": [70.0, 60.0, 70.0], "val_loss": [1.0, 0.1, 0.5]},
+            1: {"test": [60.0, 70.0, 90.0], "val": [10.0, 20.0, 15.0], "val_loss": [1.0, 1.0, 1.0]}}
     table = ignn_graphs.protocols(runs)
     assert {name: list(values) for name, values in table.items()} == {
         "best test epoch per fold": [80, 90], "one epoch for all": [80, 70], "last epoch": [60, 90],
@@ -1066,23 +1057,28 @@ def test_a_fold_whose_loss_or_weight_is_not_finite_ends_the_run(tu, tmp_path, ca
 
 
 def test_a_collapse_is_reported(tmp_path, capsys):
-    """Fractions below a constant prediction's F1, and a loss that is no number: the run ends with code 1."""
+    """Fractions below a constant prediction's F1, and a loss that is no number, which ends the run with code 1."""
     run(*NODES, "--out", tmp_path / "a", "--epochs", 1, "--lr", 1e-9)
     assert "never above the constant prediction's" in capsys.readouterr().out
     assert results(tmp_path / "a")["collapsed"]
     error = refused(capsys, *NODES, "--out", tmp_path / "b", "--lr", 1e30, "--clip", 0, "--ppi-model", "literal",
                     code=1)
-    assert "the loss became" in error and "in epoch 1" in error and "nothing was saved yet" in error
-    assert metrics(tmp_path / "b", "collapse")[0]["step"] == 1 and results(tmp_path / "b")["collapsed"]
+    assert "epoch 1: the loss became" in error and "nothing was saved yet" in error
+    assert metrics(tmp_path / "b", "broken")[0]["step"] == 1
+    run(*NODES, "--out", tmp_path / "c", "--lr", 1e30, "--clip", 0, "--table4")        # a table has rows for such
+    assert capsys.readouterr().out.count("not finite from epoch 1 on |") == 4
 
 
 def test_a_fall_to_the_constant_prediction_and_a_recovery_are_reported():
     """A loss of more than the constant's share of F1; small movements near it are neither."""
-    found = ignn_graphs.collapses([52.0, 50.0, 60.0, 50.0, 50.0, 58.0, 58.0], 49.5, "micro-F1")
+    def collapse(*val):
+        return ignn_graphs.collapse({"val": val, "loss": [1.0], "test_loss": [1.0]}, 49.5)
+
+    found = collapse(52.0, 50.0, 60.0, 50.0, 50.0, 58.0, 58.0)
     assert [part.split(":")[0] for part in found.split("; ")] == ["collapsed in epoch 4", "recovered in epoch 6"]
     assert "fell from 60.0 to 50.0 %" in found
-    assert ignn_graphs.collapses([52.0, 60.0, 52.0], 49.5, "micro-F1") == ""
-    assert ignn_graphs.collapses([50.0, 50.4], 49.5, "micro-F1").startswith("never above")
+    assert collapse(52.0, 60.0, 52.0) == ""
+    assert collapse(50.0, 50.4).startswith("never above")
 
 
 def test_the_constant_f1_is_the_best_of_all_constant_predictions():
@@ -1090,10 +1086,9 @@ def test_the_constant_f1_is_the_best_of_all_constant_predictions():
     y = torch.zeros(50, 4)
     for label, count in enumerate((40, 1, 20, 3)):
         y[:count, label] = 1
-    graphs = [Data(y=y[:30]), Data(y=y[30:])]
     f1 = [100 * 2 * (y * chosen).sum() / (50 * chosen.sum() + y.sum()) for chosen in torch.cartesian_prod(
         *[torch.tensor([0.0, 1.0])] * 4)]
-    assert ignn_graphs.constant_f1(graphs) == pytest.approx(max(f1).item()) and max(f1) > f1[-1] + 1
+    assert ignn_graphs.constant_f1(y) == pytest.approx(max(f1).item()) and max(f1) > f1[-1] + 1
 
 
 def test_micro_f1_counts_all_nodes_and_labels():
@@ -1166,8 +1161,56 @@ def test_sigterm_between_two_trainings_is_not_lost(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(ignn_graphs, "make_batch", make)
     run(*NODES, "--table4", "--out", tmp_path)
-    assert "SIGTERM: saved to" in capsys.readouterr().out
+    assert f"SIGTERM: saved to {tmp_path}; continue with the same command, --out {tmp_path} and" in (
+        capsys.readouterr().out)
     assert len(metrics(tmp_path / "upg-0.5")) == 1 and not (tmp_path / "upg-0.8").exists()
+
+
+def test_a_stop_in_the_second_network_of_chains_is_continued_from_the_folder_of_both(tmp_path, capsys, monkeypatch):
+    """Its own folder would go on with the few-hop network as the equilibrium: refused."""
+    def make(*args, **kwargs):
+        if (tmp_path / "results.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(*args, **kwargs)
+
+    flags = "--dataset chains --chain-length 4 --epochs 3".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(ignn_graphs, "make_batch", make)
+        run(*flags, "--out", tmp_path)
+    assert f"--out {tmp_path} and --resume auto" in capsys.readouterr().out
+    error = refused(capsys, *flags, "--out", tmp_path / "few-hops", "--resume", "auto")
+    assert "is of a run with hops 2, here 0" in error
+    run(*flags, "--out", tmp_path, "--resume", "auto")
+    assert "continues after step 1" in (text := capsys.readouterr().out) and "4 hops" in text.splitlines()[-1]
+
+
+def test_a_cross_validation_is_evaluated_on_the_graphs_that_it_has_not_seen(tu, tmp_path, capsys):
+    """All folds, or one of them from its own checkpoint; other folds or data are refused."""
+    run(*SMALL, "--data", tu, "--out", tmp_path, "--seed", 3, "--unstratified-folds", "--epochs", 1)
+    last = {int(fold): curve["test"][-1] for fold, curve in results(tmp_path)["folds"].items()}
+    capsys.readouterr()
+    for file, folds in ((tmp_path / "checkpoint.pt", (0, 1, 2)), (tmp_path / "fold-1" / "checkpoint.pt", (1,))):
+        run("--eval", "--resume", file)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(" %")[0] for line in lines] == [f"fold {f}: accuracy {last[f]:.2f}" for f in folds]
+        for flags, message in ((["--seed", 42], "--seed 3"), (["--folds", 4], "--folds 3"),
+                               (["--dataset", "PROTEINS"], "--dataset COX2"),
+                               (["--data", write_tu(tmp_path / f"{len(folds)}", seed=1)], "other data")):
+            if "PROTEINS" in flags:
+                write_tu(tmp_path / f"p{len(folds)}", name="PROTEINS")
+                flags += ["--data", tmp_path / f"p{len(folds)}"]
+            assert message in refused(capsys, "--eval", "--resume", file, *flags)
+
+
+def test_a_folder_has_one_cross_validation(tu, tmp_path, capsys):
+    """Also one that was killed before all folds have begun, and one whose folds are gone."""
+    run(*SMALL, "--data", tu, "--out", tmp_path, "--epochs", 1)
+    (tmp_path / "fold-0" / "checkpoint.pt").unlink()
+    assert "already holds a run" in refused(capsys, *SMALL, "--data", tu, "--out", tmp_path)
+    for file in tmp_path.glob("fold-*/checkpoint.pt"):
+        file.unlink()
+    for more in ((), ("--resume", "auto")):
+        assert "already holds a run" in refused(capsys, *SMALL, "--data", tu, "--out", tmp_path, *more)
 
 
 def test_an_official_checkpoint_is_evaluated_on_all_graphs(tu, tmp_path, capsys):
@@ -1186,15 +1229,26 @@ def test_the_benchmark_runs(flags, capsys):
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
-def start(*flags, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, str(SCRIPT), *map(str, flags)], env=ENVIRONMENT, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(log, *flags):
+    """python ignn_graphs.py FLAGS, on one process."""
+    return Forked(log, script, "ignn_graphs", *flags)
 
 
-def finish(process):
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    return text
+def epochs_done(out):
+    return sum(path.read_text().count('"epoch"') for path in out.rglob("metrics.jsonl"))
+
+
+def end_in_mid_run(processes, out, how):
+    """Sends the signal after four more epochs; what the processes have printed."""
+    deadline, epochs = time.time() + 60, epochs_done(out)
+    while epochs_done(out) < epochs + 4:
+        assert time.time() < deadline and processes[0].poll() is None, Path(processes[0].log).read_text()
+        time.sleep(0.01)
+    for process in processes:
+        os.kill(process.pid, how)
+    text = [(process.wait(60), Path(process.log).read_text()) for process in processes]
+    assert all(code == (-9 if how == signal.SIGKILL else 0) for code, _ in text), text
+    return text[0][1]
 
 
 def assert_same_run(a, b, graphs):
@@ -1212,48 +1266,71 @@ def assert_same_run(a, b, graphs):
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_killed_run_continues_bit_for_bit(graphs, tu, tmp_path):
-    """SIGKILL, then SIGTERM (which saves and ends with code 0), both in mid-run of real processes; then to the end."""
+    """SIGKILL, then SIGTERM (which saves and ends with code 0), both in mid-run of real processes; to the end."""
     flags = [*SMALL, "--data", tu, "--epochs", 25] if graphs else ["--chain-length", 5, "--epochs", 40]
     flags += ["--save-every", 0]
-    whole = start(*flags, "--out", tmp_path / "whole")
-    broken = tmp_path / "broken"
-    for kill in (signal.SIGKILL, signal.SIGTERM):
-        process = start(*flags, "--out", broken, "--resume", "auto")
-        def done():
-            return sum(path.read_text().count('"epoch"') for path in broken.rglob("metrics.jsonl"))
-
-        deadline, step = time.time() + 60, done()
-        while done() < step + 4:
-            assert time.time() < deadline and process.poll() is None, process.communicate()[0]
-            time.sleep(0.01)
-        process.send_signal(kill)
-        text, _ = process.communicate(timeout=60)
-        assert process.returncode == (-9 if kill == signal.SIGKILL else 0), text
-        if kill == signal.SIGTERM:
-            assert "SIGTERM: saved" in text
-    assert "continues after step" in finish(start(*flags, "--out", broken, "--resume", "auto"))
-    finish(whole)
-    assert_same_run(tmp_path / "whole", broken, graphs)
-
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    whole = start(tmp_path / "log0", *flags, "--out", tmp_path / "whole")
+    out = tmp_path / "broken"
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        process = start(tmp_path / f"log{how}", *flags, "--out", out, "--resume", "auto")
+        text = end_in_mid_run([process], out, how)
+    assert f"SIGTERM: saved to {out}" in text
+    last = start(tmp_path / "log", *flags, "--out", out, "--resume", "auto")
+    last.finish()
+    whole.finish()
+    assert "continues after step" in Path(last.log).read_text()
+    assert_same_run(tmp_path / "whole", out, graphs)
 
 
 def test_two_processes_divide_the_folds_without_a_trace(tu, tmp_path):
-    """3 folds over 2 processes: every fold bit for bit as in one process; also what --resume auto finds finished."""
-    two = start(*SMALL, "--data", tu, "--out", tmp_path / "2", launcher=TORCHRUN)
-    run(*SMALL, "--data", tu, "--out", tmp_path / "1")
-    finish(two)
-    assert results(tmp_path / "1")["folds"] == results(tmp_path / "2")["folds"]
-    assert sorted(r["fold"] for r in metrics(tmp_path / "2")) == [0] * 3 + [1] * 3 + [2] * 3
+    """3 folds over 2 processes, stopped there and ended by one: every fold bit for bit as in one process."""
+    flags, out = [*SMALL, "--data", tu, "--epochs", 12], tmp_path / "2"
+    two = pair(tmp_path / "log", script, "ignn_graphs", *flags, "--out", out)
+    text = end_in_mid_run(two, out, signal.SIGTERM)
+    assert text.count("will save and stop") == text.count("SIGTERM: saved to") == 1
+    assert 4 <= epochs_done(out) < 36 and not (out / "results.json").exists()
+    start(tmp_path / "log1", *flags, "--out", out, "--resume", "auto").finish()
+    run(*flags, "--out", tmp_path / "1")
+    assert_same_run(tmp_path / "1", out, graphs=True)
+    assert sorted(r["fold"] for r in metrics(out)) == [0] * 12 + [1] * 12 + [2] * 12
+    before = (out / "fold-1" / "checkpoint.pt").read_bytes()
+    for process in pair(tmp_path / "log2", script, "ignn_graphs", *flags, "--out", out, "--resume", "auto"):
+        process.finish()                                                    # finds all finished
+    assert (out / "fold-1" / "checkpoint.pt").read_bytes() == before
+
+
+def one_fold_takes_longer(breaks, *flags):
+    """Than the others by more than the process group allows: 3 seconds here, half an hour otherwise."""
+    train, init = ignn_graphs.train, dist.init_process_group
+
+    def slow(args, run, *rest):
+        if run.facts["fold"] == 1:
+            time.sleep(6)
+            if breaks:
+                run.broke("fold 1 broke", 1)
+        return train(args, run, *rest)
+
+    ignn_graphs.train = slow
+    dist.init_process_group = lambda backend: init(backend, timeout=timedelta(seconds=3))
+    script("ignn_graphs", *flags)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_process_waits_for_the_longest_fold_and_ends_if_it_breaks(breaks, tu, tmp_path):
+    flags = [*SMALL, "--data", tu, "--folds", 2, "--epochs", 1, "--out", tmp_path / "out"]
+    first, second = pair(tmp_path / "log", one_fold_takes_longer, breaks, *flags)
+    assert (second.wait(), first.wait() != 0) == ((1, True) if breaks else (0, False))
+    assert (tmp_path / "out" / "results.json").exists() != breaks
+    assert ("error: fold 1 broke" in (tmp_path / "log").read_text()) == breaks
 
 
 def test_two_processes_take_the_steps_of_one_for_nodes(tmp_path):
     """Two graphs of different size per step: means over all nodes of both, to rounding."""
     flags = [*NODES, "--batch-size", 2, "--epochs", 2]
-    two = start(*flags, "--out", tmp_path / "2", launcher=TORCHRUN)
+    two = pair(tmp_path / "log", script, "ignn_graphs", *flags, "--out", tmp_path / "2")
     run(*flags, "--out", tmp_path / "1")
-    finish(two)
+    for process in two:
+        process.finish()
     for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-3)

@@ -235,8 +235,8 @@ def test_a_step_of_ignn(solver, grad, monkeypatch):
                              f"--backward-max-iter 3 --solver {solver} --grad {grad}".split())
     with META:
         model = module.GraphIGNN(6, 2, args.hidden, args.kappa, args.dropout, module.solver_settings(args))
-        adjacency, pool = (module.Sparse(torch.zeros(n, 12), None) for n in (12, 3))
-        batch = module.Graphs(torch.zeros(12, 6), torch.zeros(3, dtype=torch.long), adjacency, pool,
+        adjacency = module.Sparse(torch.zeros(12, 12), None)
+        batch = module.Graphs(torch.zeros(12, 6), torch.zeros(3, dtype=torch.long), adjacency,
                               torch.zeros(4, dtype=torch.long), 5, torch.zeros(12, dtype=torch.long), None,
                               None)
     with OneDevice():
