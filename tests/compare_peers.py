@@ -443,8 +443,8 @@ class Watch(TorchDispatchMode):
 def an_iteration(side):
     """an iteration of Broyden; GMRES: operators without f and views (on a GPU about kernels), waits for it"""
     torch.manual_seed(0)
-    # Ours reads more often on a CPU, where it costs nothing; tensors without numbers it treats as a GPU's.  The
-    # others do the same everywhere.
+    # Ours reads more often on a CPU, where it costs nothing; tensors without numbers it treats as a GPU's.
+    # The others do the same everywhere.
     with torch.device("meta" if side == "ours" else "cpu"):
         J, b = 0.08 * torch.randn(100, 100), torch.randn(4, 100)
     if side == "ours":
