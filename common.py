@@ -1493,7 +1493,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv, presets: Callable = lambd
     """The options of a run: what is given wins, then what a checkpoint brings, then presets(args).
 
     from_checkpoint: the names that a checkpoint of ours brings in --eval, separated by blanks.  A training
-    that is continued has its `data` from there; other flags must be given again (`Run` compares them). 
+    that is continued has its `data` from there; other flags must be given again (`Run` compares them).
     --help shows the presets of the parser's own defaults.
     """
     usual, brought = presets(parser.parse_args([])), {}
@@ -1667,8 +1667,7 @@ def set_rng_state(state: dict):
 def save_checkpoint(path: str | os.PathLike, state: dict):
     """Writes `state`; `path` is complete at every moment, and the checkpoint before stays as `path`.previous.
 
-    If it cannot be written (a full disk, no permission), both stay as they are and the run ends with exit
-    code 1.
+    If it cannot be written (a full disk, no permission), both stay as they are and the run ends with code 1.
     """
     path = Path(path)
     new, old, previous = (path.with_name(path.name + end) for end in (
@@ -1912,8 +1911,7 @@ class Run:
     def save(self, state: dict):
         """Saves {"model", "step", ...} as checkpoint.pt, with what `Run` needs to continue.
 
-        A weight that is not finite ends the run, as the loss shows it one step late: a checkpoint is a good
-        state.
+        A weight that is not finite ends the run here: the loss would show it one step late.
         """
         bad = torch.stack([~w.isfinite().all() for w in state["model"].values() if w.is_floating_point()])
         if self.process.sum(bad.any().float()) > 0:         # host sync; BatchNorm's differ among processes
@@ -1935,8 +1933,8 @@ class Run:
     def stopped(self, step: int):
         """Says, when `due` has asked to stop and all is saved, how to continue."""
         if self.process.rank == 0:
-            print(f"{self.stopped_by()}: saved after step {step} to {self.checkpoint}; continue with the same "
-                  f"command, --out {self.folder} and --resume auto", flush=True)
+            print(f"{self.stopped_by()}: saved after step {step} to {self.checkpoint}; continue with the "
+                  f"same command, --out {self.folder} and --resume auto", flush=True)
 
     def note_residuals(self, **residuals: Tensor):
         """Keeps the residuals (N,) of a step's solves for `health`, also in checkpoints; no host sync."""
@@ -2039,8 +2037,7 @@ def health(name: str, residuals: list[Tensor], tol: float, process: Process) -> 
 class Meter:
     """Running means, throughput, peak memory.  `add` costs no synchronisation, `read` one; it starts afresh.
 
-    The means and the throughput are of all processes, which must all call `read`, with values of the same
-    names.
+    Means and throughput are of all processes, which must all call `read`, with values of the same names.
     """
 
     def __init__(self, process: Process):
@@ -2096,8 +2093,7 @@ def describe_run(process: Process) -> dict:
 
 
 class TrainingPass(torch.nn.Module):
-    """A model's training pass from tensors to tensors, as CUDA graphs need it: x -> (output, residual or
-    None).
+    """A training pass from tensors to tensors, as CUDA graphs need it: x -> (output, residual or None).
 
     model(x, unroll=..., with_result=True, on_backward=...) returns (output, SolverResult or None).  The
     residual of its backward solve, if it has one, is left in backward_residual (N,).  batch: the largest N.
@@ -2161,11 +2157,10 @@ def timed_step(forward: Callable, finish: Callable, device: torch.device) -> lis
 
 def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, about: str, unit: str, n: int,
               solve: Callable, f: Callable, h0: State, sometimes: dict = {}, repeats: int = 3) -> dict:
-    """Times training steps in turns and prints a table.  Returns {row: [forward, backward, step ms, peak
-    GB]}.
+    """Times training steps and prints a table.  Returns {row: [forward, backward, step ms, peak GB]}.
 
     rows: {name: a forward pass that returns the loss}.  finish: what ends a step.  n, unit: what a step
-    processes. sometimes: {name: (share, forward)}, if a share of a row's steps has another forward pass. 
+    processes.  sometimes: {name: (share, forward)}, if a share of a row's steps has another forward pass.
     solve(f, h0) is timed beside its calls of f alone.  Numbers are medians over the repeats, taken in turns,
     as a machine that is slow for a while is so for all rows.  A first turn, which may compile or capture,
     counts for the memory alone.

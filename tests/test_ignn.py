@@ -270,7 +270,8 @@ def test_the_spectral_radius_is_an_upper_bound_and_within_a_thousandth(edges):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 def graph_model(weights, **solve):
-    model = GraphIGNN(4, 3, hidden=8, kappa=0.9, dropout=0.0, solve=partial(graph_equilibrium, **{**EXACT, **solve})).double()
+    model = GraphIGNN(4, 3, hidden=8, kappa=0.9, dropout=0.0,
+                      solve=partial(graph_equilibrium, **{**EXACT, **solve})).double()
     load_official(model, weights)
     return model
 
@@ -326,7 +327,8 @@ def test_node_model_literal_and_zoo_are_the_dense_formulas(zoo):
     graphs, weights = node_graphs(2), official_node_weights(zoo=zoo)
     batch = make_batch(graphs, "cpu", kind="raw", dtype=torch.float64)
     batch.rho = max(torch.linalg.eigvalsh(dense_adjacency(graph, "raw")).max().item() for graph in graphs)
-    model = NodeIGNN(5, 6, hidden=3, kappa=0.6, solve=partial(graph_equilibrium, solver="anderson", grad="implicit", **EXACT), omega_2=zoo,
+    solve = partial(graph_equilibrium, solver="anderson", grad="implicit", **EXACT)
+    model = NodeIGNN(5, 6, hidden=3, kappa=0.6, solve=solve, omega_2=zoo,
                      spectral=zoo).double()
     load_official(model, weights)
     for name, w in weights.items():
@@ -349,7 +351,8 @@ def test_float32_with_default_settings_is_accurate_also_where_the_contraction_is
     weights = {k: w.abs() if k.endswith(".W") else w for k, w in official_graph_weights().items()}
     graphs = some_graphs(5)
     results = []
-    for dtype, solve in ((torch.float64, partial(graph_equilibrium, grad="implicit", **EXACT)), (torch.float32, partial(graph_equilibrium, grad="implicit"))):
+    for dtype, settings in ((torch.float64, EXACT), (torch.float32, {})):
+        solve = partial(graph_equilibrium, grad="implicit", **settings)
         model = GraphIGNN(4, 3, hidden=8, dropout=0.0, solve=solve).to(dtype)
         load_official(model, weights)
         batch = make_batch(graphs, "cpu", dtype=dtype)
@@ -398,7 +401,8 @@ def test_a_batch_has_the_gradient_of_its_graphs_alone(solver):
     """The same for the backward solves, which stop at a residual relative to each graph's own dL/dH*."""
     graphs, logs = some_graphs(7, seed=1), []
     torch.manual_seed(0)
-    model = GraphIGNN(4, 3, hidden=8, solve=partial(graph_equilibrium, grad="implicit", backward_solver=solver, backward_tol=1e-3)).double()
+    solve = partial(graph_equilibrium, grad="implicit", backward_solver=solver, backward_tol=1e-3)
+    model = GraphIGNN(4, 3, hidden=8, solve=solve).double()
 
     def gradient(graphs, log=None):
         batch = make_batch(graphs, "cpu", dtype=torch.float64)
@@ -576,7 +580,8 @@ def test_the_official_release_is_reproduced(name, dtype):
     """float64: outputs 1e-9, gradients 1e-7 of the largest entry; float32 at default tolerances 1e-4, 1e-3 in norm."""
     example = torch.load(os.environ["IGNN_PARITY"], weights_only=True)[name]
     config, zoo, exact = example["config"], name == "node_zoo", dtype == torch.float64
-    solve = partial(graph_equilibrium, solver="fixed-point" if name == "graph" else "anderson", **(EXACT if exact else {}))
+    solve = partial(graph_equilibrium, solver="fixed-point" if name == "graph" else "anderson",
+                    **(EXACT if exact else {}))
     if name == "graph":
         model = GraphIGNN(config["nfeat"], config["nclass"], config["nhid"], config["kappa"], 0.0, solve)
     else:
@@ -849,7 +854,8 @@ def test_chains_show_what_more_than_a_few_hops_can_do(tmp_path, capsys):
     ("--lr 0", "--lr: must be"), ("--lr nan", "--lr: must be"),
     ("--dataset COX2 --dropout 1", "--dropout: must be in"),
     ("--dataset COX2 --folds 1", "--folds: must be in [2, inf)"), ("--val", "--val is of COX2"),
-    ("--dataset PPI --folds 5", "--folds is of COX2"), ("--dataset COX2 --clip 1", "--clip is of PPI and PPI-synthetic and chains"),
+    ("--dataset PPI --folds 5", "--folds is of COX2"),
+    ("--dataset COX2 --clip 1", "--clip is of PPI and PPI-synthetic and chains"),
     ("--dataset COX2 --hops 3", "--hops is of chains"), ("--dataset COX2 --ppi-model zoo", "--ppi-model is of PPI"),
     ("--dataset PPI --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
     ("--dataset COX2 --benchmark --graph-scale 0.2", "--graph-scale is of PPI-synthetic"),
@@ -966,7 +972,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_lost(tu, tmp_path
         error = refused(capsys, *SMALL, "--data", tu, "--out", tmp_path / "b", "--resume", file)
         assert "--out DIR --resume auto" in error
     other = write_tu(tmp_path / "other", count=27)
-    assert "is of a run with data " in refused(capsys, *SMALL, "--data", other, "--out", tmp_path / "a", "--resume", "auto")
+    error = refused(capsys, *SMALL, "--data", other, "--out", tmp_path / "a", "--resume", "auto")
+    assert "is of a run with data " in error
     error = refused(capsys, *SMALL, "--data", tu, "--hidden", 16, "--eval", "--resume",
                     tmp_path / "a" / "checkpoint.pt")
     assert "does not fit the model" in error

@@ -30,7 +30,8 @@ VARIANTS = {"PostLN": {}, "PreLN": dict(pre_ln=True), "PreLN, raw residual": dic
 def solving(**settings):
     """A model's `solve` with these settings of common.equilibrium, and the default model's others."""
     tol = settings.get("tol", 1e-3)
-    return partial(equilibrium, **{**dict(lam=0.8, max_iter=30, tol=tol, backward_max_iter=35, backward_tol=tol), **settings})
+    others = dict(lam=0.8, max_iter=30, tol=tol, backward_max_iter=35, backward_tol=tol)
+    return partial(equilibrium, **{**others, **settings})
 
 
 def build(seed=0, dtype=torch.float64, trained=True, solve=solving(), **more):
@@ -222,7 +223,8 @@ def test_at_full_size_the_numbers_are_counted_once():
 
     for norm in ("post", "pre"):
         with torch.device("meta"):
-            model = deq_wikitext.build_model(parse_args(["--norm", norm]), range(267735), Process(0, 1, torch.device("meta")))
+            model = deq_wikitext.build_model(parse_args(["--norm", norm]), range(267735),
+                                             Process(0, 1, torch.device("meta")))
             assert (count(model), count(model.blocks)) == (97_691_888, 69_753_000)
             assert [count(m) for m in (model.tables, model.projections, model.injection, model.biases)] == [
                 25_057_350, 649_600, 1_472_100, 267_735]
@@ -530,7 +532,8 @@ def test_phantom_gradients_tend_to_the_exact_one(grad, k, lam, cosine):
 
 def test_a_budget_of_zero_unrolls_from_zero_without_a_solver():
     """torchdeq's deq-lm: k plain applications, differentiated through."""
-    args = parse_args("--data toy --d-model 16 --n-head 2 --d-inner 24 --cutoffs 10 20 --max-iter 0 --k 3 --lam 1".split())
+    args = parse_args("--data toy --d-model 16 --n-head 2 --d-inner 24 --cutoffs 10 20 --max-iter 0 --k 3 "
+                      "--lam 1".split())
     model = build(solve=deq_wikitext.build_model(args, range(60), CPU).solve)
     segment = segments(model, 1)[0]
     out, expected = model(*segment), model(*segment, unroll=3)

@@ -371,7 +371,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, capsys, small):
                         ("--d-inner 25", "--d-inner 24 (here 25)")):
         assert named in refused(capsys, *flags, "--resume", "auto", *more.split())
     for mode in (["--eval", "--resume"], ["--init"]):
-        for more, named in (("--norm pre", "--norm post (here pre)"), ("--model deq-lm --norm post", "--model deq (here deq-lm)")):
+        for more, named in (("--norm pre", "--norm post (here pre)"),
+                            ("--model deq-lm --norm post", "--model deq (here deq-lm)")):
             target = [] if mode == ["--init"] else flags[-2:]
             assert named in refused(capsys, *flags[:-2], *target, *mode, out / "checkpoint.pt", *more.split())
     assert "weights alone" in refused(capsys, *flags[:-2], "--out", out, "--resume", out / "best.pt")
