@@ -1,53 +1,58 @@
-"""DEQ-Transformer on WikiText-103, phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
+"""DEQ-Transformer on WikiText-103 with phantom gradients: "On Training Implicit Models" (NeurIPS 2021).
 
-    torchrun --nproc_per_node=4 deq_wikitext.py                     # PostLN, UPG A_{5,0.8}: 4 GPUs x 14 streams
-    python deq_wikitext.py --data toy                               # a small model on generated text, on a CPU
-    python deq_wikitext.py --accumulate 4                           # one GPU: the same streams in 4 micro-batches
-    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480    # ours with its own flags, or an official one
-    python deq_wikitext.py --generate "The game was" --resume FILE         # continues it; toy text: "w5 w17"
-    python deq_wikitext.py --benchmark --batch-size 14 --backward-solver broyden   # step time, memory of Table 3's rows
+    torchrun --nproc_per_node=4 deq_wikitext.py             # PostLN, UPG A_{5,0.8}: 4 GPUs x 14 streams
+    python deq_wikitext.py --data toy                       # a small model on generated text, on a CPU
+    python deq_wikitext.py --accumulate 4                   # one GPU: the same streams in 4 micro-batches
+    python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480      # ours, or an official checkpoint
+    python deq_wikitext.py --generate "The game was" --resume FILE          # continues it; toy text: "w5 w17"
+    python deq_wikitext.py --benchmark --batch-size 14 --backward-solver broyden    # times, memory of Table 3
 
-Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, the content
-of the archive wikitext-103-v1.zip; or the same three as train.txt, valid.txt and test.txt.  --eval and --generate read
-it too, for the vocabulary.  Our checkpoints bring the flags of text, model, solver and memory; to an official one give
-its row's model flags (--norm above all: the files do not differ in it).
+Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens,
+the content of the archive wikitext-103-v1.zip, or the same three as train.txt, valid.txt and test.txt.
+--eval and --generate read it too, for the vocabulary.  Our checkpoints bring the flags of text, model, solver
+and memory.  An official one has none: give the model flags of its row (--norm above all: no file tells).
 
-Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed to the first row;
-torchrun --nproc_per_node=4 deq_wikitext.py with
+Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed relative
+to the first row.  Each row is torchrun --nproc_per_node=4 deq_wikitext.py with
     paper 24.0  1.0x  --grad implicit --backward-solver broyden
           25.7  1.7x  (none)
           24.5  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --grad implicit
-                      --backward-solver broyden --max-iter 14 --backward-max-iter 14 --jitter 2 --jr 2.0 --jr-freq 0.4
-                      --jr-increment 30000
+                      --backward-solver broyden --max-iter 14 --backward-max-iter 14 --jitter 2
+                      --jr 2.0 --jr-freq 0.4 --jr-increment 30000
           24.4  2.2x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 14 --jitter 2 --jr 0.1
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
-          fails -     --grad npg                          # App. D.3: --jr helps, or, without a number, the next row
-          -     -     --grad npg --lam auto               # lam = 1 / rho(J)
+          fails -     --grad npg                    # App. D.3: --jr helps, or, without a number, the next row
+          -     -     --grad npg --lam auto         # lam = 1 / rho(J)
 The paper solves backwards by Broyden's method; the default here is GMRES.
-torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks, no solver
-in training, and twelve unrolled steps from zero:
+torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks,
+no solver in training, and twelve unrolled steps from zero:
     22.34             --model deq-lm
 
 What makes it faster (--benchmark with the flag measures all but --accumulate):
-    --compile                   F by torch.compile: fewer launches; the same numbers to rounding
-    --amp                       bf16 autocast, solver state and softmax in float32: changes results, so off by default
-    TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq; --no-tf32 without
-    --accumulate n              not faster: 1/n of the activations, for smaller cards; dropout masks are drawn for each
+    --compile                   F by torch.compile: fewer launches, the same numbers to rounding
+    --amp                       bf16 autocast, with solver state and softmax in float32: changes results
+    TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq.  --no-tf32
+                                turns them off
+    --accumulate n              not faster: 1/n of the activations, and new dropout masks for each part
     --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
-    always on                   once per forward: effective weights, position keys, keys and values of the memory;
-                                fused attention inside the solver (dropatt 0); targets sorted into clusters on the host
+    always on                   once per forward: effective weights, position keys, keys and values of the
+                                memory.  Fused attention inside the solver (dropatt 0).  Targets are sorted
+                                into clusters on the host.
 What costs: a step with the JR term (--jr) calls F once more.
 No --cuda-graph, as mdeq_*.py have: the clusters of the softmax are as large as a batch happens to need.
 
-Measured: step times of all rows on one H200, 109 ms for PostLN UPG at 14 streams; no training to the end.  README.md
-has these, and a small-scale counterpart of Table 3 on real text, on a CPU.
+Measured: step times of all rows on one H200, 109 ms for PostLN UPG at 14 streams.  No training was run to the
+end.  README.md has these, and a small-scale counterpart of Table 3 on real text, on a CPU.
 
-Differs from the paper and locuslab/deq: residuals per stream (there: one norm over the batch); with --grad implicit and
-npg loss and memory take h*, as evaluation does (there F(h*)); the learning rate of step s is that of step s (there: the
-first step has the full rate, and the others lag by one); P_1 to P_3 are one parameter in embedding and softmax (there
-two that share storage, each updated by Adam); the forward solver of the PreLN rows is Broyden, as in the paper (the
-script that it cites has Anderson).  NPG follows Eq. (17), not Algorithms 2 and 3.  Pretraining is as in the official
-protocol also for UPG (the paper leaves that open); --pretrain-steps 0 drops it.
+Differs from the paper and locuslab/deq:
+    residuals                   per stream (there: one norm over the batch)
+    --grad implicit and npg     loss and memory take h*, as evaluation does (there F(h*))
+    learning rate               that of step s in step s (there: full in the first, the others lag by one)
+    P_1 to P_3                  one parameter in embedding and softmax (there two that share storage)
+    forward solver of PreLN     Broyden, as in the paper (the script that it cites has Anderson)
+    NPG                         Eq. (17), not Algorithms 2 and 3
+    pretraining                 as in the official protocol also for UPG, which the paper leaves open.
+                                --pretrain-steps 0 drops it
 """
 import collections
 import contextlib
@@ -77,10 +82,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, Run, adaptive_damping, add_run_flags, anderson, benchmark, broyden, check_version,
-                    compiled, die, equilibrium, existing_file, fixed_point, gmres, health, init_process, is_ours,
-                    jacobian_regularization, load_checkpoint, load_weights, make_parser, note_differences,
-                    parse_flags, rng_state, save_checkpoint, seed_everything, set_rng_state, spectral_radius, spell,
-                    upg, within)
+                    compiled, die, equilibrium, existing_file, fixed_point, gmres, health, init_process,
+                    is_ours, jacobian_regularization, load_checkpoint, load_weights, make_parser,
+                    note_differences, parse_flags, rng_state, save_checkpoint, seed_everything, set_rng_state,
+                    spectral_radius, spell, upg, within)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
 # What --model decides beside the options: torchdeq's F differs in more than its size.
@@ -88,19 +93,20 @@ MODELS = {"deq": {}, "deq-lm": dict(n_blocks=3, preln_residual="raw", ln_affine=
                                     init_before_norm=True)}
 # The defaults of options.  A later row wins: the paper's PostLN row, torchdeq's model, the generated text.
 PRESETS = {
-    "deq": dict(norm="post", d_model=700, n_head=10, d_inner=48000, cutoffs=[20000, 40000, 200000], dropout=0.05,
-                k=5, lam=0.8, max_iter=30, backward_max_iter=35, pretrain_steps=32000, steps=300000,
-                warmup_steps=16000, batch_size=56, segment=150, mem_len=150, lr=2.5e-4, eval_every=5000,
-                log_every=200),
+    "deq": dict(norm="post", d_model=700, n_head=10, d_inner=48000, cutoffs=[20000, 40000, 200000],
+                dropout=0.05, k=5, lam=0.8, max_iter=30, backward_max_iter=35, pretrain_steps=32000,
+                steps=300000, warmup_steps=16000, batch_size=56, segment=150, mem_len=150, lr=2.5e-4,
+                eval_every=5000, log_every=200),
     "deq-lm": dict(norm="pre", d_inner=14800, k=12, lam=1.0, max_iter=0, pretrain_steps=0, steps=150000,
                    warmup_steps=8000, checkpoint_blocks=True),
     "toy": dict(d_model=64, n_head=4, d_inner=256, cutoffs=[200, 800], dropout=0.0, max_iter=12,
-                backward_max_iter=12, pretrain_steps=0, steps=1000, warmup_steps=50, batch_size=20, segment=30,
-                mem_len=30, lr=2e-3, eval_every=250, log_every=50)}
+                backward_max_iter=12, pretrain_steps=0, steps=1000, warmup_steps=50, batch_size=20,
+                segment=30, mem_len=30, lr=2e-3, eval_every=250, log_every=50)}
 MODEL_FLAGS = "model norm d_model d_embed n_head d_inner cutoffs div_val"
 # What --eval and --generate take from a checkpoint of ours if it is not given.
-FROM_CHECKPOINT = MODEL_FLAGS + (" data vocab local_size solver max_iter tol k lam segment mem_len pretrain_steps "
-                                 "pretrain_layers eval_streams eval_mem_len eval_solver eval_max_iter")
+FROM_CHECKPOINT = MODEL_FLAGS + (
+    " data vocab local_size solver max_iter tol k lam segment mem_len pretrain_steps pretrain_layers "
+    "eval_streams eval_mem_len eval_solver eval_max_iter")
 # What may change when a run is continued: it changes the training by rounding at most.
 MAY_DIFFER = ("init radius_every compile checkpoint_blocks accumulate eval_streams eval_mem_len eval_solver "
               "eval_max_iter generate generate_tokens temperature")
@@ -133,38 +139,45 @@ def parse_args(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--data", default="data/wikitext-103", help="folder with wiki.{train,valid,test}.tokens or "
         "{train,valid,test}.txt; or 'toy': text of a known random source")
-    add("--vocab", choices=["train", "all"], default="train", help="types are of the training text, or of all three")
+    add("--vocab", choices=["train", "all"], default="train",
+        help="types are of the training text, or of all three")
 
     add = p.add_argument_group("model").add_argument
-    add("--model", choices=list(MODELS), default="deq", help="the paper's, or torchdeq's of three thinner blocks")
+    add("--model", choices=list(MODELS), default="deq",
+        help="the paper's, or torchdeq's of three thinner blocks")
     add("--norm", choices=["post", "pre"], help="where the layer normalisation is")
     add("--d-model", type=count, help="width of the state, a multiple of --n-head")
     add("--d-embed", type=count, help="embedding width of the most frequent types (default: --d-model)")
     add("--n-head", type=count, help="attention heads")
     add("--d-inner", type=count, help="hidden width of the feed-forward part")
-    add("--cutoffs", type=count, nargs="+", help="the first types, by falling frequency, of the softmax clusters "
-        "after the first")
-    add("--div-val", type=count, default=4, help="factor between the embedding widths of a cluster and the next")
-    add("--local-size", type=natural, default=0, help="keys that a position sees, itself included; 0: 1000, and "
-        "--mem-len plus --segment must then be at most that")
+    add("--cutoffs", type=count, nargs="+",
+        help="the first types, by falling frequency, of the softmax clusters after the first")
+    add("--div-val", type=count, default=4,
+        help="factor between the embedding widths of a cluster and the next")
+    add("--local-size", type=natural, default=0,
+        help="keys that a position sees, itself included; 0: 1000, and --mem-len plus --segment must then be "
+        "at most that")
     add("--dropout", type=share, help="probability of variational dropout")
     add("--dropatt", type=share, default=0.0, help="the same for attention probabilities")
     add("--output-dropout", choices=["tokens", "channels"], default="tokens",
         help="what is dropped before the softmax: whole tokens, as in the official code, or channels")
-    add("--init", type=existing_file, metavar="FILE", help="begin with the weights of this checkpoint, ours or an "
-        "official one")
+    add("--init", type=existing_file, metavar="FILE",
+        help="begin with the weights of this checkpoint, ours or an official one")
 
     add = p.add_argument_group("equilibrium").add_argument
-    add("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg", help="how the gradient is computed")
+    add("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg",
+        help="how the gradient is computed")
     add("--k", type=count, help="steps of the phantom gradient")
-    add("--lam", type=number_or_auto, help="damping of the phantom gradient; 'auto': 1 / rho(J), measured every 100 "
-        "steps, App. D.3")
-    add("--solver", choices=["broyden", "anderson", "fixed-point"], default="broyden", help="finds the equilibrium")
+    add("--lam", type=number_or_auto,
+        help="damping of the phantom gradient; 'auto': 1 / rho(J), measured every 100 steps, App. D.3")
+    add("--solver", choices=["broyden", "anderson", "fixed-point"], default="broyden",
+        help="finds the equilibrium")
     add("--max-iter", type=natural, help="iterations of the solver; 0: no solver, UPG from zero")
     add("--jitter", type=natural, default=0, help="in training up to this many fewer, drawn for each batch")
     add("--tol", type=positive, default=1e-3,
         help="relative residual at which a stream counts as solved; 0: always the whole budget")
-    add("--backward-solver", choices=list(SOLVERS), default="gmres", help="solver of --grad implicit's backward pass")
+    add("--backward-solver", choices=list(SOLVERS), default="gmres",
+        help="solver of --grad implicit's backward pass")
     add("--backward-max-iter", type=count, help="its iterations")
     add("--pretrain-steps", type=natural, help="first steps, which unroll F in place of the solver")
     add("--pretrain-layers", type=count, default=2, help="evaluations of F in a step of pretraining")
@@ -180,29 +193,35 @@ def parse_args(argv=None):
     add("--segment", type=count, help="tokens of each stream in a step")
     add("--mem-len", type=natural, help="earlier tokens that are kept as memory")
     add("--accumulate", type=count, default=1, help="micro-batches per step and process")
-    add("--lr", type=within(float, "(0, inf)"), help="largest learning rate of Adam; a cosine to 0 over all steps")
+    add("--lr", type=within(float, "(0, inf)"),
+        help="largest learning rate of Adam; a cosine to 0 over all steps")
     add("--clip", type=positive, default=0.25, help="largest norm of the gradient; 0: any")
 
     add = p.add_argument_group("evaluation").add_argument
     add("--eval-every", type=count, help="steps between evaluations on the validation text")
-    add("--eval-streams", type=count, default=16, help="streams that the validation and test texts are cut into")
-    add("--eval-mem-len", type=natural, nargs="+", help="memory in evaluation; in training the first one counts "
-        "(default: --mem-len)")
-    add("--eval-solver", choices=["broyden", "anderson", "fixed-point", "unrolled"], help="solver in evaluation; "
-        "'unrolled': plain steps, which alone never look ahead in the text (default: --solver, unrolled without one)")
+    add("--eval-streams", type=count, default=16,
+        help="streams that the validation and test texts are cut into")
+    add("--eval-mem-len", type=natural, nargs="+",
+        help="memory in evaluation; in training the first one counts (default: --mem-len)")
+    add("--eval-solver", choices=["broyden", "anderson", "fixed-point", "unrolled"],
+        help="solver in evaluation; 'unrolled': plain steps, which alone never look ahead in the text "
+        "(default: --solver, unrolled without one)")
     add("--eval-max-iter", type=count, help="its iterations (default: --max-iter, or --k without a solver)")
     add("--radius-every", type=natural, default=0,
         help="steps between spectral radii of J and J_lam on the validation text; 0: never")
     add("--generate-tokens", type=count, default=100, help="tokens that --generate adds")
-    add("--temperature", type=positive, default=0.9, help="of --generate's distribution; 0: the likeliest token")
+    add("--temperature", type=positive, default=0.9,
+        help="of --generate's distribution; 0: the likeliest token")
 
     add = p.add_argument_group("speed").add_argument
     add("--amp", action="store_true", help="bf16 autocast; the solver's vectors and the softmax stay float32")
     add("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
     add("--compile", action="store_true", help="torch.compile F")
-    add("--checkpoint-blocks", action="store_true", help="compute F's parts again in the backward pass: less memory")
+    add("--checkpoint-blocks", action="store_true",
+        help="compute F's parts again in the backward pass: less memory")
     modes = add_run_flags(p, "wikitext-GRAD", save_every=15.0, log_every=200)
-    modes.add_argument("--generate", metavar="TEXT", help="only continue this text with the checkpoint of --resume")
+    modes.add_argument("--generate", metavar="TEXT",
+        help="only continue this text with the checkpoint of --resume")
     args = parse_flags(p, argv, presets, FROM_CHECKPOINT)
     complete(args, p, argv)
     return args
@@ -226,12 +245,13 @@ def complete(args, p, argv):
         p.error(f"--d-embed {d_embed}: the last of {n + 1} clusters would have width {d_embed} / "
                 f"{args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
     if args.local_size == 0 and longest > 1000:
-        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the rest has "
-                "no effect; shorten the memory, or say how many it sees with --local-size")
+        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the "
+                "rest has no effect; shorten the memory, or say how many it sees with --local-size")
     if args.lam == "auto" and args.grad not in ("upg", "npg"):
         p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
     if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.jr_increment or args.lam == "auto"):
-        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr or --lam auto")
+        p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr, "
+                "--jr-increment or --lam auto")
     if args.jitter and args.jitter >= args.max_iter:
         p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
     if args.grad == "bptt" and args.solver != "fixed-point":
@@ -245,7 +265,10 @@ def complete(args, p, argv):
 # --- data ---------------------------------------------------------------------------------------------------
 
 class Text(NamedTuple):
-    """Three texts as ids, on the host.  Type 0 is <eos>; others follow by falling frequency in the training text."""
+    """Three texts as ids, on the host.
+
+    Type 0 is <eos>, others follow by falling frequency in the training text.
+    """
     train: torch.Tensor             # (tokens,) int32
     valid: torch.Tensor
     test: torch.Tensor
@@ -254,7 +277,7 @@ class Text(NamedTuple):
 
 
 def read_tokens(path, vocabulary):
-    """The types of a text in the order of their tokens, (tokens,) int32; adds <eos> for each line, also a blank one.
+    """The types of a text, token by token, (tokens,) int32.  Every line, also a blank one, adds <eos>.
 
     vocabulary: {type: id}.  A defaultdict gives unknown types new ids; of a plain dict they are an error.
     """
@@ -271,8 +294,8 @@ def read_tokens(path, vocabulary):
     except UnicodeDecodeError as error:
         die(f"--data: {path} is not UTF-8 text ({error.reason} after line {len(ids)}); get the file anew")
     except KeyError as error:
-        die(f"--data: {path}, line {number}: the training text does not have {error.args[0]!r}; --vocab all takes the "
-            "types of all three texts")
+        die(f"--data: {path}, line {number}: the training text does not have {error.args[0]!r}; --vocab all "
+            "takes the types of all three texts")
     if not ids:
         die(f"--data: {path} is empty; get the file anew")
     return np.concatenate(ids)
@@ -291,11 +314,12 @@ def read_text(args):
     names = next((names for names in ([f"wiki.{s}.tokens" for s in splits], [f"{s}.txt" for s in splits])
                   if all(os.path.isfile(root / name) for name in names)), None)
     if names is None:
-        die(f"--data {root}: needs the files wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or train.txt, "
-            "valid.txt and test.txt: unpack the archive wikitext-103-v1.zip there (torchtext, which downloaded it, is "
-            "discontinued; mirrors are found under its name); --data toy needs no files")
+        die(f"--data {root}: needs the files wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or "
+            "train.txt, valid.txt and test.txt: unpack the archive wikitext-103-v1.zip there (torchtext, "
+            "which downloaded it, is discontinued; mirrors are found under its name); --data toy needs none")
     stats = [(root / name).stat() for name in names]
-    key = hashlib.sha1(repr([args.vocab, names, [(s.st_size, s.st_mtime_ns) for s in stats]]).encode()).hexdigest()
+    about = [args.vocab, names, [(s.st_size, s.st_mtime_ns) for s in stats]]
+    key = hashlib.sha1(repr(about).encode()).hexdigest()
     cache = root / f".ids-{args.vocab}-{key[:16]}.npz"
     with contextlib.suppress(Exception):            # none yet, or damaged: read the texts
         with np.load(cache, allow_pickle=False) as saved:
@@ -309,7 +333,7 @@ def read_text(args):
     ids += [read_tokens(root / name, seen if args.vocab == "all" else dict(seen)) for name in names[1:]]
     counts = np.bincount(np.concatenate(ids if args.vocab == "all" else ids[:1]), minlength=len(seen))
     counts[0] = counts.max() + 1                    # <eos> is type 0 however often it occurs
-    order = np.argsort(-counts, kind="stable")      # equally frequent ones stay in the order of their first appearance
+    order = np.argsort(-counts, kind="stable")      # of equally frequent types the earlier one is first
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
     ids, types = [rank[i] for i in ids], list(seen)
@@ -326,17 +350,18 @@ def read_text(args):
 
 
 def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
-    """Text of a Markov source of second order: the classes of the last two tokens say which the next may be of.
+    """Text of a Markov source of second order: the next token's class is drawn by those of the last two.
 
-    After each pair of classes three may follow, with probabilities 0.7, 0.2 and 0.1; within its class a type is drawn
-    by Zipf's law.  The entropy rate is known, and so is the best that a model can do which sees the last token alone.
+    After each pair of classes three may follow, with probabilities 0.7, 0.2 and 0.1.  Within its class a type
+    is drawn by Zipf's law.  The entropy rate is known, and so is the best that a model can do which sees the
+    last token alone.
     """
     rng = np.random.default_rng(0)
     follow = np.zeros((classes, classes, classes))          # P(c | a, b) after classes a, b
     for a, b in itertools.product(range(classes), repeat=2):
         follow[a, b, rng.permutation(classes)[:3]] = 0.7, 0.2, 0.1
     zipf = (np.arange(types) + 3.0) ** -1.3
-    members = [np.arange(c, types, classes) for c in range(classes)]        # type 0, <eos>, is the commonest of class 0
+    members = [np.arange(c, types, classes) for c in range(classes)]
     emit = [zipf[m] / zipf[m].sum() for m in members]
 
     pairs = np.full((classes, classes), classes ** -2.0)    # stationary distribution of pairs of classes
@@ -348,7 +373,8 @@ def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
 
     within = pairs.sum(0) @ [entropy(e) for e in emit]
     one = np.einsum("ab,abc->bc", pairs, follow) / pairs.sum(0)[:, None]      # P(c | b)
-    best = tuple(float(np.exp(within + h)) for h in (pairs.sum(0) @ entropy(one), (pairs * entropy(follow)).sum()))
+    rates = pairs.sum(0) @ entropy(one), (pairs * entropy(follow)).sum()    # of classes, given one and two
+    best = tuple(float(np.exp(within + rate)) for rate in rates)
 
     total, cumulative = sum(sizes), follow.cumsum(-1).tolist()
     a = b = 0
@@ -368,7 +394,7 @@ BEST = "best possible perplexity: {1:.2f}; for a model that sees the last token 
 
 
 def streams(ids, n):
-    """(n, tokens): the text cut into n runs of equal length, one below the other; what is left over is dropped."""
+    """(n, tokens): the text cut into n runs of equal length, one below the other; the rest is dropped."""
     length = len(ids) // n
     return ids[:length * n].view(n, length)
 
@@ -380,7 +406,7 @@ def checksum(vocabulary):
 # --- model --------------------------------------------------------------------------------------------------
 
 class Memory(NamedTuple):
-    """What is kept of earlier segments: M states and their injections.  States alone could not rebuild the keys."""
+    """What is kept of M earlier tokens: states and injections.  States alone could not rebuild the keys."""
     h: torch.Tensor                 # (B, M, D)
     u: torch.Tensor                 # (B, M, 3 D)
 
@@ -394,9 +420,10 @@ class Output(NamedTuple):
 
 
 class BlockMasks(NamedTuple):
-    """Dropout masks of a block, scaled by 1 / (1 - p), the same for all evaluations of F in a forward; None: without.
+    """Dropout masks of a block, scaled by 1 / (1 - p); None: no dropout.
 
-    A mask per evaluation would make F another function at each: it would have no fixed point.
+    One mask serves all evaluations of F in a forward.  With a new one for each, F would be another function
+    each time and have no fixed point.
     """
     attn_prob: torch.Tensor = None  # (B, H, T, K)
     attn_out: torch.Tensor = None   # (B, 1, D)
@@ -407,15 +434,15 @@ class BlockMasks(NamedTuple):
 class Masks(NamedTuple):
     embedding: torch.Tensor = None  # (B, 1, D)
     positions: torch.Tensor = None  # (1, D)
-    output: torch.Tensor = None     # (B, T, 1): whole tokens, maybe an accident of the official code; or (B, 1, D)
+    output: torch.Tensor = None     # (B, T, 1): whole tokens, as in the official code; or (B, 1, D)
     blocks: tuple = ()              # of BlockMasks
 
 
 class Constants(NamedTuple):
     """What a block computes once per forward, with the graph on, and every evaluation of F uses.
 
-    A head's d numbers are followed by zeros up to e, the next multiple of 8: without effect on scores and values, but
-    a GPU's fused attention is not to be had for d = 70, and on a CPU attention is 5 to 8 % faster.
+    A head's d numbers are followed by zeros up to e, the next multiple of 8.  That changes no score and no
+    value, but a GPU has no fused attention for d = 70, and on a CPU attention is 5 to 8 % faster.
     """
     u: torch.Tensor                 # (B, T, 3 H e) injection of the present
     qkv: torch.Tensor               # (3 H e, D); effective weights g v / ||v||
@@ -435,17 +462,24 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def dropped(x, mask):
+    return x if mask is None else x * mask
+
+
 class Block(nn.Module):
     """Relative multi-head attention and feed-forward part, each with its residual and layer normalisation."""
 
-    def __init__(self, d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln, init_before_norm):
+    def __init__(self, d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln,
+                 init_before_norm):
         super().__init__()
         D = d_model
-        self.n_head, self.d_head, self.pre_ln, self.preln_residual = n_head, D // n_head, pre_ln, preln_residual
-        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values; the injection is its bias
+        self.n_head, self.d_head = n_head, D // n_head
+        self.pre_ln, self.preln_residual = pre_ln, preln_residual
+        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values; its bias is u
         self.r = nn.Linear(D, D, bias=False)
         self.o, self.ff1, self.ff2 = nn.Linear(D, D), nn.Linear(D, d_inner), nn.Linear(d_inner, D)
-        self.r_w_bias, self.r_r_bias = (nn.Parameter(0.01 * torch.randn(n_head, self.d_head)) for _ in range(2))
+        self.r_w_bias, self.r_r_bias = (nn.Parameter(0.01 * torch.randn(n_head, self.d_head))
+                                        for _ in range(2))
         self.ln1, self.ln2 = (nn.LayerNorm(D, elementwise_affine=ln_affine) for _ in range(2))
         self.ln_out = nn.LayerNorm(D, elementwise_affine=ln_affine) if attn_out_ln else nn.Identity()
         for linear in (self.qkv, self.r, self.o, self.ff1, self.ff2):
@@ -472,13 +506,13 @@ class Block(nn.Module):
             return F.pad(x, (0, 0) * (x.dim() - dim - 2) + (0, -d % 8)).flatten(dim, dim + 1)
 
         weights = [linear.weight for linear in (self.qkv, self.o, self.ff1, self.ff2)]
-        if torch.is_autocast_enabled(device):       # cast once per forward: autocast would do so at every evaluation
+        if torch.is_autocast_enabled(device):       # cast once per forward, not at every evaluation of F
             weights = [w.to(torch.get_autocast_dtype(device)) for w in weights]
         weights[0], u = padded(weights[0], 0), padded(u, 2)
         r = padded(F.linear(positions, self.r.weight), 1).unflatten(1, (self.n_head, -1)) / math.sqrt(d)
         r = F.pad(r.permute(1, 2, 0), (1, 0))                                               # (H, e, K + 1)
         biases = [padded(b, 1)[:, None] for b in (self.r_w_bias, self.r_r_bias)]
-        q = u.shape[2] // 3                         # the memory asks no queries
+        q = u.shape[2] // 3                         # the first third: the memory asks no queries
         kv = F.linear(self.ln1(h_mem) if self.pre_ln else h_mem, weights[0][q:]) + u[:, :M, q:]
         return Constants(u[:, M:], *weights, r, *biases, *self.heads(kv, 2), hidden, masks)
 
@@ -486,32 +520,35 @@ class Block(nn.Module):
         """LN(attn(h) + h), or attn(LN(h)) + h with pre_ln; h: (B, T, D)."""
         B, T, D = h.shape
         x = self.ln1(h) if self.pre_ln else h
-        q, k, v = self.heads(F.linear(x, c.qkv) + c.u, 3)
-        k, v = torch.cat([c.k_mem, k.to(c.k_mem.dtype)], 2), torch.cat([c.v_mem, v.to(c.v_mem.dtype)], 2)
+        q, k, v = self.heads(F.linear(x, c.qkv) + c.u, 3)                                   # (B, H, T, e)
+        k = torch.cat([c.k_mem, k.to(c.k_mem.dtype)], 2)                                    # (B, H, K, e)
+        v = torch.cat([c.v_mem, v.to(c.v_mem.dtype)], 2)
         K = k.shape[2]
-        # Score of positions: query i needs key distance i + M - j in column j, that is row i shifted by T - 1 - i.  The
-        # zero key in front makes every row K + 1 long: read as rows of K from element T on, the rows are shifted.
+        # Score of positions: query i needs key distance i + M - j in column j: row i, shifted by T - 1 - i.
+        # A zero key in front makes each row K + 1 long.  Read in rows of K from element T on, it is shifted.
         s = torch.matmul(q + c.r_r.to(q.dtype), c.r)                                        # (B, H, T, K + 1)
-        s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden
+        s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden        # (B, H, T, K)
         q, scale = q + c.r_w.to(q.dtype), 1 / math.sqrt(self.d_head)
         if c.masks.attn_prob is None and not torch.is_grad_enabled():
-            a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype), scale=scale)
-        else:       # with a graph: the fused kernels take no mask that needs a gradient, and have no second derivative
+            a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype),
+                                               scale=scale)
+        else:       # the fused kernels take no mask that needs a gradient, and have no second derivative
             s = s + at_least_float32(torch.matmul(q, k.transpose(2, 3))) * scale
-            p = torch.softmax(s, dim=-1)
-            p = p if c.masks.attn_prob is None else p * c.masks.attn_prob
+            p = dropped(torch.softmax(s, dim=-1), c.masks.attn_prob)
             a = torch.matmul(p.to(v.dtype), v)
-        a = self.ln_out(a[..., :self.d_head].transpose(1, 2).reshape(B, T, D))
-        y = F.linear(a, c.o, self.o.bias)
-        y = (y if c.masks.attn_out is None else y * c.masks.attn_out) + h
+        a = self.ln_out(a[..., :self.d_head].transpose(1, 2).reshape(B, T, D))             # without zeros
+        y = dropped(F.linear(a, c.o, self.o.bias), c.masks.attn_out) + h
         return y if self.pre_ln else self.ln1(y)
 
     def feed_forward(self, y, c):
-        """LN(g(y) + y); with pre_ln g(LN(y)) + LN(y) as in locuslab/deq ("normalized"), or g(LN(y)) + y ("raw")."""
+        """LN(g(y) + y).
+
+        With pre_ln g(LN(y)) + LN(y) as in locuslab/deq ("normalized"), or g(LN(y)) + y ("raw").
+        """
         x = self.ln2(y) if self.pre_ln else y
-        t = F.relu(F.linear(x, c.ff1, self.ff1.bias), inplace=True)
-        t = F.linear(t if c.masks.ff_hidden is None else t * c.masks.ff_hidden, c.ff2, self.ff2.bias)
-        t = t if c.masks.ff_out is None else t * c.masks.ff_out
+        t = F.relu(F.linear(x, c.ff1, self.ff1.bias), inplace=True)                         # (B, T, d_inner)
+        t = F.linear(dropped(t, c.masks.ff_hidden), c.ff2, self.ff2.bias)
+        t = dropped(t, c.masks.ff_out)
         if self.pre_ln:
             return t + (x if self.preln_residual == "normalized" else y)
         return self.ln2(t + y)
@@ -523,19 +560,19 @@ def unrolled(f, h0, k, lam=1.0, on_backward=None):
 
 
 class DEQTransformer(nn.Module):
-    """Deep equilibrium language model: -log p = softmax(h*), h* = F(h*; memory, u), u = injection(embedding(ids)).
+    """Deep equilibrium language model: -log p = softmax(h*), h* = F(h*; memory, u), u = injection(embedding).
 
-    The state h is (B, T, D): B streams, T tokens of the present segment, D = d_model.  K = M + T with M the length of
-    the memory.  F is n_blocks pairs of attention and feed-forward part; all of them see the same u and memory.
-    Embedding and softmax are adaptive, with the types split at `cutoffs`; cluster i has width d_embed // div_val^i.
-    Layer norms have no scale and shift unless ln_affine.  solve(f, h0) -> (h*, result) is the solver and its gradient,
-    as common.equilibrium with its settings, or `unrolled`.
+    The state h is (B, T, D): B streams, T tokens of the present segment, D = d_model.  K = M + T with M the
+    length of the memory.  F is n_blocks pairs of attention and feed-forward part.  All see one u and memory.
+    Embedding and softmax are adaptive: the types are split at `cutoffs`, cluster i has width
+    d_embed // div_val^i.  Layer norms have no scale and shift unless ln_affine.
+    solve(f, h0) -> (h*, result) is the solver with its gradient: common.equilibrium or `unrolled`.
     """
 
     def __init__(self, n_token=267735, cutoffs=(20000, 40000, 200000), d_model=700, d_embed=None, n_head=10,
                  d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
-                 ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0, mem_len=150,
-                 dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False,
+                 ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0,
+                 mem_len=150, dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False,
                  solve=functools.partial(equilibrium, lam=0.8, max_iter=30, tol=1e-3, backward_max_iter=35,
                                          backward_tol=1e-3)):
         super().__init__()
@@ -544,12 +581,12 @@ class DEQTransformer(nn.Module):
             raise ValueError(f"d_model {d_model} must be even, and a multiple of n_head {n_head}")
         edges = [0, *cutoffs, n_token]
         if any(a >= b for a, b in zip(edges, edges[1:])):
-            raise ValueError(f"cutoffs must increase between 0 and n_token, got {list(cutoffs)} and {n_token}")
+            raise ValueError(f"cutoffs must increase between 0 and n_token, got {list(cutoffs)}, {n_token}")
         if local_size < 0:
             raise ValueError(f"local_size must not be negative, got {local_size}")
         if preln_residual not in ("normalized", "raw") or output_dropout not in ("tokens", "channels"):
-            raise ValueError("preln_residual must be 'normalized' or 'raw', output_dropout 'tokens' or 'channels', got "
-                             f"{preln_residual!r}, {output_dropout!r}")
+            raise ValueError("preln_residual must be 'normalized' or 'raw', output_dropout 'tokens' or "
+                             f"'channels', got {preln_residual!r}, {output_dropout!r}")
         self.d_model, self.edges, self.local_size, self.mem_len = d_model, edges, local_size or 1000, mem_len
         self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
         self.checkpoint_blocks, self.solve = checkpoint_blocks, solve
@@ -559,17 +596,20 @@ class DEQTransformer(nn.Module):
 
         sizes = [b - a for a, b in zip(edges, edges[1:])]
         widths = [d_embed // div_val ** i for i in range(len(sizes))]
-        self.tables = nn.ParameterList(normal(n, width) for n, width in zip(sizes, widths))     # A_i, softmax too
+        # Embedding and softmax share the tables A_i and the projections P_i, but the softmax has a Q_0.
+        self.tables = nn.ParameterList(normal(n, width) for n, width in zip(sizes, widths))         # A_i
         if div_val > 1:
-            self.projections = nn.ParameterList(normal(d_model, width) for width in widths)     # P_i, and Q_i for i > 0
+            self.projections = nn.ParameterList(normal(d_model, width) for width in widths)         # P_i
         else:                       # one table in effect; a projection only between different widths
             self.projections = nn.ParameterList([normal(d_model, d_embed)] if d_embed != d_model else [])
-        self.head_projection = normal(*self.projections[0].shape) if len(self.projections) else None    # Q_0 is not P_0
+        first = self.projections[0].shape if len(self.projections) else None
+        self.head_projection = normal(*first) if first else None                                    # Q_0
         self.injection = nn.Linear(d_model, 3 * d_model)
         nn.init.normal_(self.injection.weight, std=init_std)
         nn.init.zeros_(self.injection.bias)
-        self.blocks = nn.ModuleList(Block(d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln,
-                                          init_before_norm) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(
+            Block(d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln, init_before_norm)
+            for _ in range(n_blocks))
         self.cluster_weight = normal(len(cutoffs), d_embed)
         self.cluster_bias = nn.Parameter(torch.zeros(len(cutoffs)))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(n)) for n in sizes)
@@ -579,7 +619,7 @@ class DEQTransformer(nn.Module):
         return self.projections[min(i, len(self.projections) - 1)] if len(self.projections) else None
 
     def clusters(self, ids):
-        """Per cluster, which of the flat ids are its.  On the host if the ids are there: no synchronisation then."""
+        """Per cluster, which of the flat ids are its.  No synchronisation if the ids are on the host."""
         index = [((ids >= a) & (ids < b)).nonzero()[:, 0] for a, b in zip(self.edges, self.edges[1:])]
         if sum(map(len, index)) != len(ids):
             raise ValueError(f"ids must be in [0, {self.edges[-1]})")
@@ -601,52 +641,55 @@ class DEQTransformer(nn.Module):
 
     def positions(self, K, device):
         """(K, D): row j is distance K - 1 - j, first the sines of all frequencies, then the cosines."""
-        frequency = 10000 ** -(torch.arange(0, self.d_model, 2, device=device, dtype=torch.float32) / self.d_model)
+        even = torch.arange(0, self.d_model, 2, device=device, dtype=torch.float32)
+        frequency = 10000 ** -(even / self.d_model)
         phase = torch.arange(K - 1, -1, -1, device=device, dtype=torch.float32)[:, None] * frequency
         return torch.cat([phase.sin(), phase.cos()], dim=1).to(self.injection.weight.dtype)
 
     def masks(self, B, T, K, device):
         """New dropout masks of a forward; none in evaluation mode."""
         def mask(p, *shape):
-            return torch.bernoulli(torch.full(shape, 1 - p, device=device)) / (1 - p) if p and self.training else None
+            if p and self.training:
+                return torch.bernoulli(torch.full(shape, 1 - p, device=device)) / (1 - p)
 
         p, D = self.dropout, self.d_model
         output = (B, T, 1) if self.output_dropout == "tokens" else (B, 1, D)
         return Masks(mask(p, B, 1, D), mask(p, 1, D), mask(p, *output),
                      tuple(BlockMasks(mask(self.dropatt, B, b.n_head, T, K), mask(p, B, 1, D),
-                                      mask(p, B, 1, b.ff1.out_features), mask(p, B, 1, D)) for b in self.blocks))
+                                      mask(p, B, 1, b.ff1.out_features), mask(p, B, 1, D))
+                           for b in self.blocks))
 
     def constants(self, u, h_mem, masks=Masks()):
         """What stays the same during a solve, a Constants per block; u (B, K, 3 D), h_mem (B, M, D)."""
         K, M = u.shape[1], h_mem.shape[1]
-        positions = self.positions(K, u.device)
-        positions = positions if masks.positions is None else positions * masks.positions
-        distance = torch.arange(M, K, device=u.device)[:, None] - torch.arange(K, device=u.device)     # (T, K)
+        positions = dropped(self.positions(K, u.device), masks.positions)                   # (K, D)
+        column = torch.arange(K, device=u.device)
+        distance = column[M:, None] - column            # (T, K), from key to query; below 0: the future
         hidden = torch.zeros(K - M, K, device=u.device)
         hidden.masked_fill_((distance < 0) | (distance >= self.local_size), -math.inf)
         return [block.constants(u, h_mem, positions, hidden, m)
                 for block, m in zip(self.blocks, masks.blocks or [BlockMasks()] * len(self.blocks))]
 
     def f(self, h, u, h_mem=None, masks=Masks(), constants=None):
-        """The equilibrium module F (B, T, D) at h (B, T, D); u (B, K, 3 D) of memory and present, h_mem (B, M, D).
+        """The equilibrium module F (B, T, D) at h (B, T, D).
 
-        constants: those of u, h_mem and masks, where F is evaluated more than once.
+        u: (B, K, 3 D) of memory and present.  h_mem: (B, M, D).  constants: of these, if F is called often.
         """
         if constants is None:
             h_mem = h.new_empty(h.shape[0], 0, h.shape[2]) if h_mem is None else h_mem
             constants = self.constants(u, h_mem, masks)
         for block, c in zip(self.blocks, constants):
             for part in (block.attention, block.feed_forward):
-                if self.checkpoint_blocks and torch.is_grad_enabled():
-                    h = recompute(part, h, c, use_reentrant=False, preserve_rng_state=False)     # F draws nothing
+                if self.checkpoint_blocks and torch.is_grad_enabled():      # F draws no random number
+                    h = recompute(part, h, c, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h = part(h, c)
         return h
 
     def segment(self, ids, memory=None, masks=Masks()):
-        """(f, h0, u, memory) of ids (B, T): F of h alone, its start 0, u (B, T, 3 D), and the memory, if only empty."""
+        """(f, h0, u, memory) of ids (B, T): F as a function of h, its start 0, u (B, T, 3 D), the memory."""
         e = self.embed(ids)
-        u = self.inject(e if masks.embedding is None else e * masks.embedding)
+        u = self.inject(dropped(e, masks.embedding))
         h0 = torch.zeros(*ids.shape, self.d_model, device=u.device, dtype=self.injection.weight.dtype)
         memory = memory or Memory(h0[:, :0], u[:, :0].detach())
         whole = torch.cat([memory.u.to(u.dtype), u], dim=1)                                 # (B, K, 3 D)
@@ -654,9 +697,12 @@ class DEQTransformer(nn.Module):
         return f, h0, u, memory
 
     def softmax_parts(self, h):
-        """Logits of h (N, D): head (N, S + n), with columns of the n later clusters in reverse, and a function of i."""
+        """Logits of h (N, D): those of the head, and a function (i, h) for those of the i-th tail cluster.
+
+        The head is (N, S + n): its S own types, then a column per tail cluster, the last cluster first.
+        """
         def linear(h, weight, bias, projection):
-            if not self.training:           # a perplexity to report is of logits in full precision, also under autocast
+            if not self.training:           # these are reported: full precision, also under autocast
                 with torch.autocast(h.device.type, enabled=False):
                     return F.linear(h if projection is None else h @ projection, weight, bias)
             return at_least_float32(F.linear(h if projection is None else h @ projection, weight, bias))
@@ -666,15 +712,15 @@ class DEQTransformer(nn.Module):
         return head, lambda i, h: linear(h, self.tables[i], self.biases[i], self.projection(i))
 
     def nll(self, h, targets):
-        """-log p(targets | h), in the shape and order of targets (...); h: (..., D).  Float32 also under autocast."""
+        """-log p(targets | h) in the shape of targets (...), for h (..., D).  Float32 also under autocast."""
         flat, h_flat = targets.reshape(-1), h.reshape(-1, self.d_model)
         index, last = self.clusters(flat), self.edges[1] + len(self.edges) - 2
-        column = flat.clone()                   # in the head: a word of cluster 0, or the column of its cluster
+        column = flat.clone()               # in the head: a word of cluster 0, or the column of its cluster
         for i, own in enumerate(index[1:], start=1):
             column[own] = last - i              # the first tail has the last column
         head, tail = self.softmax_parts(h_flat)
         nll = F.cross_entropy(head, column.to(h.device, torch.long, non_blocking=True), reduction="none")
-        for i, own in enumerate(index[1:], start=1):        # also where it is empty: its parameters stay in the graph
+        for i, own in enumerate(index[1:], start=1):    # an empty one too: its parameters stay in the graph
             target = (flat[own] - self.edges[i]).to(h.device, torch.long, non_blocking=True)
             own = own.to(h.device, non_blocking=True)
             nll = nll.index_add(0, own, F.cross_entropy(tail(i, h_flat[own]), target, reduction="none"))
@@ -690,7 +736,7 @@ class DEQTransformer(nn.Module):
 
     def forward(self, ids, targets=None, memory=None, mem_len=None, unroll=0, solve=None, regularize=False,
                 on_backward=None):
-        """Output of a segment ids (B, T), of which targets (B, T) are the next tokens; memory: of the segment before.
+        """Output of a segment ids (B, T).  targets (B, T): the next tokens.  memory: of the segment before.
 
         mem_len: length of the memory that is handed on (default self.mem_len).
         unroll > 0: the pretraining network of so many layers in place of the solver.
@@ -700,19 +746,21 @@ class DEQTransformer(nn.Module):
         """
         B, T = ids.shape
         mem_len = self.mem_len if mem_len is None else mem_len
-        masks = self.masks(B, T, T + (0 if memory is None else memory.h.shape[1]), self.injection.weight.device)
+        K = T + (0 if memory is None else memory.h.shape[1])
+        masks = self.masks(B, T, K, self.injection.weight.device)
         f, h0, u, memory = self.segment(ids, memory, masks)
         solve = functools.partial(unrolled, k=unroll) if unroll else solve or self.solve
         h, result = solve(f, h0, on_backward=on_backward)
         jr = None
         if regularize and result is not None:
-            # One more call of F.  To share the gradient's would cost UPG's backward as much; npg and implicit would
-            # save it, but their graph belongs to common.equilibrium, and a compiled one has no second derivative.
+            # One more call of F.  UPG's graph of F could serve instead, at the same cost in its backward.
+            # npg and implicit would save a call, but their graph is inside common.equilibrium, and a compiled
+            # F has no second derivative.
             eager = functools.partial(type(self).f, self, **f.keywords)
             jr = jacobian_regularization(eager, result.h)
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in zip(memory, (h, u))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
-        nll = None if targets is None else self.nll(h if masks.output is None else h * masks.output, targets)
+        nll = None if targets is None else self.nll(dropped(h, masks.output), targets)
         return Output(nll, kept, result, jr, h)
 
 
@@ -764,19 +812,20 @@ def autocast(args, device):
 
 
 def build_model(args, vocabulary, process):
-    """The model of the flags; a narrow one begins with wider weights, so that its injections are of equal size."""
+    """The model of the flags.  A narrow one has larger initial weights, so that its u is of equal size."""
     types = len(vocabulary)
     if args.cutoffs[-1] >= types:
         fits = [c for c in args.cutoffs if c < types] or [types // 2]
-        process.die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {types} types; all cutoffs "
-                    f"must be below that, as in --cutoffs {' '.join(map(str, fits))}")
+        process.die(f"--cutoffs {' '.join(map(str, args.cutoffs))}: the text has only {types} types; all "
+                    f"cutoffs must be below that, as in --cutoffs {' '.join(map(str, fits))}")
     solve = functools.partial(
         equilibrium, grad=args.grad, k=args.k, lam=1.0 if args.lam == "auto" else args.lam, tol=args.tol,
         solver=SOLVERS[args.solver], max_iter=args.max_iter, backward_solver=SOLVERS[args.backward_solver],
         backward_max_iter=args.backward_max_iter, backward_tol=args.tol)
     if args.max_iter == 0:
         solve = functools.partial(unrolled, k=args.k, lam=args.lam)
-    same = "d_model d_embed n_head d_inner div_val local_size mem_len dropout dropatt output_dropout checkpoint_blocks"
+    same = ("d_model d_embed n_head d_inner div_val local_size mem_len dropout dropatt output_dropout "
+            "checkpoint_blocks")
     seed_everything(args.seed)          # the same weights on all processes
     model = DEQTransformer(types, args.cutoffs, pre_ln=args.norm == "pre", solve=solve, **MODELS[args.model],
                            init_std=0.01 * math.sqrt(700 / args.d_model),
@@ -816,15 +865,15 @@ def step_settings(args, model, done):
 def measured_damping(args, process, model, streams, memories, step):
     """--lam auto: 1 / rho(J), of the mean over the streams of this segment.
 
-    Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the toy text
-    50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
+    Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the
+    toy text 50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
     """
     with autocast(args, process.device):
         rho = sum(radius(model, ids, memory)[0].mean() for ids, memory in zip(streams, memories))
     rho = process.sum(rho.double()) / (len(memories) * process.world_size)
     if not torch.isfinite(rho):
-        process.die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower --lr, or "
-                    "--grad upg", code=1)
+        process.die(f"--lam auto: the spectral radius of J is {rho.item()} at step {step}; use --jr, a lower "
+                    "--lr, or --grad upg", code=1)
     return adaptive_damping(rho)
 
 
@@ -836,17 +885,19 @@ def gathered(memories, process):
 
 
 def scattered(memory, process, n):
-    """What `gathered` has returned, for each of this process's n micro-batches; both numbers may have changed."""
+    """What `gathered` has returned, for each of this process's n micro-batches.  Both counts may be new."""
     if memory is None:
         return [None] * n
-    own = [x.tensor_split(process.world_size)[process.rank].to(process.device).tensor_split(n) for x in memory]
+    rank, world = process.rank, process.world_size
+    own = [x.tensor_split(world)[rank].to(process.device).tensor_split(n) for x in memory]
     return [Memory(*pair) for pair in zip(*own)]
 
 
 def about(args, model, text, segments):
     """What to know at the start: sizes, and what a short run should have changed."""
-    line = (f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(text.train)} training tokens of "
-            f"{len(text.vocabulary)} types; {args.steps} steps, {args.steps / segments:.1f} epochs of {segments}")
+    n = sum(p.numel() for p in model.parameters())
+    line = (f"{n:,} parameters; {len(text.train)} training tokens of {len(text.vocabulary)} types; "
+            f"{args.steps} steps, {args.steps / segments:.1f} epochs of {segments}")
     if args.warmup_steps >= args.steps:
         line += f"; the learning rate never reaches --lr: lower --warmup-steps {args.warmup_steps}"
     if args.pretrain_steps >= args.steps:
@@ -857,9 +908,9 @@ def about(args, model, text, segments):
 def train(args, process, model, text):
     """Trains, evaluates every --eval-every steps, and reads the test text with the best weights."""
     device, world, T, n = process.device, process.world_size, args.segment, args.accumulate
-    tokens = streams(text.train, args.batch_size)                                                          # (B, length)
-    segments = math.ceil((tokens.shape[1] - 1) / T)                                          # per epoch; last: short
-    own = tokens.tensor_split(world)[process.rank].tensor_split(n)                           # n micro-batches
+    tokens = streams(text.train, args.batch_size)                       # (B, length)
+    segments = math.ceil((tokens.shape[1] - 1) / T)                     # per epoch; the last one may be short
+    own = tokens.tensor_split(world)[process.rank].tensor_split(n)      # n micro-batches
     run = Run(args, process, f"wikitext-{args.grad}", MAY_DIFFER, types=checksum(text.vocabulary),
               train_text=fingerprint(text.train))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
@@ -875,7 +926,8 @@ def train(args, process, model, text):
         if run.state["score"]["measured_on"] == score["measured_on"]:
             score = run.state["score"]
         elif process.rank == 0:
-            print("note: the validation text is another one than before: the best perplexity starts anew", flush=True)
+            print("note: the validation text is another one than before: the best perplexity starts anew",
+                  flush=True)
     elif args.init:
         load_init(args, process, model, run)
     # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
@@ -884,9 +936,9 @@ def train(args, process, model, text):
     meter = Meter(process)
 
     def save(step):
-        memory = gathered(memories, process)
-        run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory, "lam": lam,
-                  "scheduler": scheduler.state_dict(), "step": step, "evaluated": evaluated, "score": score})
+        run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lam": lam,
+                  "scheduler": scheduler.state_dict(), "memory": gathered(memories, process), "step": step,
+                  "evaluated": evaluated, "score": score})
 
     for end in [*range(args.eval_every, args.steps, args.eval_every), args.steps]:
         if end <= evaluated:                    # all done before the run was continued
@@ -898,7 +950,8 @@ def train(args, process, model, text):
                 memories = [None] * n                       # an epoch begins
             if args.lam == "auto" and done >= args.pretrain_steps and (
                     done % 100 == 0 or done == args.pretrain_steps):
-                lam = measured_damping(args, process, model, [ids[:, start:stop_at] for ids in own], memories, done)
+                segment = [ids[:, start:stop_at] for ids in own]
+                lam = measured_damping(args, process, model, segment, memories, done)
             if args.lam == "auto":
                 model.solve = functools.partial(model.solve, lam=lam)
             settings = step_settings(args, model, done)
@@ -951,8 +1004,8 @@ def train(args, process, model, text):
             score["best"], score["best_step"] = record["valid_perplexity"], step
             if process.rank == 0:
                 save_checkpoint(run.folder / "best.pt", {
-                    "model": model.state_dict(), "args": vars(args), "facts": run.facts, "lam": lam, "step": step,
-                    "valid_perplexity": score["best"]})
+                    "model": model.state_dict(), "args": vars(args), "facts": run.facts, "lam": lam,
+                    "step": step, "valid_perplexity": score["best"]})
         run.report("eval", step=step, **record, best_perplexity=score["best"], best_step=score["best_step"],
                    **run.health(args.tol))
         save(step)
@@ -973,11 +1026,11 @@ def test_the_best(args, process, run, model, text, score):
     run.report("test", step=args.steps, of_step=step, **record)
     if process.rank == 0:
         flags = "".join(f" --{name.replace('_', '-')}" for name in ("amp", "no_tf32") if getattr(args, name))
-        print(f"done: test perplexity {record['test_perplexity']:.6g} of {record['test_tokens']} tokens, memory "
-              f"{record['test_mem_len']} (weights of step {step}; best on valid: step {score['best_step']}); "
-              f"{run.seconds / 60:.1f} minutes\n" + (BEST.format(*text.best) + "\n" if text.best else "")
-              + f"weights: {path}; evaluate them with: python deq_wikitext.py --eval --resume "
-              f"{shlex.quote(str(path))}{flags}", flush=True)
+        best = "\n" + BEST.format(*text.best) if text.best else ""
+        print(f"done: test perplexity {record['test_perplexity']:.6g} of {record['test_tokens']} tokens, "
+              f"memory {record['test_mem_len']} (weights of step {step}; best on valid: step "
+              f"{score['best_step']}); {run.seconds / 60:.1f} minutes{best}\nweights: {path}; evaluate them "
+              f"with: python deq_wikitext.py --eval --resume {shlex.quote(str(path))}{flags}", flush=True)
 
 
 def fingerprint(ids):
@@ -990,9 +1043,9 @@ def check_model(args, process, state, types, flag, path):
     """Ends the run if a checkpoint of ours is of another model, or of another vocabulary, than this run."""
     check_version(path, state["args"], args, flag)
     for name in MODEL_FLAGS.split():
-        if state["args"][name] != getattr(args, name):
-            process.die(f"{flag} {path} is of a run with --{name.replace('_', '-')} {state['args'][name]} (here "
-                        f"{getattr(args, name)})")
+        theirs, ours = state["args"][name], getattr(args, name)
+        if theirs != ours:
+            process.die(f"{flag} {path} is of a run with --{name.replace('_', '-')} {theirs} (here {ours})")
     if state["facts"]["types"] != types:
         process.die(f"{flag} {path} is of a run with another vocabulary than --data {args.data} has")
 
@@ -1009,7 +1062,7 @@ def load_init(args, process, model, run):
 
 
 def evaluation_solve(args, step):
-    """(the model's `solve` in evaluation, in words) for weights of this step, which may be those of pretraining."""
+    """(the model's `solve` in evaluation, in words) for weights of this step, which may be pretrained."""
     solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")         # as it was trained
     k = args.eval_max_iter or args.max_iter or args.k
     if step <= args.pretrain_steps or solver == "unrolled":
@@ -1021,10 +1074,10 @@ def evaluation_solve(args, step):
 
 @contextlib.contextmanager
 def evaluating(model, args, step=math.inf):
-    """The model in evaluation mode, with the solver of evaluation; step: of its weights, which may be pretrained.
+    """The model in evaluation mode with the solver of evaluation, for weights of this step, maybe pretrained.
 
-    A solver sees the future a little: its inner products, its stop and its choice of the best state are of a stream's
-    whole segment.  The leak is of the size of the residual.
+    A solver sees the future a little: its inner products, its stop and its choice of the best state are of a
+    stream's whole segment.  The leak is of the size of the residual.
     """
     before, training = model.solve, model.training
     model.solve, _ = evaluation_solve(args, step)
@@ -1036,12 +1089,12 @@ def evaluating(model, args, step=math.inf):
 
 @torch.no_grad()
 def evaluate(model, name, ids, args, process, mem_len, step=math.inf):
-    """Perplexity of a text in --eval-streams streams with a memory of their own; the first token of each is given.
+    """Perplexity of a text in --eval-streams streams, each with its own memory and its first token given.
 
     step: of the weights, see `evaluating`.
     """
     text = streams(ids, args.eval_streams)
-    own = text.tensor_split(process.world_size)[process.rank]              # some may have one stream more, or none
+    own = text.tensor_split(process.world_size)[process.rank]           # some have one stream more, or none
     sums, residuals, memory = torch.zeros(4, dtype=torch.float64, device=process.device), [], None
     starts = range(0, text.shape[1] - 1, args.segment)
     with evaluating(model, args, step):
@@ -1074,7 +1127,10 @@ def radius(model, ids, memory, lams=(1.0,), n_iter=50):
 
 @torch.no_grad()
 def radii(model, ids, args, process, lam):
-    """App. D.3: spectral radii of J and lam J + (1 - lam) I at h*, means over the streams' second segment; no trace."""
+    """App. D.3: spectral radii of J and lam J + (1 - lam) I at h*, means over the streams' second segment.
+
+    The random numbers of training stay as they were.
+    """
     rng, own = rng_state(), streams(ids, args.eval_streams)
     own = own.tensor_split(process.world_size)[process.rank]
     sums, T = torch.zeros(4, dtype=torch.float64, device=process.device), min(args.segment, own.shape[1] // 2)
@@ -1145,22 +1201,26 @@ TABLE3 = {      # norm, gradient, forward and backward iterations; and whether t
 def run_benchmark(args, process):
     """--benchmark: training steps of Table 3's rows on random tokens; NPG's memory at k = 1 and 20.
 
-    A row with JR is the mean of steps with and without the term, weighted by --jr-freq.  All rows have the --mem-len,
-    --dropout, --dropatt and --backward-solver of the command and no jitter: only gradient, JR and iterations differ.
+    A row with JR is the mean of steps with and without the term, weighted by --jr-freq.  All rows have the
+    --mem-len, --dropout, --dropatt and --backward-solver of the command and no jitter: only gradient, JR and
+    iterations differ.
     """
     types = 2000 if args.data == "toy" else max(267735, args.cutoffs[-1] + 1)
     model, device = build_model(args, range(types), process), process.device
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     rng = torch.Generator().manual_seed(0)
-    text = (types * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4).long().clamp_max(types - 1)
-    B, M, D = args.batch_size, args.mem_len, args.d_model
-    memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device)) if M else None
+    text = types * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4
+    text = text.long().clamp_max(types - 1)
+    B, M, D, memory = args.batch_size, args.mem_len, args.d_model, None
+    if M:
+        memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device))
 
     def row(norm, grad, max_iter, backward_max_iter, regularize, k=args.k):
         solve = functools.partial(
-            equilibrium, grad=grad, k=k, lam=1.0 if args.lam == "auto" else args.lam, solver=SOLVERS[args.solver],
-            max_iter=max_iter, tol=0.0, backward_solver=SOLVERS[args.backward_solver],
-            backward_max_iter=backward_max_iter, backward_tol=0.0)
+            equilibrium, grad=grad, k=k, lam=1.0 if args.lam == "auto" else args.lam,
+            solver=SOLVERS[args.solver], max_iter=max_iter, tol=0.0,
+            backward_solver=SOLVERS[args.backward_solver], backward_max_iter=backward_max_iter,
+            backward_tol=0.0)
 
         def forward():
             for block in model.blocks:
@@ -1181,11 +1241,12 @@ def run_benchmark(args, process):
     with torch.no_grad(), autocast(args, device):
         f, h0, *_ = model.segment(text[:, :-1], memory)
     benchmark(rows, finish, process, unit="tokens", n=B * args.segment, h0=h0, f=autocast(args, device)(f),
-              sometimes={name: (args.jr_freq, row(*settings)) for name, settings in TABLE3.items() if settings[4]},
+              sometimes={name: (args.jr_freq, row(*settings))
+                         for name, settings in TABLE3.items() if settings[4]},
               solve=functools.partial(SOLVERS[args.solver], max_iter=args.max_iter or 30, tol=0.0),
-              about=f"{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x {args.segment} tokens, "
-              f"memory {M}, dropatt {args.dropatt}, no jitter, {args.solver} forward, {args.backward_solver} backward, "
-              f"k = {args.k}")
+              about=f"{sum(p.numel() for p in model.parameters()):,} parameters, {B} streams x "
+              f"{args.segment} tokens, memory {M}, dropatt {args.dropatt}, no jitter, {args.solver} forward, "
+              f"{args.backward_solver} backward, k = {args.k}")
 
 
 # --- main ---------------------------------------------------------------------------------------------------
@@ -1196,7 +1257,7 @@ def main(args):
     if training and args.batch_size % (process.world_size * args.accumulate):
         process.die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x "
                     f"--accumulate {args.accumulate}")
-    torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")       # "high": TF32, on GPUs only
+    torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")   # "high": TF32, on GPUs only
     if args.benchmark:
         return run_benchmark(args, process)
     text = load_text(args, process)
@@ -1212,7 +1273,8 @@ def main(args):
         state = load_checkpoint(args.resume)
         if is_ours(state):
             check_model(args, process, state, checksum(text.vocabulary), "--resume", args.resume)
-            note_differences(state["args"], args, "solver max_iter tol segment mem_len local_size amp", process)
+            same = "solver max_iter tol segment mem_len local_size amp"
+            note_differences(state["args"], args, same, process)
         load_weights(model, state, load_official, MISFIT.format("--resume", args.resume))
         if args.eval:
             evaluate_checkpoint(args, process, model, text, state)
