@@ -1,5 +1,8 @@
 """MDEQ on CIFAR-10 with phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
+MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates k steps from the solution h*,
+damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  Implicit differentiation is exact.
+
     python mdeq_cifar.py                                     # Tiny, UPG A_{5,0.5}; CIFAR-10 comes to ./data
     python mdeq_cifar.py --data toy                          # generated images: minutes on two CPU cores
     torchrun --nproc_per_node=4 mdeq_cifar.py --model large  # Large, UPG A_{5,0.5}: augmentation, 220 epochs
@@ -24,8 +27,8 @@ Table 3 (Large, 220 epochs, batch 128, augmentation):
 Fig. 2: row 1 with --cosine-every 500.  Fig. 3: assets/fig3.sh.  App. D.2: --radius-every 500.
 These rows are not run yet; README.md has what was measured.
 
-Differences from the paper and its release: residuals and the choice of the best iterate are per image, there
-of the whole batch.  Broyden's first step has the right sign; theirs is inverted.  NPG follows Eq. (17), not
+Differences from the paper and its release: residuals and the choice of the best iterate are per image, not
+for the whole batch.  Broyden's first step has the right sign; theirs is inverted.  NPG follows Eq. (17), not
 Algorithms 2 and 3.  BatchNorm sees a process's whole batch; there it sees 64 images per GPU (Large: 32).
 Weights begin as in the official CIFAR-10 code: Normal(0, 0.01), or PyTorch's default if weight-normalised.
 """
@@ -37,11 +40,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-# Large CPU allocations come in 2 MB pages: F of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
+# Large CPU tensors get pages of 2 MB: MDEQ.f of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it at its first allocation
 
 import torch
-import torch.nn.functional as F         # in prose F is the equilibrium module, MDEQ.f
+import torch.nn.functional as F         # in comments F is the equilibrium module, MDEQ.f
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
@@ -92,12 +95,12 @@ def parse_args(argv=None):
     add("--epochs", type=count, help="passes over the training images")
     add("--batch-size", type=count, default=128, help="images per step over all processes")
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="SGD with momentum 0.9, or Adam")
-    add("--lr", type=within(float, "(0, inf)"), help="first learning rate of a cosine over all steps to 1e-6")
+    add("--lr", type=within(float, "(0, inf)"), help="first learning rate, lowered to 1e-6 along a cosine")
     add("--weight-decay", type=within(float, "[0, inf)"), help="L2 penalty on every parameter")
     add = p.add_argument_group("speed").add_argument
     add("--amp", action="store_true", help="bf16 autocast: other results; the solver's vectors stay float32")
     add("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
-    add("--compile", action="store_true", help="torch.compile F and the head: equal results to rounding")
+    add("--compile", action="store_true", help="torch.compile F and the head: results differ by rounding")
     add("--cuda-graph", action="store_true", help="launch a training step as two CUDA graphs: equal results, "
         "up to 2.8 times as fast; not in pretraining, and not for batches of another size")
     add("--memory-format", choices=["contiguous", "channels-last"], help="layout of images and weights",
@@ -106,8 +109,8 @@ def parse_args(argv=None):
     add = p.add_argument_group("diagnostics").add_argument
     add("--cosine-every", type=natural, default=0, help="steps between cosines of UPG, NPG and k steps of "
         "GMRES to the exact gradient, Fig. 2; 0: never")
-    add("--radius-every", type=natural, default=0, help="steps between spectral radii of J and J_lam on 64 "
-        "test images, App. D.2; 0: never")
+    add("--radius-every", type=natural, default=0, help="steps between spectral radii of J = dF/dh and of "
+        "lam J + (1 - lam) I on 64 test images, App. D.2; 0: never")
     add_run_flags(p, "MODEL-GRAD")
     args = parse_flags(p, argv, presets, "data train_size test_size model solver max_iter tol")  # for --eval
     if args.grad == "bptt" and args.solver != "fixed-point":
@@ -139,19 +142,19 @@ def toy_images(n, seed, size=16):
     y = torch.arange(n) % 10
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=rng)
+        return low + (high - low) * torch.rand(n, *shape, generator=rng)    # (N, *shape)
 
     angle = (y % 5 + uniform(-0.15, 0.15)) * torch.pi / 5
-    frequency = torch.where(y < 5, 0.15, 0.28) * uniform(0.9, 1.1)              # cycles per pixel
+    frequency = torch.where(y < 5, 0.15, 0.28) * uniform(0.9, 1.1)              # (N,) cycles per pixel
     grid = torch.arange(size).float()
     dx = grid[None, None, :] - uniform(size / 4, 3 * size / 4, 1, 1)            # (N, 1, S)
     dy = grid[None, :, None] - uniform(size / 4, 3 * size / 4, 1, 1)            # (N, S, 1)
-    along = dx * angle.cos()[:, None, None] + dy * angle.sin()[:, None, None]
+    along = dx * angle.cos()[:, None, None] + dy * angle.sin()[:, None, None]  # (N, S, S), across the stripes
     wave = torch.cos(2 * torch.pi * frequency[:, None, None] * along + uniform(0, 2 * torch.pi, 1, 1))
-    wave = wave * torch.exp(-(dx ** 2 + dy ** 2) / (2 * (size / 4) ** 2))       # (N, S, S)
+    wave = wave * torch.exp(-(dx ** 2 + dy ** 2) / (2 * (size / 4) ** 2))       # a Gaussian window
     colour = F.normalize(torch.randn(n, 3, generator=rng), dim=1)[:, :, None, None]
     noise = 20 * torch.randn(n, 3, size, size, generator=rng)
-    x = uniform(90, 160, 3, 1, 1) + uniform(60, 120, 1, 1, 1) * colour * wave[:, None] + noise
+    x = uniform(90, 160, 3, 1, 1) + uniform(60, 120, 1, 1, 1) * colour * wave[:, None] + noise  # (N, 3, S, S)
     return Images(x.round().clamp(0, 255).to(torch.uint8), y, [str(c) for c in range(10)])
 
 
@@ -233,7 +236,7 @@ def memory_format(args):
 def normalisation(device):
     """Channel means and standard deviations, sent to the device once."""
     values = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]], device=device)
-    return values[0, :, None, None], values[1, :, None, None]
+    return values[0, :, None, None], values[1, :, None, None]   # (3, 1, 1) each
 
 
 def prepare(x, augment, memory_format):
@@ -242,9 +245,9 @@ def prepare(x, augment, memory_format):
         N, _, S, _ = x.shape
         x = F.pad(x, (4, 4, 4, 4))                                                  # (N, 3, S + 8, S + 8)
         offset = torch.randint(0, 9, (2, N, 1), device=x.device) + torch.arange(S, device=x.device)
-        flip = torch.rand(N, 1, device=x.device) < 0.5  # a flip reads the columns backwards
+        flip = torch.rand(N, 1, device=x.device) < 0.5  # (N, 1); a flip reads columns backwards
         rows, columns = offset[0], torch.where(flip, offset[1].flip(1), offset[1])  # (N, S) each
-        n = torch.arange(N, device=x.device)[:, None, None]
+        n = torch.arange(N, device=x.device)[:, None, None]  # (N, 1, 1): one gather for all images
         x = x.permute(0, 2, 3, 1)[n, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     mean, std = normalisation(x.device)
     return ((x / 255.0 - mean) / std).contiguous(memory_format=memory_format)
@@ -253,10 +256,10 @@ def prepare(x, augment, memory_format):
 def training_batches(images, args, process, epoch, first):
     """(batch, x, y, share) of this process, from batch number `first` of the epoch on.
 
-    The order depends on --seed and the epoch alone.  DistributedDataParallel averages over processes: times
-    `share`, their losses give the mean over the whole batch, also if it does not divide evenly.
+    The order depends on --seed and the epoch alone.  DistributedDataParallel averages gradients over
+    processes.  With each loss times its `share`, that is the mean over the batch, also for unequal parts.
     """
-    order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))  # needs no epoch before it
+    order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))  # --resume can repeat it
     batches = torch.randperm(len(images.y), generator=order).to(process.device).split(args.batch_size)
     for batch in process.bar(range(first, len(batches)), f"epoch {epoch + 1}"):
         index = batches[batch].tensor_split(process.world_size)[process.rank]   # equal parts, or one less
@@ -266,6 +269,7 @@ def training_batches(images, args, process, epoch, first):
 
 def evaluation_batches(images, args, process, some=None):
     """(x, y) of all images, or of `some` from all classes; each image goes to one of the processes."""
+    # With `some`, images at equal distances are chosen, as files may be sorted by class.
     n = len(images.y)
     chosen = torch.arange(n, device=process.device)[::max(1, n // (some or n))][:some]  # [:None]: all
     own = chosen[process.rank::process.world_size].split(max(1, args.batch_size // process.world_size))
@@ -280,7 +284,7 @@ def conv(c_in, c_out, size=3, stride=1, bias=False):
 
 
 class ResidualBlock(nn.Module):
-    """y = GN(ReLU(GN(drop(conv(ReLU(GN(conv(h))))) + u) + h))"""
+    """y = GN(ReLU(GN(drop(conv(ReLU(GN(conv(h))))) + u) + h)), GN being GroupNorm and u the injection."""
 
     def __init__(self, c, groups, expansion):
         super().__init__()
@@ -289,6 +293,7 @@ class ResidualBlock(nn.Module):
         self.gn3 = nn.GroupNorm(groups, c)
 
     def forward(self, h, u, w1, w2, mask):
+        # w1, w2: the weights of conv1 and conv2 as MDEQ.weights has computed them, once for all evaluations.
         a = F.relu(self.gn1(F.conv2d(h, w1, padding=1)), inplace=True)          # (N, 5 c, H, W)
         b = F.conv2d(a, w2, padding=1)                                          # (N, c, H, W)
         if mask is not None:
@@ -298,7 +303,7 @@ class ResidualBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The head's residual block, c -> 4 p channels."""
+    """The head's residual block from c to 4 p channels: 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     def __init__(self, c, p):
         super().__init__()          # the inner norms have no affine parameters, as in the official code
@@ -324,16 +329,17 @@ def fusion(c_from, c_to, groups, steps_down):
         return nn.Sequential(conv(c_from, c_to, 1), nn.GroupNorm(groups, c_to))
     layers = []
     for stage in range(steps_down):
-        c = c_to if stage == steps_down - 1 else c_from
+        c = c_to if stage == steps_down - 1 else c_from  # the last one changes the channels
         layers += [conv(c_from, c, stride=2), nn.GroupNorm(groups, c), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])          # no ReLU after the last: all paths are summed first
 
 
 class MDEQ(nn.Module):
-    """Multiscale deep equilibrium classifier: logits = G(h*), h* = F(h*, u), u = M(x).
+    """Multiscale deep equilibrium classifier: logits = G(h*), h* = F(h*, u), u = M(x), Eq. (1).
 
     The state h is a tuple; branch i has shape (N, channels[i], S / 2^i, S / 2^i), with S the image side after
-    the stem.  solve(f, h0) -> (h*, result) is common.equilibrium with its settings.
+    the stem.  head_channels are the p of the Bottlenecks.  solve(f, h0) -> (h*, result) is common.equilibrium
+    with its settings.
     """
 
     def __init__(self, channels=(24, 24), head_channels=(8, 16), final_channels=200, num_classes=10,
@@ -341,25 +347,25 @@ class MDEQ(nn.Module):
                  solve=functools.partial(equilibrium, max_iter=22, tol=0.0, stop_mode="rel_joint",
                                          backward_max_iter=24, backward_tol=0.0)):
         super().__init__()
-        n, c0, wide = len(channels), channels[0], [4 * p for p in head_channels]
+        n, c0, wide = len(channels), channels[0], [4 * p for p in head_channels]    # wide: in the head
         self.channels, self.dropout, self.solve = tuple(channels), dropout, solve
         self.stem_strides = stem_strides        # how many of the stem's two convolutions halve the image
 
-        # M(x)
+        # M(x): from the image (N, 3, ., .) to the injection (N, C_0, S, S)
         self.stem = nn.Sequential(
             conv(3, c0, stride=1 + (stem_strides > 0)), nn.BatchNorm2d(c0), nn.ReLU(inplace=True),
             conv(c0, c0, stride=1 + (stem_strides > 1)), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         self.injection = nn.Identity()
-        if stem_strides or n > 2:
+        if stem_strides or n > 2:   # else, as in the official code, the stem alone is M
             self.injection = nn.Sequential(conv(c0, c0, 1), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         # F(h, u): no BatchNorm, so that it is the same function for every image of a batch
         self.blocks = nn.ModuleList(ResidualBlock(c, groups, expansion) for c in channels)
         self.fuse = nn.ModuleList(nn.ModuleList(    # fuse[i][j] leads from branch j to branch i
             nn.Identity() if i == j else fusion(channels[j], channels[i], groups, i - j) for j in range(n))
             for i in range(n))
-        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)     # after fusion
+        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)     # after the fusion
         self.post_gn = nn.ModuleList(nn.GroupNorm(groups // 2, c) for c in channels)
-        # G(h)
+        # G(h): the branches are added from fine to coarse
         self.bottlenecks = nn.ModuleList(Bottleneck(c, p) for c, p in zip(channels, head_channels))
         self.down = nn.ModuleList(  # from each branch to the next, coarser one
             nn.Sequential(conv(a, b, stride=2, bias=True), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
@@ -367,12 +373,12 @@ class MDEQ(nn.Module):
         self.final = nn.Sequential(conv(wide[-1], final_channels, 1, bias=True),
                                    nn.BatchNorm2d(final_channels), nn.ReLU(inplace=True))
         self.classifier = nn.Linear(final_channels, num_classes)
-
         for module in self.modules():       # the official code does not reach weight-normalised convolutions
             if isinstance(module, nn.Conv2d) and not nn.utils.parametrize.is_parametrized(module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.normal_(module.bias, std=0.01)
+
     def inject(self, x):
         """u = M(x): the stem's output for the finest branch, zeros that take no memory for the others."""
         divisor = 2 ** (self.stem_strides + len(self.channels) - 1)
@@ -389,13 +395,13 @@ class MDEQ(nn.Module):
         return tuple(torch.zeros_like(ui, dtype=dtype, memory_format=layout) for ui in u)
 
     def weights(self):
-        """Effective weights g v / ||v||, with graph, per branch: the block's two, and that after fusion."""
+        """Weights g v / ||v|| of weight_norm, with graph, per branch: two of the block, one after fusion."""
         weights = [[block.conv1.weight, block.conv2.weight, post.weight]
                    for block, post in zip(self.blocks, self.post)]
         device = weights[0][0].device.type
-        if torch.is_autocast_enabled(device):       # it would cast them again at every evaluation
+        if torch.is_autocast_enabled(device):       # which would cast them at every evaluation
             weights = [[w.to(torch.get_autocast_dtype(device)) for w in branch] for branch in weights]
-        if self.stem[0].weight.is_contiguous(memory_format=torch.channels_last):    # g v / ||v|| may not be
+        if self.stem[0].weight.is_contiguous(memory_format=torch.channels_last):    # g v / ||v|| may lose it
             weights = [[w.contiguous(memory_format=torch.channels_last) for w in branch]
                        for branch in weights]
         return weights
@@ -423,8 +429,8 @@ class MDEQ(nn.Module):
             s = y[i]                                # (N, C_i, S / 2^i, S / 2^i), as all that is added to it
             for j, yj in enumerate(y):
                 if j < i:
-                    s = s + self.fuse[i][j](yj)
-                elif j > i:
+                    s = s + self.fuse[i][j](yj)  # from a finer branch, by strides
+                elif j > i:                         # from a coarser branch, enlarged 2^(j - i) times
                     s = s + F.interpolate(self.fuse[i][j](yj), scale_factor=2.0 ** (j - i), mode="nearest")
             out.append(post_gn(F.conv2d(F.relu(s, inplace=True), w[2])))
         return tuple(out)
@@ -437,15 +443,15 @@ class MDEQ(nn.Module):
         return self.classifier(self.final(y).mean(dim=(2, 3)))  # (N, classes)
 
     def problem(self, x):
-        """(f, h0) of the images x (N, 3, S, S): h* solves h = f(h).  Weights and masks are computed once."""
+        """(f, h0) of the images x (N, 3, ., .): h* solves h = f(h).  Weights and masks are computed once."""
         u = self.inject(x)
         h0 = self.zeros(u, x.dtype)
         return functools.partial(self.f, u=u, weights=self.weights(), masks=self.masks(h0)), h0
 
     def forward(self, x, unroll=0, with_result=False, on_backward=None):
-        """Logits (N, classes) of x (N, 3, S, S); with_result: (logits, the solver's result or None).
+        """Logits (N, classes) of x (N, 3, ., .); with_result: (logits, the solver's result or None).
 
-        unroll: F is evaluated so often in place of the solver.  on_backward: as in common.equilibrium.
+        unroll: evaluate F this many times in place of the solver.  on_backward: as in common.equilibrium.
         """
         f, h0 = self.problem(x)
         if unroll:
@@ -465,6 +471,7 @@ def load_official(model, state_dict):
                (r"^downsample\.", "stem."), (r"^stage0\.", "injection."),
                (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),    # F
                (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(?:(\d+)\.)?(conv|gnorm)\.",
+                # A step of a path is three modules here: convolution, GroupNorm, ReLU.
                 lambda m: f"fuse.{m[1]}.{m[2]}.{3 * int(m[3] or 0) + (m[4] == 'gnorm')}."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.conv\.", r"post.\1."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm\.", r"post_gn.\1."),
@@ -475,23 +482,24 @@ def load_official(model, state_dict):
     for key, value in state_dict.get("state_dict", state_dict).items():
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
-        if not key.startswith(("deq.func.", "deq.func_copy.", "fullstage_copy.")):      # second names, a copy
+        if not key.startswith(("deq.func.", "deq.func_copy.", "fullstage_copy.")):      # duplicates
             found[key] = value
 
     def norm(v):
         return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
 
+    # weight_norm stores g as original0 and v as original1; older files have weight_g and weight_v.
     own, affine = model.state_dict(), any(name.startswith("post_gn.") for name in found)
     for name in own:
         plain = name.replace("parametrizations.weight.original1", "weight")
-        if plain != name and plain in found:            # normalised here alone: v = W, g = ||W||
+        if plain != name and plain in found:            # normalised only here: v = W, g = ||W||
             found[plain + "_g"], found[plain + "_v"] = norm(found[plain]), found.pop(plain)
-        elif plain == name and name + "_g" in found:    # normalised there alone: W = g v / ||v||
+        elif plain == name and name + "_g" in found:    # normalised only there: W = g v / ||v||
             v = found.pop(name + "_v")
             found[name] = found.pop(name + "_g") * v / norm(v)
-        elif name.startswith("post_gn.") and not affine:        # of locuslab/deq: weight 1, bias 0
+        elif name.startswith("post_gn.") and not affine:        # locuslab/deq's: weight 1, bias 0
             found[name] = torch.full_like(own[name], name.endswith("weight"))
-    model.load_state_dict(found)        # weight_norm's own hook puts the other (g, v) in place
+    model.load_state_dict(found)        # weight_norm's own hook renames the other pairs (g, v)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -504,7 +512,7 @@ def build_model(args, classes, process):
     solve = functools.partial(
         equilibrium, grad=args.grad, k=args.k, lam=args.lam, tol=args.tol, backward_tol=args.tol,
         solver=SOLVERS[args.solver], max_iter=args.max_iter, backward_solver=SOLVERS[args.backward_solver],
-        backward_max_iter=args.backward_max_iter, stop_mode="rel_joint")    # one residual for all branches
+        backward_max_iter=args.backward_max_iter, stop_mode="rel_joint")    # one norm over all branches
     seed_everything(args.seed)          # the same weights on all processes
     model = MDEQ(**MODELS[args.model], num_classes=classes, dropout=args.dropout, solve=solve)
     model = model.to(process.device, memory_format=memory_format(args))
@@ -551,7 +559,7 @@ def train(args, process, train_set, eval_set):
         first_epoch, first_batch = run.state["epoch"], run.state["batch"]
         if run.state["score"]["measured_on"] == score["measured_on"]:
             score = run.state["score"]          # else the best epoch was found with other images
-    # Before DistributedDataParallel: the bare model is captured.  Before the seeds: an example is drawn.
+    # Before DistributedDataParallel, as the bare model is captured.  Before run.start seeds, as this draws.
     training, net = training_pass(args, model, args.batch_size // world, train_set.x.shape[-1], process)
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True,    # saves a copy of the gradients
@@ -575,8 +583,8 @@ def train(args, process, train_set, eval_set):
             step = epoch * steps_per_epoch + batch + 1
             unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
             with autocast(args, process.device):
-                logits, residual = net(x, unroll=unroll) if unroll else net(x)
-            loss = F.cross_entropy(logits.float(), y)   # float: --amp has bf16 logits
+                logits, residual = net(x, unroll=unroll) if unroll else net(x)  # graphs take x alone
+            loss = F.cross_entropy(logits.float(), y)   # with --amp the logits are bf16
             (share * loss).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -659,8 +667,8 @@ def evaluate_checkpoint(args, process, images):
 def gradient_cosines(model, x, y, args):
     """Fig. 2: cosines, over the parameters of F, of UPG, NPG and k steps of GMRES to the exact gradient.
 
-    On this process's images, at one h*.  Exact is GMRES until 1e-3, at most 200 products with the Jacobian;
-    `verified` is the share of images with both residuals (reported as medians) at most 1e-3.  No trace.
+    On this process's images, at one h*.  Exact is GMRES until 1e-3, at most 200 products with the Jacobian.
+    `cosine_verified`: share of images with both residuals, reported as medians, at most 1e-3.  No trace left.
     """
     buffers, rng = [b.clone() for b in model.buffers()], rng_state()
     of_f = [p for name, p in model.named_parameters() if name.startswith(("blocks", "fuse", "post"))]
@@ -683,7 +691,7 @@ def gradient_cosines(model, x, y, args):
 def radii(model, images, args, process):
     """App. D: spectral radii of J and of lam J + (1 - lam) I at h*, evaluation mode; leaves no trace.
 
-    Means over some images of all classes, and the share of them with a radius of J above 1.
+    Means over some images of all classes, and the share of these images with a radius of J above 1.
     """
     rng = rng_state()
     process.broadcast_buffers(model)
@@ -717,7 +725,7 @@ def run_benchmark(args, process):
         def forward():
             nonlocal net
             model.solve = solve
-            if net is None:         # at the first turn: CUDA graphs are captured with this solve
+            if net is None:         # at the first turn, as CUDA graphs are captured with this solve
                 _, net = training_pass(args, model, len(x), side, process)
             with autocast(args, process.device):
                 return F.cross_entropy(net(x)[0].float(), y)

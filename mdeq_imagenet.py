@@ -1,5 +1,8 @@
 """MDEQ on ImageNet with phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
+MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates k steps from the solution h*,
+damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  Implicit differentiation is exact.
+
     torchrun --nproc_per_node=8 mdeq_imagenet.py             # the paper's row: UPG A_{5,0.6}, 8 x 16 images
     python mdeq_imagenet.py --data toy                       # generated images: minutes on two CPU cores
     python mdeq_imagenet.py --accumulate 8                   # one GPU: a step in 8 micro-batches of 16
@@ -22,8 +25,8 @@ flags of a row.  The paper solves backwards by Broyden's method; the default her
 App. D.3's spectral radii: --radius-every 10000, or --eval.
 These rows are not run yet; README.md has what was measured.
 
-Differences from the paper and its release: residuals and the choice of the best iterate are per image, there
-of the whole batch.  Broyden's first step has the right sign; theirs is inverted.  NPG follows Eq. (17), not
+Differences from the paper and its release: residuals and the choice of the best iterate are per image, not
+for the whole batch.  Broyden's first step has the right sign; theirs is inverted.  NPG follows Eq. (17), not
 Algorithms 2 and 3.  BatchNorm is per GPU, as for UPG's numbers; the released script has SyncBN (--sync-bn).
 Weights begin with PyTorch's defaults, as there.  Random crops have the release's area and aspect, by
 torchvision in place of DALI.  The last, incomplete batch of an epoch is dropped: 10,009 steps.  The paper's
@@ -43,12 +46,12 @@ import signal
 import time
 from pathlib import Path
 
-# Large CPU allocations come in 2 MB pages: F of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
+# Large CPU tensors get pages of 2 MB: MDEQ.f of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it at its first allocation
 
 import numpy as np
 import torch
-import torch.nn.functional as F         # in prose F is the equilibrium module, MDEQ.f
+import torch.nn.functional as F         # in comments F is the equilibrium module, MDEQ.f
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
@@ -105,12 +108,12 @@ def parse_args(argv=None):
     add("--epochs", type=count, help="passes over the training images")
     add("--batch-size", type=count, default=128, help="images per step over all processes")
     add("--accumulate", type=count, default=1, help="micro-batches per step: less memory, not less time")
-    add("--lr", type=within(float, "(0, inf)"), help="first learning rate of a cosine over all steps to 1e-6")
+    add("--lr", type=within(float, "(0, inf)"), help="first learning rate, lowered to 1e-6 along a cosine")
     add("--weight-decay", type=within(float, "[0, inf)"), help="L2 penalty on every parameter")
     add = p.add_argument_group("speed").add_argument
     add("--amp", action="store_true", help="bf16 autocast: other results; the solver's vectors stay float32")
     add("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
-    add("--compile", action="store_true", help="torch.compile F and the head: equal results to rounding")
+    add("--compile", action="store_true", help="torch.compile F and the head: results differ by rounding")
     add("--cuda-graph", action="store_true", help="launch a training step as two CUDA graphs: equal results, "
         "up to 2.8 times as fast; not in pretraining, and not for batches of another size")
     add("--memory-format", choices=["contiguous", "channels-last"], help="layout of images and weights",
@@ -118,7 +121,7 @@ def parse_args(argv=None):
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes; needs GPUs")
     add = p.add_argument_group("diagnostics").add_argument
     add("--radius-every", type=natural, default=0,
-        help="steps between spectral radii of J and J_lam, App. D.3; 0: never")
+        help="steps between spectral radii of J = dF/dh and lam J + (1 - lam) I, App. D.3; 0: never")
     add("--radius-images", type=count, default=64, help="validation images for these, also in --eval")
     add_run_flags(p, "imagenet-GRAD", save_every=15.0)
     args = parse_flags(p, argv, presets, "data channels head_channels final_channels crop resize lam solver "
@@ -152,7 +155,7 @@ class Images(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples, classes, loader, transform):
-        # One array, which the workers share; reference counts would copy a list, page by page, to each.
+        # The workers share the memory of an array.  A list's reference counts change, which copies its pages.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.y = np.array([label for _, label in samples])
         self.classes, self.loader, self.transform = classes, loader, transform
@@ -187,9 +190,9 @@ def toy_image(name):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(shape, generator=rng)
 
-    height, width = torch.randint(72, 110, (2,), generator=rng).tolist()
+    height, width = torch.randint(72, 110, (2,), generator=rng).tolist()  # of various sizes, like photographs
     angle, wavelength = math.radians((10, 27.5, 45, 62.5, 80)[label % 5]), uniform(9, 13)
-    y, x = torch.arange(height)[:, None], torch.arange(width)
+    y, x = torch.arange(height)[:, None], torch.arange(width)   # (H, 1), (W,)
     phase = uniform(0, 1, 2)
     wave = sum(torch.cos(2 * math.pi * ((math.cos(angle) * x + sign * math.sin(angle) * y) / wavelength + p))
                for sign, p in zip((1, -1), phase))                                          # (H, W)
@@ -247,7 +250,7 @@ def memory_format(args):
 def normalisation(device):
     """Channel means and standard deviations, sent to the device once."""
     values = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
-    return values[0, :, None, None], values[1, :, None, None]
+    return values[0, :, None, None], values[1, :, None, None]   # (3, 1, 1) each
 
 
 def prepare(x, args, device):
@@ -263,7 +266,7 @@ def leave_signals_to_parent(_):
 
 
 def end_workers():
-    """Those still there when the process ends: Python would send SIGTERM, and wait for them for ever."""
+    """Kills the workers at the end: Python would send SIGTERM, which they ignore, and wait for ever."""
     if hasattr(signal, "SIGCHLD"):                          # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler calls a worker's end an error
     for worker in multiprocessing.active_children():
@@ -276,7 +279,7 @@ def read(images, keys, args, process):
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=keys, num_workers=args.workers, pin_memory=process.device.type == "cuda",
         worker_init_fn=leave_signals_to_parent, prefetch_factor=4 if args.workers else None,
-        generator=torch.Generator())        # else it would draw a number from the training's own
+        generator=torch.Generator())        # else its seed would be drawn from the training's generator
     asked = time.perf_counter()
     try:
         for x, y in loader:
@@ -284,8 +287,8 @@ def read(images, keys, args, process):
             yield prepare(x, args, process.device), y.to(process.device, non_blocking=True), waited
             asked = time.perf_counter()
     except OSError as error:
-        what = str(error.with_traceback(None))          # which is a cycle, and would keep the workers
-        die(f"--data: {what.splitlines()[-1].removeprefix('OSError: ')}")       # behind a worker's traceback
+        what = str(error.with_traceback(None))          # a traceback is a cycle that keeps the workers
+        die(f"--data: {what.splitlines()[-1].removeprefix('OSError: ')}")       # below a worker's traceback
 
 
 def training_keys(n, args, process, epoch, first):
@@ -294,7 +297,7 @@ def training_keys(n, args, process, epoch, first):
     The order depends on --seed and the epoch alone: processes and micro-batches divide the same batches.
     """
     N, seed = args.batch_size, args.seed * 1_000_003 + epoch
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))    # needs no epoch before it
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))    # --resume can repeat it
     for batch in range(first, n // N):
         own = order[batch * N:(batch + 1) * N].tensor_split(process.world_size)[process.rank]   # equal parts
         for micro_batch in own.tensor_split(args.accumulate):
@@ -311,6 +314,7 @@ def training_batches(images, args, process, epoch, first):
 
 def evaluation_batches(images, args, process, some=None):
     """(x, y) of all images, or of `some` from all classes; each image goes to one of the processes."""
+    # With `some`, images at equal distances are chosen, as files may be sorted by class.
     n, size = len(images.y), max(1, args.batch_size // process.world_size // args.accumulate)
     own = range(n)[::max(1, n // (some or n))][:some][process.rank::process.world_size]     # [:None]: all
     keys = [[(j, 0) for j in own[i:i + size]] for i in range(0, len(own), size)]  # central crops need no seed
@@ -325,7 +329,7 @@ def conv(c_in, c_out, size=3, stride=1, bias=False):
 
 
 class ResidualBlock(nn.Module):
-    """y = GN(ReLU(GN(drop(conv(ReLU(GN(conv(h))))) + u) + h))"""
+    """y = GN(ReLU(GN(drop(conv(ReLU(GN(conv(h))))) + u) + h)), GN being GroupNorm and u the injection."""
 
     def __init__(self, c, groups, expansion):
         super().__init__()
@@ -334,6 +338,7 @@ class ResidualBlock(nn.Module):
         self.gn3 = nn.GroupNorm(groups, c)
 
     def forward(self, h, u, w1, w2, mask):
+        # w1, w2: the weights of conv1 and conv2 as MDEQ.weights has computed them, once for all evaluations.
         a = F.relu(self.gn1(F.conv2d(h, w1, padding=1)), inplace=True)          # (N, 5 c, H, W)
         b = F.conv2d(a, w2, padding=1)                                          # (N, c, H, W)
         if mask is not None:
@@ -343,7 +348,7 @@ class ResidualBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The head's residual block, c -> 4 p channels."""
+    """The head's residual block from c to 4 p channels: 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     def __init__(self, c, p):
         super().__init__()          # the inner norms have no affine parameters, as in the official code
@@ -369,16 +374,17 @@ def fusion(c_from, c_to, groups, steps_down):
         return nn.Sequential(conv(c_from, c_to, 1), nn.GroupNorm(groups, c_to))
     layers = []
     for stage in range(steps_down):
-        c = c_to if stage == steps_down - 1 else c_from
+        c = c_to if stage == steps_down - 1 else c_from  # the last one changes the channels
         layers += [conv(c_from, c, stride=2), nn.GroupNorm(groups, c), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])          # no ReLU after the last: all paths are summed first
 
 
 class MDEQ(nn.Module):
-    """Multiscale deep equilibrium classifier: logits = G(h*), h* = F(h*, u), u = M(x).
+    """Multiscale deep equilibrium classifier: logits = G(h*), h* = F(h*, u), u = M(x), Eq. (1).
 
     The state h is a tuple; branch i has shape (N, channels[i], S / 2^i, S / 2^i), with S the image side after
-    the stem.  solve(f, h0) -> (h*, result) is common.equilibrium with its settings.
+    the stem.  head_channels are the p of the Bottlenecks.  solve(f, h0) -> (h*, result) is common.equilibrium
+    with its settings.
     """
 
     def __init__(self, channels=(32, 64, 128, 256), head_channels=(24, 48, 96, 192), final_channels=2048,
@@ -386,25 +392,25 @@ class MDEQ(nn.Module):
                  solve=functools.partial(equilibrium, max_iter=26, tol=0.0, stop_mode="rel_joint", lam=0.6,
                                          backward_max_iter=27, backward_tol=0.0)):
         super().__init__()
-        n, c0, wide = len(channels), channels[0], [4 * p for p in head_channels]
+        n, c0, wide = len(channels), channels[0], [4 * p for p in head_channels]    # wide: in the head
         self.channels, self.dropout, self.solve = tuple(channels), dropout, solve
         self.stem_strides = stem_strides        # how many of the stem's two convolutions halve the image
 
-        # M(x)
+        # M(x): from the image (N, 3, ., .) to the injection (N, C_0, S, S)
         self.stem = nn.Sequential(
             conv(3, c0, stride=1 + (stem_strides > 0)), nn.BatchNorm2d(c0), nn.ReLU(inplace=True),
             conv(c0, c0, stride=1 + (stem_strides > 1)), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         self.injection = nn.Identity()
-        if stem_strides or n > 2:
+        if stem_strides or n > 2:   # else, as in the official code, the stem alone is M
             self.injection = nn.Sequential(conv(c0, c0, 1), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         # F(h, u): no BatchNorm, so that it is the same function for every image of a batch
         self.blocks = nn.ModuleList(ResidualBlock(c, groups, expansion) for c in channels)
         self.fuse = nn.ModuleList(nn.ModuleList(    # fuse[i][j] leads from branch j to branch i
             nn.Identity() if i == j else fusion(channels[j], channels[i], groups, i - j) for j in range(n))
             for i in range(n))
-        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)     # after fusion
+        self.post = nn.ModuleList(weight_norm(conv(c, c, 1)) for c in channels)     # after the fusion
         self.post_gn = nn.ModuleList(nn.GroupNorm(groups // 2, c) for c in channels)
-        # G(h)
+        # G(h): the branches are added from fine to coarse
         self.bottlenecks = nn.ModuleList(Bottleneck(c, p) for c, p in zip(channels, head_channels))
         self.down = nn.ModuleList(  # from each branch to the next, coarser one
             nn.Sequential(conv(a, b, stride=2, bias=True), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
@@ -429,13 +435,13 @@ class MDEQ(nn.Module):
         return tuple(torch.zeros_like(ui, dtype=dtype, memory_format=layout) for ui in u)
 
     def weights(self):
-        """Effective weights g v / ||v||, with graph, per branch: the block's two, and that after fusion."""
+        """Weights g v / ||v|| of weight_norm, with graph, per branch: two of the block, one after fusion."""
         weights = [[block.conv1.weight, block.conv2.weight, post.weight]
                    for block, post in zip(self.blocks, self.post)]
         device = weights[0][0].device.type
-        if torch.is_autocast_enabled(device):       # it would cast them again at every evaluation
+        if torch.is_autocast_enabled(device):       # which would cast them at every evaluation
             weights = [[w.to(torch.get_autocast_dtype(device)) for w in branch] for branch in weights]
-        if self.stem[0].weight.is_contiguous(memory_format=torch.channels_last):    # g v / ||v|| may not be
+        if self.stem[0].weight.is_contiguous(memory_format=torch.channels_last):    # g v / ||v|| may lose it
             weights = [[w.contiguous(memory_format=torch.channels_last) for w in branch]
                        for branch in weights]
         return weights
@@ -463,8 +469,8 @@ class MDEQ(nn.Module):
             s = y[i]                                # (N, C_i, S / 2^i, S / 2^i), as all that is added to it
             for j, yj in enumerate(y):
                 if j < i:
-                    s = s + self.fuse[i][j](yj)
-                elif j > i:
+                    s = s + self.fuse[i][j](yj)  # from a finer branch, by strides
+                elif j > i:                         # from a coarser branch, enlarged 2^(j - i) times
                     s = s + F.interpolate(self.fuse[i][j](yj), scale_factor=2.0 ** (j - i), mode="nearest")
             out.append(post_gn(F.conv2d(F.relu(s, inplace=True), w[2])))
         return tuple(out)
@@ -477,15 +483,15 @@ class MDEQ(nn.Module):
         return self.classifier(self.final(y).mean(dim=(2, 3)))  # (N, classes)
 
     def problem(self, x):
-        """(f, h0) of the images x (N, 3, S, S): h* solves h = f(h).  Weights and masks are computed once."""
+        """(f, h0) of the images x (N, 3, ., .): h* solves h = f(h).  Weights and masks are computed once."""
         u = self.inject(x)
         h0 = self.zeros(u, x.dtype)
         return functools.partial(self.f, u=u, weights=self.weights(), masks=self.masks(h0)), h0
 
     def forward(self, x, unroll=0, with_result=False, on_backward=None):
-        """Logits (N, classes) of x (N, 3, S, S); with_result: (logits, the solver's result or None).
+        """Logits (N, classes) of x (N, 3, ., .); with_result: (logits, the solver's result or None).
 
-        unroll: F is evaluated so often in place of the solver.  on_backward: as in common.equilibrium.
+        unroll: evaluate F this many times in place of the solver.  on_backward: as in common.equilibrium.
         """
         f, h0 = self.problem(x)
         if unroll:
@@ -505,6 +511,7 @@ def load_official(model, state_dict):
                (r"^downsample\.", "stem."), (r"^stage0\.", "injection."),
                (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),    # F
                (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(?:(\d+)\.)?(conv|gnorm)\.",
+                # A step of a path is three modules here: convolution, GroupNorm, ReLU.
                 lambda m: f"fuse.{m[1]}.{m[2]}.{3 * int(m[3] or 0) + (m[4] == 'gnorm')}."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.conv\.", r"post.\1."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm\.", r"post_gn.\1."),
@@ -515,23 +522,24 @@ def load_official(model, state_dict):
     for key, value in state_dict.get("state_dict", state_dict).items():
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
-        if not key.startswith(("deq.func.", "deq.func_copy.", "fullstage_copy.")):      # second names, a copy
+        if not key.startswith(("deq.func.", "deq.func_copy.", "fullstage_copy.")):      # duplicates
             found[key] = value
 
     def norm(v):
         return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
 
+    # weight_norm stores g as original0 and v as original1; older files have weight_g and weight_v.
     own, affine = model.state_dict(), any(name.startswith("post_gn.") for name in found)
     for name in own:
         plain = name.replace("parametrizations.weight.original1", "weight")
-        if plain != name and plain in found:            # normalised here alone: v = W, g = ||W||
+        if plain != name and plain in found:            # normalised only here: v = W, g = ||W||
             found[plain + "_g"], found[plain + "_v"] = norm(found[plain]), found.pop(plain)
-        elif plain == name and name + "_g" in found:    # normalised there alone: W = g v / ||v||
+        elif plain == name and name + "_g" in found:    # normalised only there: W = g v / ||v||
             v = found.pop(name + "_v")
             found[name] = found.pop(name + "_g") * v / norm(v)
-        elif name.startswith("post_gn.") and not affine:        # of locuslab/deq: weight 1, bias 0
+        elif name.startswith("post_gn.") and not affine:        # locuslab/deq's: weight 1, bias 0
             found[name] = torch.full_like(own[name], name.endswith("weight"))
-    model.load_state_dict(found)        # weight_norm's own hook puts the other (g, v) in place
+    model.load_state_dict(found)        # weight_norm's own hook renames the other pairs (g, v)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -544,7 +552,7 @@ def build_model(args, classes, process):
     solve = functools.partial(
         equilibrium, grad=args.grad, k=args.k, lam=args.lam, tol=args.tol, backward_tol=args.tol,
         solver=SOLVERS[args.solver], max_iter=args.max_iter, backward_solver=SOLVERS[args.backward_solver],
-        backward_max_iter=args.backward_max_iter, stop_mode="rel_joint")    # one residual for all branches
+        backward_max_iter=args.backward_max_iter, stop_mode="rel_joint")    # one norm over all branches
     seed_everything(args.seed)          # the same weights on all processes
     model = MDEQ(args.channels, args.head_channels, args.final_channels, num_classes=classes,
                  dropout=args.dropout, solve=solve)
@@ -579,7 +587,7 @@ def initialise(args, model, process):
     for key in list(found):
         name = str(key).removeprefix("module.")
         if name.startswith("classifier.") and name in own and len(found[key]) != len(own[name]):
-            found[key] = own[name]
+            found[key] = own[name]          # changes `state`, which is loaded below
             if process.rank == 0:
                 print(f"note: --init has another number of classes than --data: new {name}", flush=True)
     load_weights(model, state, load_official, f"--init {args.init} does not fit the model of these flags")
@@ -607,7 +615,7 @@ def train(args, process, train_set, eval_set):
             score = run.state["score"]          # else the best epoch was found with other images
     elif args.init:
         initialise(args, model, process)
-    # Before DistributedDataParallel: the bare model is captured.  Before the seeds: an example is drawn.
+    # Before DistributedDataParallel, as the bare model is captured.  Before run.start seeds, as this draws.
     size = args.batch_size // world // args.accumulate
     training, net = training_pass(args, model, size, args.crop, process)
     if world > 1:
@@ -632,11 +640,11 @@ def train(args, process, train_set, eval_set):
             step = epoch * steps_per_epoch + batch + 1
             unroll = args.pretrain_layers if step <= args.pretrain_steps else 0
             for i, (x, y, seconds) in enumerate(micro_batches):
-                meet = world == 1 or i == args.accumulate - 1       # the processes' gradients, once per step
+                meet = world == 1 or i == args.accumulate - 1       # average gradients once per step
                 with contextlib.nullcontext() if meet else net.no_sync():
                     with autocast(args, process.device):
-                        logits, residual = net(x, unroll=unroll) if unroll else net(x)
-                    loss = F.cross_entropy(logits.float(), y)   # float: --amp has bf16 logits
+                        logits, residual = net(x, unroll=unroll) if unroll else net(x)  # graphs take x alone
+                    loss = F.cross_entropy(logits.float(), y)   # with --amp the logits are bf16
                     (loss / args.accumulate).backward()
                 waited += seconds
                 meter.add(len(y), loss=loss, accuracy=100 * (logits.argmax(1) == y).float().mean())
@@ -724,7 +732,7 @@ def evaluate_checkpoint(args, process, images):
 def radii(model, images, args, process):
     """App. D: spectral radii of J and of lam J + (1 - lam) I at h*, evaluation mode; leaves no trace.
 
-    Means over some images of all classes, and the share of them with a radius of J above 1.
+    Means over some images of all classes, and the share of these images with a radius of J above 1.
     """
     rng = rng_state()
     process.broadcast_buffers(model)
@@ -758,7 +766,7 @@ def run_benchmark(args, process):
         def forward():
             nonlocal net
             model.solve = solve
-            if net is None:         # at the first turn: CUDA graphs are captured with this solve
+            if net is None:         # at the first turn, as CUDA graphs are captured with this solve
                 _, net = training_pass(args, model, len(x), side, process)
             with autocast(args, process.device):
                 return F.cross_entropy(net(x)[0].float(), y)
