@@ -293,6 +293,18 @@ def test_test_perplexity_is_of_the_weights_that_were_best_on_valid(tmp_path, mon
     assert [r["best_perplexity"] for r in metrics(tmp_path, "eval")] == [5.0, 5.0, 5.0]
 
 
+def test_a_best_of_another_validation_text_does_not_count(tmp_path, capsys):
+    """A finished run that is continued with other valid text has no best yet: the last weights are tested."""
+    flags, text = [*RUN, "--out", tmp_path / "run", "--data", tmp_path / "text"], make_text(tmp_path / "text")
+    run(*flags)
+    (text / "valid.txt").write_text("w1 w2 \n" * 30)
+    capsys.readouterr()
+    run(*flags, "--resume", "auto")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("note: the validation text is another one") for line in lines)
+    assert metrics(tmp_path / "run", "test")[-1]["of_step"] == 6 and lines[-1].endswith("checkpoint.pt")
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, small):
     calls, real = [], deq_wikitext.DEQTransformer.nll
 
@@ -315,7 +327,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--local-size -1", "--local-size"), ("--lam 0", "--lam"), ("--lam nan", "--lam"), ("--lam best", "--lam"),
     ("--grad implicit --lam auto", "--lam auto"), ("--k 0", "--k"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
     ("--dropatt nan", "--dropatt"), ("--max-iter -1", "--max-iter"), ("--max-iter 0 --grad npg", "--max-iter 0"),
-    ("--max-iter 0 --jr 1", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
+    ("--max-iter 0 --jr 1", "--max-iter 0"), ("--max-iter 0 --jr-increment 2", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
     ("--jr-freq 0", "--jr-freq"), ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip -1", "--clip"),
     ("--accumulate 3", "--batch-size 4"), ("--seed 9223372036854775808", "--seed"), ("--jr-increment -1", "--jr-incr"),
     ("--grad bptt", "--solver fixed-point"), ("--backward-solver newton", "--backward-solver"),
@@ -570,6 +582,11 @@ def test_a_checkpoint_is_evaluated_with_its_own_flags(tmp_path, small, capsys):
     lines, notes = evaluated("--solver", "broyden", "--max-iter", 7, "--mem-len", 3, "--segment", 5, "--tol", 0)
     assert ": broyden, at most 7 steps, tolerance 0; 2 streams, segments of 5" in lines[0] and "mem len 3" in lines[3]
     assert len(notes) == 5 and "note: trained with --max-iter 4, evaluated with 7" in notes
+    # a given --solver is that of evaluation, also against the checkpoint's --eval-solver
+    run(*RUN, "--data", small, "--out", tmp_path / "b", "--eval-solver", "unrolled", "--eval-max-iter", 3)
+    capsys.readouterr()
+    run("--eval", "--resume", tmp_path / "b/best.pt", "--solver", "anderson", "--max-iter", 9)
+    assert ": anderson, at most 9 steps" in capsys.readouterr().out
     assert ": fixed-point, at most 9 steps" in evaluated("--eval-solver", "fixed-point", "--eval-max-iter", 9)[0][0]
     assert "--amp True" not in str(notes) and "--amp False, evaluated with True" in str(evaluated("--amp")[1])
     run("--generate", "w1", "--resume", path, "--generate-tokens", 3)
@@ -583,7 +600,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_flags(tmp_path, small, capsys):
 def test_what_was_saved_in_pretraining_is_evaluated_by_its_network(tmp_path, small, capsys):
     run(*RUN, "--data", small, "--out", tmp_path, "--pretrain-steps", 9, "--pretrain-layers", 3)
     (test,) = metrics(tmp_path, "test")
-    capsys.readouterr()
+    assert "; all of them are pretraining, without a solver" in capsys.readouterr().out
     run("--eval", "--resume", tmp_path / "best.pt")
     lines = capsys.readouterr().out.splitlines()
     assert "step 6: an unrolled network of 3 layers; " in lines[0] and "residual" not in lines[2]
@@ -599,6 +616,9 @@ def test_official_checkpoints_are_evaluated_and_begun_with(lm, tmp_path, small, 
     torch.save(official_state_dict(model, lm), tmp_path / "official.pkl")
     run(*RUN, *more, "--data", small, "--eval", "--resume", tmp_path / "official.pkl")
     assert "test perplexity" in capsys.readouterr().out
+    if not lm:                          # the file knows no lam
+        run(*RUN, "--data", small, "--grad", "npg", "--lam", "auto", "--eval", "--resume", tmp_path / "official.pkl")
+        assert "lam 1" in capsys.readouterr().out.splitlines()[-1]
     run(*RUN, *more, "--data", small, "--init", tmp_path / "official.pkl", "--out", tmp_path / "run", "--lr", 1e-9)
     weights = checkpoint(tmp_path / "run")["model"]
     assert all(torch.allclose(weights[k], v, atol=1e-6) for k, v in model.state_dict().items())
