@@ -11,10 +11,15 @@ Setting (App. D.1): h* = F(h* + u), F(x) = act(x W), W symmetric with spectral n
 normal matrices of N x D = 32 x 128, loss the mean squared error between h* and y, gradient dL/du, h* by 100
 fixed-point iterations.  All data are generated.
 
+Names: J = dF/dh at h*, rho(J) its spectral radius, g = dL/dh at h*.  The exact gradient needs g_hat, which
+solves (I - J^T) g_hat = g, Eq. (4).  A phantom gradient replaces g_hat: UPG by k unrolled steps with damping
+lam, Eq. (16), NPG by k terms of the Neumann series, Eq. (17).
+
 Differs from the paper: 64 pairs (u, y) instead of 50,000 (the standard errors are printed).  The paper does
-not name the activation.  The default is the identity, which makes UPG and NPG equal, because it fits what the
-paper reports: 100 iterations just reach a relative error of 1e-5 at L_h = 0.9, and the solver is
-ill-conditioned as L_h nears 1.  With tanh or relu rho(J) stays near 0.7, and Fig. 4 shows nothing.
+not name the activation.  The default is the identity, because it fits what the paper reports: 100
+iterations just reach a relative error of 1e-5 at L_h = 0.9, and the backward system is ill-conditioned as L_h
+nears 1.  (It makes UPG and NPG equal, as J is the same everywhere.)  With tanh or relu rho(J) stays near 0.7
+whatever L_h is, and Fig. 4 shows nothing.
 """
 import json
 import statistics
@@ -28,8 +33,8 @@ import torch
 from common import (Process, broyden, clock, describe_run, die, equilibrium, finite, fixed_point, gmres,
                     implicit, lock, make_parser, npg, seed_everything, spectral_radius, upg, within)
 
-N, D = 32, 128
-LIPS = (0.9, 0.99, 0.999, 0.9999)           # of Fig. 4
+N, D = 32, 128                              # samples of a pair (u, y) and their dimension
+LIPS = (0.9, 0.99, 0.999, 0.9999)           # the Lipschitz constants L_h of Fig. 4
 ACTIVATIONS = {"identity": lambda x: x, "tanh": torch.tanh, "relu": torch.relu}
 PARTS = ("fig1", "fig4", "theorem1", "theorem2", "theorem3", "table2")
 
@@ -63,7 +68,7 @@ def parse_args(argv=None):
 def symmetric_weight(size, lip, **kwargs):
     """A symmetric Gaussian matrix of spectral norm lip, which is then the Lipschitz constant L_h of F."""
     w = torch.randn(size, size, **kwargs)
-    w = w + w.T
+    w = w + w.T                                     # symmetric: singular values are |eigenvalues|
     eigenvalues = torch.linalg.eigvalsh(w)          # ascending
     # The largest eigenvalue is to be the positive one: I - W then becomes singular as lip goes to 1.
     if -eigenvalues[0] > eigenvalues[-1]:
@@ -72,23 +77,23 @@ def symmetric_weight(size, lip, **kwargs):
 
 
 def layer(h, u, w, act):
-    """F(h + u): every row is a sample of its own, h, u (rows, D)."""
+    """F(h + u) for h and u (rows, D): each row is a sample of its own."""
     return act((h + u) @ w)
 
 
 def solved(w, u, act, **limits):
-    """(f, its fixed point h*) by plain iteration from zero."""
+    """The function f(h) = F(h + u) and its fixed point h*, found by plain iteration from zero."""
     f = partial(layer, u=u, w=w, act=act)
     return f, fixed_point(f, torch.zeros_like(u), **limits).h
 
 
 def pair_cosines(a, b, pairs):
-    """Cosine of each pair's N x D gradients: (pairs,)."""
+    """Cosine between a and b (pairs * N, D) for each pair (u, y): (pairs,).  A pair's N x D is one vector."""
     return torch.cosine_similarity(a.reshape(pairs, -1).double(), b.reshape(pairs, -1).double(), dim=1)
 
 
 def dense_jacobian(f, h):
-    """dF_i/dh_j per row: (rows, D, D), for a layer whose rows do not touch each other."""
+    """[row, i, j] = dF_i/dh_j: (rows, D, D), for a layer whose rows do not depend on each other."""
     # Row n of F depends on row n of h alone, so the sum over the rows has all their Jacobians: (D, rows, D).
     return torch.autograd.functional.jacobian(lambda v: f(v).sum(0), h).permute(1, 0, 2)
 
@@ -96,18 +101,21 @@ def dense_jacobian(f, h):
 # --- Fig. 1: the precision of the phantom gradient ----------------------------------------------------------
 
 def fig1(args):
-    """Cosine of UPG and NPG to the exact gradient.  Rows: grad, lam, k, mean and std over the pairs."""
+    """Cosine of UPG and NPG to the exact gradient.  Rows: grad, lam, k, mean and std over the pairs.
+
+    The exact gradient is that of back-propagation through all iterations of the solve ("bptt").
+    """
     pairs, grads = args.pairs, {"upg": upg, "npg": npg}
     w = symmetric_weight(D, args.lip, device=args.device)
     u, y = (torch.randn(pairs * N, D, device=args.device) for _ in range(2))
     u.requires_grad_()
     f = partial(layer, u=u, w=w, act=ACTIVATIONS[args.activation])
 
-    def gradient(h):
+    def gradient(h):                        # dL/du, with the backward pass that is attached to h
         return torch.autograd.grad((h - y).square().mean(), u)[0]
 
     h, result = equilibrium(f, torch.zeros_like(y), grad="bptt", solver=fixed_point, max_iter=100)
-    exact, h_star = gradient(h), h.detach()
+    exact, h_star = gradient(h), h.detach()     # (pairs * N, D) both
     # Broyden and not the default GMRES: the paper's claim is about 20 Broyden iterations.
     by_implicit = gradient(implicit(f, h_star, solver=broyden, max_iter=20, tol=0))
     agreement = pair_cosines(exact, by_implicit, pairs).min().item()
@@ -121,7 +129,7 @@ def fig1(args):
     for grad, phantom in grads.items():
         for lam in lams:
             for k in range(1, 21):
-                c = pair_cosines(gradient(phantom(f, h_star, k, lam)), exact, pairs)
+                c = pair_cosines(gradient(phantom(f, h_star, k, lam)), exact, pairs)    # (pairs,)
                 rows.append({"event": "fig1", "grad": grad, "lam": lam, "k": k, "mean": c.mean().item(),
                              "std": c.std().item()})
     mean, std = (torch.tensor([r[key] for r in rows], dtype=torch.float64).reshape(2, 10, 20)
@@ -133,8 +141,8 @@ def fig1(args):
         for lam in (0.1, 0.3, 0.5, 0.8, 1.0):
             m, s = mean[i, lams.index(lam)], std[i, lams.index(lam)]
             print(f"{grad}   {lam:.1f}  " + "".join(f"{m[k - 1]:.4f} ({s[k - 1]:.4f})  " for k in ks))
-    growing = (mean.diff(dim=2) >= -1e-6).all()         # rounding, once the cosine is 1
-    slower = (mean[:, :, 5 - 1].diff(dim=1) >= 0).all()
+    growing = (mean.diff(dim=2) >= -1e-6).all()         # along k; -1e-6: rounding, once the cosine is 1
+    slower = (mean[:, :, 5 - 1].diff(dim=1) >= 0).all()     # along lam, at k = 5
     apart, error = (mean[0] - mean[1]).abs().max(), std.max() / pairs ** 0.5
     print(f"The cosine {'grows' if growing else 'does not always grow'} with k; at k = 5 a smaller lam is "
           f"{'always' if slower else 'not always'} further from the exact gradient.\n"
@@ -147,31 +155,32 @@ def fig1(args):
 def fig4(args, iterations=30):
     """Backward iterates of Broyden and GMRES, and the phantom gradient (lam = 1), for L_h ever nearer 1.
 
-    Rows: lip, grad, iteration, objective ||(I - J^T) g_hat - g||, relative error objective / ||g_hat||,
-    cosine to the exact gradient, L1 norm of g_hat over that of the exact gradient (`l1`): means over N.
+    Rows: lip, grad, iteration, and four means over the N samples: `objective` ||(I - J^T) g_hat - g||,
+    `relative_error` objective / ||g_hat||, `cosine` to the exact gradient, and `l1`, the L1 norm of g_hat
+    divided by that of the exact gradient.
 
     The oscillation in the paper's Fig. 4 comes from Broyden's method, not from the exact gradient.  Broyden's
-    objective, the true residual, may climb while its relative error falls, since that is divided by the norm
-    of an iterate that explodes.  GMRES minimises the objective, which never rises on the same systems.  The
-    norm does come from the exact gradient: it grows like 1 / (1 - L_h).  And the objective says little of the
-    cosine to the exact gradient.
+    objective, the true residual, may climb while its relative error falls, since the latter is divided by the
+    norm of an iterate that explodes.  GMRES minimises the objective, so on the same systems it never rises.
+    The large norm does come from the exact gradient: it grows like 1 / (1 - L_h).  And the objective says
+    little of the cosine to the exact gradient.
     """
-    rows, unit = [], symmetric_weight(D, 1.0, device=args.device)
+    rows, unit = [], symmetric_weight(D, 1.0, device=args.device)   # unit: one W, scaled to each L_h
     u, y = (torch.randn(N, D, device=args.device) for _ in range(2))
     for lip in LIPS:
         w = lip * unit
         f, h = solved(w, u, ACTIVATIONS[args.activation], max_iter=100, tol=0)
         g = 2 * (h - y) / h.numel()         # dL/dh
-        # The exact gradient: one dense system (I - J^T) g_hat = g per sample, in float64.
+        # The exact gradient: one dense system (I - J^T) g_hat = g per sample, in float64.  (.mT: transposed)
         h64 = h.double()
         jacobian = dense_jacobian(partial(f, u=u.double(), w=w.double()), h64)      # (N, D, D)
-        matrix = torch.eye(D).to(h64) - jacobian.mT
-        exact = torch.linalg.solve(matrix, g.double()[:, :, None])[:, :, 0]
+        matrix = torch.eye(D).to(h64) - jacobian.mT                                 # (N, D, D)
+        exact = torch.linalg.solve(matrix, g.double()[:, :, None])[:, :, 0]         # (N, D)
         exact_l1 = exact.abs().sum(1).mean()
         h_in = h.clone().requires_grad_()
-        f_h, iterates = f(h_in), []
+        f_h, iterates = f(h_in), []         # one graph of f, at h*, for all products with J^T
 
-        def adjoint(v):
+        def adjoint(v):                     # J^T v + g: its fixed point is g_hat
             return torch.autograd.grad(f_h, h_in, v, retain_graph=True)[0] + g
 
         def recorded(v):                    # broyden returns the best iterate, the figure shows every one
@@ -188,7 +197,7 @@ def fig4(args, iterations=30):
         sequences = {"broyden": iterates, "gmres": minimal, "phantom": phantom, "best": [best]}
         for grad, sequence in sequences.items():
             for t, v in enumerate(sequence, start=iterations if grad == "best" else 1):
-                v = v.double()
+                v = v.double()                                                              # (N, D)
                 objective = torch.linalg.vector_norm((matrix @ v[:, :, None])[:, :, 0] - g, dim=1)
                 rows.append({"event": "fig4", "lip": lip, "grad": grad, "iteration": t,
                              "objective": objective.mean().item(),
@@ -215,7 +224,7 @@ the exact one's; worst: the largest rise in one iteration (cosine: largest fall,
     for lip in LIPS:
         for key, form in forms.items():
             for name in names:
-                series = [row[key] for row in line[lip, name]]
+                series = [row[key] for row in line[lip, name]]      # over the iterations
                 rises = [a - b if key == "cosine" else b - a for a, b in zip(series, series[1:])]
                 worst = max(series) if key == "l1" else max(0, *rises)
                 if key in limits and worst > limits[key]:
@@ -235,7 +244,7 @@ the exact one's; worst: the largest rise in one iteration (cosine: largest fall,
 # --- Theorems 1 and 2: dense, in float64 --------------------------------------------------------------------
 
 def small_problem(size=8, lip=0.9, scale=0.3):
-    """f, W and the state of a tanh layer with one sample, solved to rounding."""
+    """f, W (size, size) and the state h* (1, size) of a tanh layer with one sample, solved to rounding."""
     w = symmetric_weight(size, lip, dtype=torch.float64).requires_grad_()
     u = scale * torch.randn(1, size, dtype=torch.float64)       # small, so that tanh does not saturate
     f, h = solved(w, u, torch.tanh, max_iter=2000, tol=1e-15)
@@ -250,26 +259,30 @@ def gradient_matrix(h, w):
 
 def exact_matrices(f, w, h):
     """(dF/dtheta, J, A_exact = dF/dtheta (I - J)^-1) in the paper's layout: J[i, j] = dF_j / dh_i."""
-    df = gradient_matrix(f(h), w)
-    j = dense_jacobian(f, h)[0].T.detach()
+    df = gradient_matrix(f(h), w)                   # (d_theta, d_h)
+    j = dense_jacobian(f, h)[0].T.detach()          # (d_h, d_h)
     return df, j, df @ torch.linalg.inv(torch.eye(len(j), dtype=j.dtype) - j)
 
 
 def theorem1(args):
-    """Eq. (6), ||A (I - J) - dF/dtheta|| <= sigma_min^2 / sigma_max, against the measured ascent, Eq. (7)."""
+    """Does Eq. (6), ||A (I - J) - dF/dtheta|| <= sigma_min^2 / sigma_max, bring the ascent of Eq. (7)?
+
+    sigma: singular values of dF/dtheta.  Ascent: A g has no negative inner product with the exact gradient.
+    """
     f, w, h = small_problem()
     df, j, exact = exact_matrices(f, w, h)
     sigma = torch.linalg.svdvals(df)                # descending
     right = (sigma[-1] ** 2 / sigma[0]).item()
-    directions = torch.randn(h.shape[1], 2000, dtype=h.dtype)
+    directions = torch.randn(h.shape[1], 2000, dtype=h.dtype)       # each column is a random g = dL/dh
     print(f"""Theorem 1.  tanh, D = {len(j)}, theta = W, kappa(dF/dtheta) = {sigma[0] / sigma[-1]:.3f};
 ascent: the smallest cosine of phantom and exact gradient over 2000 random dL/dh is not negative
 k    lam   ||A (I - J) - dF/dtheta||   sigma_min^2 / sigma_max   condition   ascent   smallest cosine""")
+    # wrong: rows that contradict the theorem.  beyond: rows that ascend without its condition.
     eye, rows, wrong, beyond = torch.eye(len(j), dtype=j.dtype), [], 0, 0
     for k, lam in ((1, 0.1), (1, 0.5), (1, 1.0), (2, 0.5), (5, 0.5), (5, 1.0), (10, 0.5), (20, 0.5),
                    (50, 0.5)):
-        a = gradient_matrix(npg(f, h, k, lam), w)
-        left = torch.linalg.matrix_norm(a @ (eye - j) - df, 2).item()
+        a = gradient_matrix(npg(f, h, k, lam), w)   # (d_theta, d_h)
+        left = torch.linalg.matrix_norm(a @ (eye - j) - df, 2).item()       # 2: spectral norm
         cosine = torch.cosine_similarity(a @ directions, exact @ directions, dim=0).min().item()
         holds, ascends = left <= right, cosine >= 0
         wrong, beyond = wrong + (holds and not ascends), beyond + (ascends and not holds)
@@ -282,10 +295,13 @@ k    lam   ||A (I - J) - dF/dtheta||   sigma_min^2 / sigma_max   condition   asc
 
 
 def theorem2(args):
-    """NPG's and UPG's A tend to the exact one, NPG's error as B^k: rate rho(B), B = lam J + (1 - lam) I."""
+    """As k grows, the A of NPG and UPG tend to the exact one.
+
+    NPG's error falls like B^k, B = lam J + (1 - lam) I, so each step multiplies it by rho(B) in the long run.
+    """
     f, w, h = small_problem()
     df, j, exact = exact_matrices(f, w, h)
-    start = h + 0.5 * torch.randn_like(h)           # UPG from here: limit (ii) does not need h*
+    start = h + 0.5 * torch.randn_like(h)           # UPG from here: Theorem 2 (ii) does not need h*
     ks, rows = (1, 5, 10, 20, 40, 80), []
 
     def error(phantom, state, k, lam):
@@ -296,8 +312,8 @@ def theorem2(args):
           "size 0.5;\nrate: the error's factor per step, k = 30 to 40\n"
           "lam  grad " + "".join(f"k = {k:<7d}" for k in ks) + "   rate   rho(B)   rho(B), power method")
     for lam in (0.3, 0.5, 0.8, 1.0):
-        b = lam * j + (1 - lam) * torch.eye(len(j), dtype=j.dtype)
-        rho = torch.linalg.eigvals(b).abs().max().item()
+        b = lam * j + (1 - lam) * torch.eye(len(j), dtype=j.dtype)      # Eq. (17)
+        rho = torch.linalg.eigvals(b).abs().max().item()            # exact; below: common.spectral_radius
         power = spectral_radius(f, h, lam=lam, n_iter=400).item()
         for grad, phantom, state in (("npg", npg, h), ("upg", upg, start)):
             errors = [error(phantom, state, k, lam) for k in ks]
@@ -317,16 +333,21 @@ def theorem2(args):
 def theorem3(args, steps=100, size=8, samples=64, batch=16):
     """SGD with eta_n ~ 1 / sqrt(n): the weighted mean of ||grad R||^2, Eq. (20), over the oracle's error.
 
+    R is half the mean squared distance to the equilibria y of a teacher, a layer of the same kind with another W.
+
+    An oracle is what SGD takes for the gradient.  Its error epsilon is the largest distance to the exact
+    gradient of the same batch, Eq. (19).  Oracles: NPG with more and more terms, and the exact gradient
+    shortened by a vector of length up to epsilon, the worst that Eq. (19) allows.  Eq. (57): epsilon adds at
+    most G epsilon to the mean, G = max ||grad R||.
+
     The mean is over the second half of the steps: the theorem holds from any step on, and by then the
-    transient, which does not depend on epsilon, is over.  Oracles: NPG with fewer and fewer terms, and the
-    exact gradient pulled back by a vector of length up to epsilon, the worst that Eq. (19) allows.  Eq. (57):
-    epsilon adds at most G epsilon to the mean, G = max ||grad R||.
+    transient, which does not depend on epsilon, is over.
     """
     teacher, start = (symmetric_weight(size, lip, dtype=torch.float64) for lip in (0.8, 0.5))
-    u = torch.randn(samples, size, dtype=torch.float64)
-    _, y = solved(teacher, u, torch.tanh, max_iter=200, tol=1e-12)
+    u = torch.randn(samples, size, dtype=torch.float64)     # (samples, size)
+    _, y = solved(teacher, u, torch.tanh, max_iter=200, tol=1e-12)          # (samples, size)
 
-    def gradient(w, index, attach):
+    def gradient(w, index, attach):         # of the batch u[index]; attach: npg or implicit
         w = w.detach().requires_grad_()
         f, h = solved(w, u[index], torch.tanh, max_iter=60, tol=1e-7)
         return torch.autograd.grad((attach(f, h) - y[index]).square().sum(1).mean() / 2, w)[0]
@@ -342,7 +363,7 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
             index = torch.randint(samples, (batch,), generator=order)
             g, eta = gradient(w, index, attach), 0.5 / n ** 0.5
             step = g * (1 - min(1.0, pull / g.norm().item()))       # at most to zero, not turned round
-            if n > steps // 2:
+            if n > steps // 2:              # only here the costly exact gradients are needed
                 true = g if attach is exact else gradient(w, index, exact)
                 full = gradient(w, torch.arange(samples), exact)    # grad R
                 weighted, total = weighted + eta * full.square().sum().item(), total + eta
@@ -354,10 +375,11 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
 equilibria; means of the second half
 oracle                  epsilon   weighted mean ||grad R||^2   last step   added by it   bound G epsilon""")
     for r in rows:
-        r["added"] = r["mean"] - rows[-1]["mean"]
+        r["added"] = r["mean"] - rows[-1]["mean"]           # the last row is the exact oracle's
         print(f"{r['oracle']:22s} {r['epsilon']:8.4f} {r['mean']:20.5f} {r['last']:18.1e} {r['added']:13.5f} "
               f"{r['bound']:17.5f}")
-    kept = all(r["added"] <= r["bound"] + 1e-12 for r in rows)
+    kept = all(r["added"] <= r["bound"] + 1e-12 for r in rows)      # Eq. (57)
+    # In both families, NPG and the shortened ones, epsilon falls from row to row.
     falls = all(a["mean"] >= b["mean"] for own in (rows[:4], rows[4:]) for a, b in zip(own, own[1:]))
     print(f"The mean {'falls' if falls else 'does not always fall'} with epsilon, and what epsilon adds is "
           f"{'always' if kept else 'NOT always'} below G epsilon.")
@@ -369,21 +391,22 @@ oracle                  epsilon   weighted mean ||grad R||^2   last step   added
 def table2(args, rows_n=64, size=1024, repeats=3):
     """Time and memory of the gradient alone, h* given, over k (phantom) and K (solver iterations).
 
-    Memory: bytes of distinct tensors that autograd keeps for the backward pass, on any device, without W.
+    Memory: bytes of the distinct tensors that autograd keeps for the backward pass, without W, so the same on
+    any device.
     """
     device = torch.device(args.device)
     w = symmetric_weight(size, 0.9, device=device).requires_grad_()
     u, y = (torch.randn(rows_n, size, device=device) for _ in range(2))
     f, h = solved(w, u, ACTIVATIONS[args.activation], max_iter=100, tol=0)
     bptt = partial(equilibrium, f, torch.zeros_like(u), grad="bptt", solver=fixed_point)
-    # Broyden, as in the paper: GMRES keeps as little for autograd.
+    # {gradient: (numbers of steps, function of n)}.  Broyden, as in the paper: GMRES keeps as little.
     attach = {"implicit": ((10, 20, 40), lambda n: implicit(f, h, solver=broyden, max_iter=n, tol=0)),
               "upg": ((1, 5, 10, 20), lambda n: upg(f, h, n, 0.5)),
               "npg": ((1, 5, 10, 20), lambda n: npg(f, h, n, 0.5)),
               "bptt": ((10, 20, 40), lambda n: bptt(max_iter=n)[0])}
 
-    def measure(name, n):
-        kept = {}
+    def measure(name, n):                   # (milliseconds, megabytes)
+        kept = {}                           # {address: bytes}: a tensor kept twice counts once
 
         def pack(tensor):
             storage = tensor.untyped_storage()
@@ -393,7 +416,7 @@ def table2(args, rows_n=64, size=1024, repeats=3):
 
         began = clock(device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            state = attach[name][1](n)
+            state = attach[name][1](n)      # tensors are kept here, not in the backward pass
         torch.autograd.grad((state - y).square().mean(), w)
         return 1e3 * (clock(device) - began), sum(kept.values()) / 1e6
 
@@ -406,13 +429,14 @@ gradient   K or k       ms      MB       per step: ms       MB      (least squar
         repeated = [[measure(name, n) for _ in range(repeats)] for n in steps]
         ms = [statistics.median(time for time, _ in runs) for runs in repeated]
         mb = [runs[0][1] for runs in repeated]
+        # Least squares takes the constant part out: what remains is the cost of one more step.
         ms_per_step, mb_per_step = (statistics.linear_regression(steps, values).slope for values in (ms, mb))
         tail = f"{ms_per_step:19.2f} {mb_per_step:10.3f}"
         for i, n in enumerate(steps):
             rows.append({"event": "table2", "grad": name, "steps": n, "ms": ms[i], "mb": mb[i],
                          "ms_per_step": ms_per_step, "mb_per_step": mb_per_step})
             print(f"{'' if i else name:9s} {n:7d} {ms[i]:8.1f} {mb[i]:7.2f} {'' if i else tail}")
-        flat = abs(mb_per_step) < 0.05 * state
+        flat = abs(mb_per_step) < 0.05 * state          # state: MB of one tensor of h's size
         words.append(f"{name} {'flat' if flat else f'linear, {mb_per_step / state:.1f} states'}")
     print(f"One state is {state:.2f} MB.  Memory per step: {', '.join(words)}.\n"
           "Broyden's own history, K states during the backward solve, is not autograd's and not counted.")
@@ -424,7 +448,7 @@ gradient   K or k       ms      MB       per step: ms       MB      (least squar
 def main(args):
     if args.plot:
         from assets import figures
-        figures.prepare(Path(args.plot, "fig1.png"))        # what is missing is said now, not after the work
+        figures.prepare(Path(args.plot, "fig1.png"))        # ends here if anything is missing for drawing
     if args.out:
         if Path(args.out, "metrics.jsonl").exists():
             die(f"--out {args.out} already holds a run: choose another folder")
