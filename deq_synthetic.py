@@ -333,7 +333,7 @@ def theorem2(args):
 def theorem3(args, steps=100, size=8, samples=64, batch=16):
     """SGD with eta_n ~ 1 / sqrt(n): the weighted mean of ||grad R||^2, Eq. (20), over the oracle's error.
 
-    R is half the mean squared distance to the equilibria y of a teacher, a layer of the same kind with another W.
+    R is half the mean squared distance to the equilibria y of a teacher: the same layer with another W.
 
     An oracle is what SGD takes for the gradient.  Its error epsilon is the largest distance to the exact
     gradient of the same batch, Eq. (19).  Oracles: NPG with more and more terms, and the exact gradient
@@ -344,7 +344,7 @@ def theorem3(args, steps=100, size=8, samples=64, batch=16):
     transient, which does not depend on epsilon, is over.
     """
     teacher, start = (symmetric_weight(size, lip, dtype=torch.float64) for lip in (0.8, 0.5))
-    u = torch.randn(samples, size, dtype=torch.float64)     # (samples, size)
+    u = torch.randn(samples, size, dtype=torch.float64)
     _, y = solved(teacher, u, torch.tanh, max_iter=200, tol=1e-12)          # (samples, size)
 
     def gradient(w, index, attach):         # of the batch u[index]; attach: npg or implicit

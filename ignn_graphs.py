@@ -10,36 +10,46 @@
 
 Data: --data DIR (default data): PyG downloads COX2, PROTEINS and PPI, or finds them in DIR/NAME/raw/.
 
-Table 4: --table4 for COX2, PROTEINS and PPI, or one row.  The paper solves backwards by plain iteration, as
-here by default, except for chains and --ppi-model robust and zoo: GMRES.
-    paper COX2 84.1 ± 2.9  PROTEINS 78.6 ± 4.1  PPI 97.6     --grad implicit --backward-solver fixed-point
-               83.9 ± 3.0           78.4 ± 4.2      98.2     --grad upg --lam 0.5
-               83.9 ± 2.7           78.6 ± 4.2      97.4     --grad upg --lam 0.8
-               83.0 ± 2.9           78.8 ± 4.2      96.2     --grad upg --lam 1.0
+Table 4: --table4 trains all four rows, the flags at the right train one.  The paper's values are in %:
+          COX2        PROTEINS    PPI
+          84.1 ± 2.9  78.6 ± 4.1  97.6      --grad implicit --backward-solver fixed-point
+          83.9 ± 3.0  78.4 ± 4.2  98.2      --grad upg --lam 0.5
+          83.9 ± 2.7  78.6 ± 4.2  97.4      --grad upg --lam 0.8
+          83.0 ± 2.9  78.8 ± 4.2  96.2      --grad upg --lam 1.0
+UPG A_{k,lam} is the phantom gradient by k unrolled steps with damping lam, Eq. (16), NPG the one by the
+Neumann series, Eq. (17).  The paper's implicit row solves backwards by plain iteration.  So does this file,
+except for chains and for --ppi-model robust and zoo, where the default is GMRES.
 The paper's protocol takes the best TEST epoch of each fold.  Beside it stand the best common epoch, the last
 epoch and, with --val, the epoch chosen on held-out training graphs.  What the official release does:
     --evaluate-2a-too       evaluates with the matrix of 2A + I, after training with A + I
     --unstratified-folds    shuffles the graphs after it has stratified them
     --ppi-model literal     raw adjacency, W projected with the radius of a step's graph, tolerance absolute
 
-Layer (IGNN, Gu et al. 2020), rows are nodes:
+Layer (IGNN, Gu et al. 2020), rows are nodes, V the input features, A the adjacency matrix:
     H* = relu(A H* W^T + A V Omega_1^T), ||W||_inf <= kappa / rho(A)
+||W||_inf is the largest L1 norm of a row, rho(A) the spectral radius, kappa < 1 a constant.  The bound makes
+the layer a contraction, so that H* exists and plain iteration finds it.  Training keeps it by projection.
 
-What makes it faster: batches and their sparse matrices (CSR, with the transpose for the backward pass) are
-built once; W is projected once per step, all rows in one sort; A V Omega_1^T is computed before the solve;
-graphs stop one by one; freed memory is kept for the next step; the processes divide the folds (on a CPU with
-OMP_NUM_THREADS=1: the matrices are too small for threads).  No --amp, --compile or --cuda-graph: batches are
-of any size, and solves stop at a tolerance.
+What makes it faster:
+    - batches and their sparse matrices (CSR, with the transpose for the backward pass) are built once
+    - W is projected once per step, all rows in one sort
+    - A V Omega_1^T is computed before the solve, and each graph stops by itself
+    - freed memory is kept for the next step
+    - the processes divide the folds (on a CPU with OMP_NUM_THREADS=1: the matrices are too small for threads)
+There is no --amp, --compile or --cuda-graph: batches are of any size, and solves stop at a tolerance.
 
 Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU, and step times on an H200;
 PPI is not run.
 
-Differs from IGNN's code: A + I in training and evaluation (there: 2A + I in evaluation); stratified folds
-(there: shuffled after stratification); residual per graph and relative (there: the batch's largest entry); W
-is projected at a step, not in each forward pass, so that evaluation changes nothing (with a raw adjacency a
-pass projects a copy to its graphs' radius); the backward solve stops at a residual relative to dL/dH* (there:
-absolute, and it starts at B); no Omega_2 and bias, which are counted there but never used: of COX2's 37,634
-parameters 27,010 are.  --ppi-model zoo is torchdeq's model with the solver budget of this file (there: 40
+Differs from IGNN's code:
+    - A + I in training and evaluation (there: 2A + I in evaluation)
+    - stratified folds (there: shuffled after stratification)
+    - residual per graph and relative (there: the batch's largest entry)
+    - W is projected at a step, not in each forward pass, so that evaluation changes nothing (with a raw
+      adjacency a pass projects a copy to its graphs' radius)
+    - the backward solve stops at a residual relative to dL/dH* (there: absolute, and it starts at B)
+    - no Omega_2 and bias, which are counted there but never used: of COX2's 37,634 parameters 27,010 are
+--ppi-model zoo is the model of torchdeq's examples ("deq-zoo") with the solver budget of this file (there: 40
 iterations, 1e-3).
 """
 import argparse
@@ -75,12 +85,14 @@ from common import (Process, Run, add_run_flags, anderson, benchmark, broyden, c
                     load_checkpoint, load_weights, lock, make_parser, output_folder, parse_flags,
                     save_checkpoint, seed_everything, upg, within)
 
+# The paper's Table 4, in the order of METHODS.
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PROTEINS": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
          "PPI": ("97.6", "98.2", "97.4", "96.2")}
 METHODS = (("implicit", None), ("upg", 0.5), ("upg", 0.8), ("upg", 1.0))        # Table 4's rows
 
-# What an option is if it is not given, by --dataset; for PPI and its look-alike --ppi-model wins.
+# Defaults by --dataset, for options that are not given.  For PPI and its look-alike, those of --ppi-model
+# replace them.
 OF_GRAPHS = dict(hidden=64, kappa=0.9, epochs=200, batch_size=128, lr=0.001, clip=0.0, tol=1e-5,
                  solver="fixed-point", backward_solver="fixed-point")
 OF_NODES = dict(kappa=0.98, batch_size=1, lr=0.005, clip=1.0, tol=1e-6, solver="anderson",
@@ -91,14 +103,14 @@ PRESETS = {"COX2": OF_GRAPHS, "PROTEINS": OF_GRAPHS,
            "chains": {**OF_NODES, "hidden": 16, "epochs": 200, "batch_size": 64, "lr": 0.01},
            "robust": {}, "zoo": dict(clip=0.0),
            "literal": dict(clip=0.0, tol=3e-6, solver="fixed-point", backward_solver="fixed-point")}
-# Options that only these data sets have: on others they would have no effect, and are refused.
+# Options that only these data sets use.  On others they would have no effect, so they are refused.
 ONLY_FOR = {("COX2", "PROTEINS"): "folds val unstratified_folds evaluate_2a_too dropout",
             ("PPI", "PPI-synthetic"): "ppi_model", ("PPI", "PPI-synthetic", "chains"): "clip",
             ("PPI-synthetic",): "graph_scale", ("chains",): "chain_length hops"}
 ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
 
 
-def presets(args):
+def presets(args):                          # {option: value}
     ppi = args.dataset in ("PPI", "PPI-synthetic")
     return {**PRESETS[args.dataset], **(PRESETS[args.ppi_model] if ppi else {})}
 
@@ -124,7 +136,7 @@ def parse_args(argv=None):
 
     add = p.add_argument_group("model").add_argument
     add("--hidden", type=count, help="features of a node in the state")
-    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A), below which H* exists")
+    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A); below 1, so that H* exists")
     add("--dropout", type=within(float, "[0, 1)"), default=0.5,
         help="probability of dropout before the last layer of COX2 and PROTEINS")
     add("--ppi-model", choices=["robust", "literal", "zoo"], default="robust",
@@ -158,17 +170,20 @@ def parse_args(argv=None):
     modes.add_argument("--table4", action="store_true",
                        help="train implicit and UPG with lam 0.5, 0.8 and 1.0, and print Table 4")
     p.set_defaults(stop_mode=None)          # no flag: it follows from --ppi-model
+    # given: what differs from the parser's own defaults.  of_a_run: what a checkpoint does not decide.
     plain = vars(p.parse_args(argv))
     given = {name for name, value in plain.items() if value != p.get_default(name)}
     of_a_run = {"out", "resume", "save_every", "log_every", "eval", "benchmark", "table4"}
     args = parse_flags(p, argv, presets, from_checkpoint=" ".join(plain.keys() - of_a_run))
 
+    # Combinations that make no sense end here, before any data are read.
     for datasets, names in ONLY_FOR.items():
         for name in given & set(names.split()) if args.dataset not in datasets else ():
+            # The benchmark of PPI generates its graphs, so it does have a scale.
             if not (name == "graph_scale" and args.dataset == "PPI" and args.benchmark):
                 p.error(f"--{name.replace('_', '-')} is of {' and '.join(datasets)}: it has no effect on "
                         f"{args.dataset}")
-    file = args.resume not in (None, "auto")
+    file = args.resume not in (None, "auto")            # --resume FILE
     if args.table4 and (args.dataset == "chains" or given & {"grad", "lam"} or file):
         p.error("--table4 is of COX2, PROTEINS and PPI, sets --grad and --lam itself, and is continued by "
                 "--out DIR --resume auto")
@@ -178,6 +193,7 @@ def parse_args(argv=None):
         p.error("--eval is for one process, and not for chains: their run prints its figures at its end")
     if args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"):
         p.error("--benchmark needs --dataset COX2, PPI or PPI-synthetic: it generates graphs of those sizes")
+    # What is left open follows from other options.
     literal = args.ppi_model == "literal" and args.dataset in ("PPI", "PPI-synthetic")
     args.stop_mode = "max" if literal else "rel"
     if args.backward_tol is None:
@@ -201,14 +217,17 @@ def pyg():
 # --- data: graphs to one block-diagonal batch ---------------------------------------------------------------
 
 class Sparse(NamedTuple):
-    """A sparse matrix and its transpose, both CSR: torch's own backward pass would transpose it each time."""
+    """A sparse matrix and its transpose, both CSR (compressed rows).
+
+    The transpose is stored because torch's own backward pass would compute it each time.
+    """
     matrix: torch.Tensor
     transpose: torch.Tensor
 
 
 def sparse(index, values, shape):
-    """index (2, E): row and column of each value; duplicates are added."""
-    with warnings.catch_warnings():
+    """Sparse from index (2, E), row and column of each of E values.  Values at the same place are added."""
+    with warnings.catch_warnings():         # torch calls its CSR tensors a beta feature
         warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
         matrix, transpose = (torch.sparse_coo_tensor(i, values, s).coalesce().to_sparse_csr()
                              for i, s in ((index, shape), (index.flip(0), shape[::-1])))
@@ -217,7 +236,7 @@ def sparse(index, values, shape):
 
 @dataclasses.dataclass
 class Graphs:
-    """A batch of graphs on the device, as one graph of n nodes."""
+    """A batch of G graphs on the device, as one graph of n nodes: the adjacency is block-diagonal."""
     x: torch.Tensor                 # (n, p)
     y: torch.Tensor                 # (G,) long, labels of graphs; (n,) long or (n, C) float, of nodes
     adjacency: Sparse               # (n, n)
@@ -231,15 +250,16 @@ class Graphs:
 def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32):
     """One batch of a list of PyG graphs.  Build it once: nothing of it changes in training.
 
-    kind: "sym" S = (D + I)^-1/2 (A + I) (D + I)^-1/2, rho(S) = 1; "rho" A / rho(A), graph by graph; "raw" A.
+    kind "sym": S = (D + I)^-1/2 (A + I) (D + I)^-1/2, D the degrees, with rho(S) = 1.
+    kind "rho": A / rho(A), each graph by its own radius.  kind "raw": A.
     """
     batch = pyg().data.Batch.from_data_list(graphs)
     n, longest = batch.num_nodes, int(batch.ptr.diff().max())
-    index, offsets, graph = (t.to(device) for t in (batch.edge_index, batch.ptr, batch.batch))
+    index, offsets, graph = (t.to(device) for t in (batch.edge_index, batch.ptr, batch.batch))  # (n,) graph
 
     def normalised(weight):
         """(D + I)^-1/2 (w A + I) (D + I)^-1/2 with D the degrees of w A."""
-        values = torch.full(index.shape[1:], weight, dtype=dtype, device=device)
+        values = torch.full(index.shape[1:], weight, dtype=dtype, device=device)            # (E,)
         return sparse(*pyg().nn.conv.gcn_conv.gcn_norm(index, values, n, dtype=dtype), (n, n))
 
     rho = None
@@ -253,7 +273,8 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
             rho = radius.max().item() + 1e-5                # of the batch, as in the official release
         else:
             adjacency = sparse(index, ones / radius.to(dtype)[graph[index[0]]], (n, n))
-    slots = graph * longest + torch.arange(n, device=device) - offsets[graph]
+    # Graph g begins at row g * longest when padded, and at offsets[g] here.
+    slots = graph * longest + torch.arange(n, device=device) - offsets[graph]                   # (n,)
     return Graphs(batch.x.to(device, dtype), batch.y.to(device), adjacency, offsets, longest, slots, rho,
                   normalised(2.0) if with_2a else None)
 
@@ -262,19 +283,19 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
     """An upper bound (G,) of rho(A) of each graph, within tol of it unless max_iter comes first.
 
     A >= 0, symmetric.  Power iteration with A + I, which also converges for a bipartite graph.  For x > 0 the
-    Rayleigh quotient is a lower bound and max_i (A x)_i / x_i an upper one (Collatz-Wielandt), so the
-    projection's radius kappa / rho is safe.
+    Rayleigh quotient x^T A x / x^T x is a lower bound and max_i (A x)_i / x_i an upper one
+    (Collatz-Wielandt).  With the upper one the projection's radius kappa / rho is never too large.
     """
     matrix = A.matrix.double()
     x = torch.ones(matrix.shape[0], 1, dtype=torch.float64, device=graph.device)
     for i in range(max_iter):
         y = torch.sparse.mm(matrix, x)
-        upper = torch.segment_reduce((y / x)[:, 0], "max", offsets=offsets, initial=0)
-        if i % 10 == 9:
+        upper = torch.segment_reduce((y / x)[:, 0], "max", offsets=offsets, initial=0)          # (G,)
+        if i % 10 == 9:                     # not at each step: the comparison waits for the device
             lower, square = (torch.segment_reduce(v[:, 0], "sum", offsets=offsets) for v in (x * y, x * x))
             if bool((upper - lower / square <= tol * upper).all()):                 # host sync
                 break
-        x = x + y
+        x = x + y                           # (A + I) x
         largest = torch.segment_reduce(x[:, 0], "max", offsets=offsets, initial=0)
         x = (x / largest[graph, None]).clamp_min(1e-200)       # > 0 also in a component of smaller radius
     return upper
@@ -283,7 +304,10 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
 # --- data: COX2, PROTEINS, PPI ------------------------------------------------------------------------------
 
 def load(args, process, make):
-    """The data set of PyG, by make().  The first process downloads and converts, others read its files."""
+    """What make() returns, a data set of PyG.  The first process downloads and converts, others read that.
+
+    Whatever is wrong with the files ends the run with one line that says what to do.
+    """
     raw = Path(args.data) / args.dataset / "raw"
     if args.dataset == "PPI":
         names = [f"{split}_{part}" for split in ("train", "valid", "test")
@@ -310,12 +334,15 @@ def load(args, process, make):
 
 
 def check_graphs(args, graphs, nodes):
-    """Ends the run with one line if a graph's edges, features and labels do not fit together."""
+    """Ends the run with one line if a graph's edges, features and labels do not fit together.
+
+    nodes: labels are of nodes, else one of the graph.
+    """
     where = f"--data {args.data}: {args.dataset}"
     if not graphs:
         die(f"{where} holds no graphs")
     for i, graph in enumerate(graphs):
-        n = 0 if graph.x is None else len(graph.x)
+        n = 0 if graph.x is None else len(graph.x)  # nodes
         labels, expected = 0 if graph.y is None else len(graph.y), n if nodes else 1
         if n == 0:
             die(f"{where}: graph {i} has no node features")
@@ -354,7 +381,7 @@ def load_tu(args, process):
 
 
 def load_nodes(args, process):
-    """[train, val, test] of PPI, its look-alike or the chains: lists of graphs."""
+    """[train, val, test] of PPI, its look-alike or the chains, each a list of graphs."""
     if args.dataset == "chains":
         return chains(args.chain_length, args.seed)
     if args.dataset == "PPI-synthetic":
@@ -362,6 +389,7 @@ def load_nodes(args, process):
     root = Path(args.data) / "PPI"
 
     def make():
+        # Once PyG has processed the files, it no longer reads the raw ones.
         for part in () if (root / "processed").is_dir() else ("train", "valid", "test"):
             file = root / "raw" / f"{part}_graph.json"
             if file.is_file():          # PyG drops an edge to no node without a word
@@ -375,16 +403,18 @@ def load_nodes(args, process):
 
 
 def stratified_folds(labels, folds, seed):
-    """(n,) the fold of each graph: scikit-learn's StratifiedKFold(folds, shuffle=True, random_state=seed).
+    """Each graph's fold (n,), as by scikit-learn's StratifiedKFold(folds, shuffle=True, random_state=seed).
 
-    Of the sorted labels every folds-th goes to the same fold, which fixes how many of each class a fold gets;
-    which ones is drawn class by class, in the order in which the classes first appear.
+    Of the sorted labels every folds-th goes to the same fold.  This fixes how many graphs of each class a
+    fold gets.  Which ones is drawn class by class, in the order in which the classes first appear.
     """
     labels, rng = np.asarray(labels), np.random.RandomState(seed)
-    classes = labels[np.sort(np.unique(labels, return_index=True)[1])]
+    classes = labels[np.sort(np.unique(labels, return_index=True)[1])]      # in order of appearance
+    # The sorted labels, each as the number of its class.
     ordered = np.repeat(np.arange(len(classes)), [(labels == c).sum() for c in classes])
     fold_of = np.empty(len(labels), dtype=int)
     for c, label in enumerate(classes):
+        # Each fold as often as it gets this class, then shuffled over the graphs of the class.
         places = np.repeat(np.arange(folds), [(ordered[i::folds] == c).sum() for i in range(folds)])
         rng.shuffle(places)
         fold_of[labels == label] = places
@@ -392,15 +422,16 @@ def stratified_folds(labels, folds, seed):
 
 
 def split(args, labels):
-    """[(train, val, test)] of each fold, lists of graph numbers; the order of train is that of its batches.
+    """[(train, val, test) of each fold], lists of graph numbers.  Batches take `train` in its order.
 
-    --unstratified-folds: the official split, whose numbers in file order are used on shuffled graphs.
+    --unstratified-folds: the official split.  It stratifies the graphs in the order of the file, and uses the
+    resulting numbers on shuffled graphs.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)).numpy()
     fold_of = stratified_folds(labels, args.folds, args.seed)
     if args.unstratified_folds:
         shuffled = np.empty_like(fold_of)
-        shuffled[order] = fold_of
+        shuffled[order] = fold_of           # the i-th fold number goes to the i-th shuffled graph
         fold_of = shuffled
     splits = []
     for fold in range(args.folds):
@@ -413,7 +444,7 @@ def split(args, labels):
 
 
 def checksum(graphs):
-    """Hash of a data set's edges, features and labels: a run is continued on the data that it began with."""
+    """Hash of edges, features and labels: it shows whether a run is continued on the data it began with."""
     digest = hashlib.sha256()
     for tensor in (t for graph in graphs for t in (graph.edge_index, graph.x, graph.y)):
         digest.update(tensor.numpy().tobytes())
@@ -429,39 +460,44 @@ PPI_NODES = ((1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312, 2401, 1
 def ppi_lookalike(scale, seed):
     """[train, val, test], lists of graphs of PPI's sizes times scale: 50 features, 121 labels, a few hubs.
 
-    Edges join nodes with probability proportional to the product of log-normal weights, 13.65 per node.  A
-    linear teacher labels a node by its features and its neighbours' mean, cut at the 70th percentile.
+    Edges join nodes with probability proportional to the product of log-normal weights, 13.65 edges per node.
+    A linear teacher scores a node by its features and its neighbours' mean, and a label is 1 where the score
+    is above the 70th percentile of the training nodes.
     """
     rng = torch.Generator().manual_seed(seed)
+    # The teacher: a node's own features and its neighbours' mean to scores, (50, 121) each.
     own, around = torch.randn(50, 121, generator=rng), torch.randn(50, 121, generator=rng)
     splits = []
     for sizes in PPI_NODES:
         graphs = []
         for n in (max(30, round(scale * n)) for n in sizes):
             weight = torch.exp(1.15 * torch.randn(n, generator=rng))
-            weight = weight.clamp(max=25 * weight.mean().item())
+            weight = weight.clamp(max=25 * weight.mean().item())            # limits the largest hub
+            # At most 0.3 of all pairs in a small graph.  An edge a-b, a < b, is the number a * n + b.
             wanted, edges = round(min(13.65 * n, 0.3 * n * (n - 1) / 2)), torch.empty(0, dtype=torch.long)
-            while len(edges) < wanted:
+            while len(edges) < wanted:      # until enough are left without duplicates and self-loops
                 ends = torch.multinomial(weight, 2 * wanted, replacement=True, generator=rng)
                 a, b = ends.view(2, -1).sort(dim=0).values
                 edges = torch.unique(torch.cat([edges, (a * n + b)[a < b]]))
             edges = edges[torch.randperm(len(edges), generator=rng)[:wanted]]
             edge_index = pyg().utils.to_undirected(torch.stack([edges // n, edges % n]), num_nodes=n)
+            # Sparse 0/1 features, of mean 0 and variance 1 after the shift and scale.
             x = ((torch.rand(n, 50, generator=rng) < 0.08).float() - 0.08) / math.sqrt(0.08 * 0.92)
-            mean = torch.zeros(n, 50).index_add_(0, edge_index[0], x[edge_index[1]])
+            mean = torch.zeros(n, 50).index_add_(0, edge_index[0], x[edge_index[1]])    # sums over neighbours
             mean = mean / pyg().utils.degree(edge_index[0], n).clamp_min(1)[:, None]
             graphs.append(pyg().data.Data(x=x, edge_index=edge_index, y=x @ own + mean @ around))
         splits.append(graphs)
-    threshold = torch.cat([graph.y for graph in splits[0]]).quantile(0.7, dim=0)
+    threshold = torch.cat([graph.y for graph in splits[0]]).quantile(0.7, dim=0)            # (121,)
     for graph in (graph for graphs in splits for graph in graphs):
         graph.y = (graph.y > threshold).float()
     return splits
 
 
 def chains(length, seed):
-    """[train, val, test]: chains of length / 2 to length nodes; the first node shows the class that all have.
+    """[train, val, test]: chains of length / 2 to length nodes.  All nodes of a chain have the same class.
 
-    No other node has a feature, so a network that sees t hops far can only guess for the nodes beyond.
+    Only the first node's features show it.  So a network that sees t hops (edges) far can only guess for the
+    nodes beyond.
     """
     rng = torch.Generator().manual_seed(seed)
     splits = []
@@ -470,8 +506,8 @@ def chains(length, seed):
         for i in range(count):
             n = int(torch.randint(max(2, length // 2), length + 1, (1,), generator=rng))
             x = torch.zeros(n, 2)
-            x[0, i % 2] = 1
-            path = torch.stack([torch.arange(n - 1), torch.arange(1, n)])
+            x[0, i % 2] = 1                 # chain i is of class i % 2
+            path = torch.stack([torch.arange(n - 1), torch.arange(1, n)])   # 0-1, 1-2, ...
             edge_index = pyg().utils.to_undirected(path)
             graphs.append(pyg().data.Data(x=x, edge_index=edge_index, y=torch.full((n,), i % 2)))
         splits.append(graphs)
@@ -479,11 +515,12 @@ def chains(length, seed):
 
 
 def molecules(count, seed):
-    """Graphs of COX2's size (41 nodes, 43.5 edges) for the benchmark: random trees with three more edges."""
+    """Graphs of COX2's size (41 nodes, 43.5 edges) for --benchmark: random trees, up to 3 edges more."""
     rng = torch.Generator().manual_seed(seed)
     graphs = []
     for i in range(count):
         n = int(torch.randint(32, 51, (1,), generator=rng))
+        # A node hangs on one of the three before it, so the trees are long, like molecules.
         parent = (torch.arange(1, n) - 1 - (3 * torch.rand(n - 1, generator=rng)).long()).clamp_min(0)
         more = torch.randint(0, n, (2, 3), generator=rng)
         edges = torch.cat([torch.stack([torch.arange(1, n), parent]), more[:, more[0] != more[1]]], dim=1)
@@ -496,18 +533,20 @@ def molecules(count, seed):
 # --- model --------------------------------------------------------------------------------------------------
 
 def project_rows(W, v):
-    """Each row of W (m, m) to its nearest point, in Euclidean norm, of the L1 ball of radius v > 0; a copy.
+    """A copy of W (m, m) with each row at its nearest point, in Euclidean norm, of the L1 ball of radius v.
 
-    IGNN's well-posedness condition ||W||_inf <= v, which decouples over rows.  A row inside stays as it is,
-    bit for bit; one from outside ends on the ball to rounding: each of its absolute values loses
-    theta = (u_1 + ... + u_r - v) / r, with u the sorted absolute values and r the number of j with
-    u_j > (u_1 + ... + u_j - v) / j.  Sort and cumulated sums of all rows at once.
+    This is IGNN's condition ||W||_inf <= v for the existence of H*.  It holds or fails row by row, so all
+    rows are projected at once.  A row inside the ball stays as it is, bit for bit.  One from outside ends on
+    the ball's surface, to rounding: its absolute values all lose
+        theta = (u_1 + ... + u_r - v) / r
+    and those below theta become 0.  Here u are the absolute values in descending order, and r is the number
+    of j with u_j > (u_1 + ... + u_j - v) / j.
     """
     if not v > 0:
         raise ValueError(f"v, the radius of the L1 ball, must be positive, got {v}")
-    size = W.abs()
+    size = W.abs()  # (m, m)
     u = size.sort(dim=-1, descending=True).values
-    total = u.cumsum(dim=-1)
+    total = u.cumsum(dim=-1)                                                    # u_1 + ... + u_j
     j = torch.arange(1, W.shape[-1] + 1, device=W.device, dtype=W.dtype)
     r = (u * j > total - v).sum(dim=-1, keepdim=True).clamp_min(1)           # 0 only if the row is not finite
     theta = (total.gather(-1, r - 1) - v) / r                                   # (m, 1)
@@ -521,10 +560,11 @@ class _Propagate(torch.autograd.Function):
     def forward(ctx, h, matrix, transpose):
         ctx.matrices = transpose, matrix
         out = h.new_empty(matrix.shape[0], h.shape[1])
-        return torch.addmm(out, matrix, h, beta=0, out=out)     # torch.sparse.mm fills and copies zeros first
+        # beta=0: `out` is not read.  torch.sparse.mm would fill it with zeros, and copy it, first.
+        return torch.addmm(out, matrix, h, beta=0, out=out)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):                   # the same function, so that it can be differentiated again
         return _Propagate.apply(g.contiguous(), *ctx.matrices), None, None
 
 
@@ -536,20 +576,20 @@ def propagate(A, h):
 def padded(solver, batch):
     """common.anderson or common.broyden for a batch: its graphs are the samples, padded with zeros.
 
-    They need few iterations if the contraction is slow, as with kappa = 0.98.  offsets=batch.offsets gives
-    the same without padding, but takes about 1.3 times as long on a CPU, unless one large graph makes the
-    batch mostly padding.  With PyG's to_dense_batch, which finds the places anew at each call, a training
-    step of COX2 takes 1.09 times as long.
+    They need fewer iterations than the plain one if the contraction is slow, as with kappa = 0.98.  Why not
+    offsets=batch.offsets, which gives the same without padding: it takes about 1.3 times as long on a CPU,
+    unless one large graph makes the batch mostly padding.  Why not PyG's to_dense_batch: it finds the places
+    anew at each call, and a training step of COX2 takes 1.09 times as long.
     """
     graphs, longest = len(batch.offsets) - 1, batch.longest
 
     def pack(x):
         """(n, m) -> (G, longest, m)"""
-        if graphs * longest != len(x):
+        if graphs * longest != len(x):      # else all graphs have the same size
             x = x.new_zeros(graphs * longest, x.shape[1]).index_copy_(0, batch.slots, x)
         return x.view(graphs, longest, -1)
 
-    def unpack(x):
+    def unpack(x):                          # (G, longest, m) -> (n, m)
         x = x.flatten(0, 1)
         return x if len(x) == len(batch.slots) else x[batch.slots]
 
@@ -564,7 +604,8 @@ def padded(solver, batch):
     return solve
 
 
-# Each graph stops by itself.  memory: without it gmres has room for --backward-max-iter states, 300.
+# {name: batch -> solver of which each graph is a sample, so that it stops by itself}.  memory: gmres restarts
+# after 40 products.  Without it, it would keep room for --backward-max-iter states, 300.
 SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point, offsets=batch.offsets),
            "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden),
            "gmres": lambda batch: functools.partial(gmres, memory=40, offsets=batch.offsets)}
@@ -572,7 +613,7 @@ SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point, offsets=b
 
 def graph_equilibrium(f, h0, batch, *, solver="fixed-point", backward_solver="gmres", max_iter=300, tol=1e-6,
                       backward_max_iter=300, backward_tol=1e-5, **more):
-    """common.equilibrium of a batch, whose graphs are the samples."""
+    """common.equilibrium with the graphs of a batch as its samples: (H*, SolverResult)."""
     return equilibrium(f, h0, solver=SOLVERS[solver](batch), max_iter=max_iter, tol=tol,
                        backward_solver=SOLVERS[backward_solver](batch), backward_max_iter=backward_max_iter,
                        backward_tol=backward_tol, **more)
@@ -583,8 +624,9 @@ class ImplicitLayer(nn.Module):
 
     The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses.
     omega_2: B = A V Omega_1^T + V Omega_2^T, as in torchdeq's node model.
-    spectral: that model's normalisation, M <- diag(min(1, g / sigma)) M of each weight, sigma = u^T M v.
-    hops: so many iterations from zero in place of the equilibrium, to see what that adds.
+    spectral: that model's normalisation of each weight M.  It is replaced by diag(min(1, g / sigma)) M, with
+    g (m, 1) learnt and sigma = u^T M v its spectral norm, u and v from power iterations.
+    hops: this many iterations from zero replace the equilibrium, to see what the equilibrium adds.
     """
 
     def __init__(self, p, m, kappa, omega_2=False, spectral=False, hops=0):
@@ -596,7 +638,7 @@ class ImplicitLayer(nn.Module):
         for name in self.names:
             weight = torch.empty(m, m if name == "W" else p).uniform_(-m ** -0.5, m ** -0.5)
             setattr(self, name, nn.Parameter(weight))
-            if spectral:
+            if spectral:                    # g, u (m,) and v (m,) or (p,)
                 setattr(self, name + "_g", nn.Parameter(torch.ones(m, 1)))
                 self.register_buffer(name + "_u", F.normalize(torch.randn(m), dim=0))
                 self.register_buffer(name + "_v", F.normalize(torch.randn(weight.shape[1]), dim=0))
@@ -605,10 +647,10 @@ class ImplicitLayer(nn.Module):
 
     @torch.no_grad()
     def project_(self, rho=None):
-        """To be called between a change of the weights and the next forward pass, which changes nothing.
+        """To be called after a change of the weights.  A forward pass itself changes nothing.
 
-        Puts W into the ball of radius kappa / rho.  With spectral W may be anywhere, and u and v are taken
-        further by one power iteration.
+        Puts the rows of W into the ball of radius kappa / rho.  With `spectral` W may be anywhere, as only
+        its effective value is projected (`weights`), and here u and v make one more power iteration.
         """
         if not self.spectral:
             self.W.copy_(project_rows(self.W, self.kappa / (rho or 1.0)))
@@ -625,26 +667,28 @@ class ImplicitLayer(nn.Module):
             if M is None or not self.spectral:
                 return M
             g, u, v = (getattr(self, name + part) for part in ("_g", "_u", "_v"))
-            return M * (g / (u @ M @ v)).clamp(max=1)
+            return M * (g / (u @ M @ v)).clamp(max=1)   # u^T M v: sigma
 
         W, Omega_1, Omega_2 = map(effective, ("W", "Omega_1", "Omega_2"))
-        if self.spectral or rho is not None:        # of a temporary; the gradient passes straight through
+        # A temporary is projected, not the parameter.  The gradient passes as if it were not ("straight
+        # through"): W - W.detach() is 0, but its derivative is 1.
+        if self.spectral or rho is not None:
             W = project_rows(W.detach(), self.kappa / (rho or 1.0)) + (W - W.detach())
         return W, Omega_1, Omega_2
 
     def f(self, h, B, W, A):
-        """One application of the layer: h (n, m)."""
+        """One application of the layer to h (n, m).  B is the term that does not depend on h."""
         return torch.addmm(B, propagate(A, h), W.T).relu_()
 
     def problem(self, V, batch):
-        """(f, h0) of the input V (n, p): H* solves H = f(H)."""
-        W, Omega_1, Omega_2 = self.weights(batch.rho)
-        A, (m, p) = batch.adjacency, Omega_1.shape
-        # The two products commute: the narrow one goes through the graph.
+        """(f, h0) for the input V (n, p): H* solves H = f(H), and a solver starts at h0."""
+        W, Omega_1, Omega_2 = self.weights(batch.rho)   # (m, m), (m, p), (m, p) or None
+        A, (m, p) = batch.adjacency, Omega_1.shape  # p inputs, m outputs
+        # (A V) Omega_1^T = A (V Omega_1^T): A is applied to whichever has fewer columns.
         B = propagate(A, V) @ Omega_1.T if p < m else propagate(A, V @ Omega_1.T)                   # (n, m)
         if Omega_2 is not None:
             B = B + V @ Omega_2.T
-        # From X = B, as in the official release.  From zero one more step would be needed: f(0) = relu(B).
+        # A solve starts at B, as in the official release.  From zero it would need one more step, to relu(B).
         return functools.partial(self.f, B=B, W=W, A=A), B.detach()
 
     def forward(self, V, batch, solve, log=None):
@@ -654,7 +698,7 @@ class ImplicitLayer(nn.Module):
                 log.append((which, result._replace(h=None)))        # an epoch's states would fill the memory
 
         f, h0 = self.problem(V, batch)
-        if self.hops:
+        if self.hops:                       # upg with lam = 1: an ordinary network of `hops` equal layers
             return upg(f, torch.zeros_like(h0), k=self.hops, lam=1.0)
         h, result = solve(f, h0, batch, on_backward=functools.partial(note, "backward"))
         note("forward", result)
@@ -681,7 +725,7 @@ class GraphIGNN(nn.Module):
 
     def forward(self, batch, keep=None, log=None):
         """batch: Graphs.  keep (G, hidden): the dropout mask, 0 or 1 / (1 - dropout); drawn here if None."""
-        h = batch.x
+        h = batch.x                         # (n, p)
         for layer in self.implicit:
             h = layer(h, batch, self.solve, log)
         # As fast as PyG's scatter, with the same bits, in a fixed order on a GPU.  unsafe: without a sync.
@@ -694,7 +738,8 @@ class GraphIGNN(nn.Module):
 class NodeIGNN(nn.Module):
     """Logits (n, classes) of the nodes: h <- elu(IGNN_i(h) + V_i h) for each layer i, the last without elu.
 
-    widths: of the layers; the paper's PPI model is the default, 4, 2, 2, 1 times hidden, then the classes.
+    V_i: a linear layer beside the implicit one (`skip`).  widths: outputs of the layers before the last.  The
+    default is the paper's PPI model, 4, 2, 2 and 1 times hidden.  The last layer has `classes` outputs.
     """
 
     def __init__(self, num_features, num_classes, hidden=256, kappa=0.98,
@@ -712,7 +757,7 @@ class NodeIGNN(nn.Module):
     def forward(self, batch, log=None):
         h = batch.x
         for i, (layer, skip) in enumerate(zip(self.implicit, self.skip)):
-            h = layer(h, batch, self.solve, log) + skip(h)
+            h = layer(h, batch, self.solve, log) + skip(h)  # (n, m)
             if i < len(self.skip) - 1:
                 h = F.elu(h)
         return h
@@ -721,10 +766,11 @@ class NodeIGNN(nn.Module):
 def load_official(model, state_dict):
     """Loads a state dict of the official IGNN release (graph or PPI) or of torchdeq's zoo, then projects W.
 
-    Strict: RuntimeError names keys that are unknown, missing or of another shape.  What those models own and
-    never use (bias; Omega_2 if the model here has none) is left out.
+    Strict: a RuntimeError names keys that are unknown, missing or of another shape.  The bias, and Omega_2 if
+    the model here has none, are left out, as those models own and never use them.
     """
     linear, last = "skip" if isinstance(model, NodeIGNN) else "readout", len(model.implicit) - 1
+    # Applied to each key in this order: DataParallel's prefix, IGNN's release, then the zoo.
     renames = [(r"^module\.", ""), (r"^ig(\d+)\.", lambda m: f"implicit.{int(m[1]) - 1}."),
                (r"^V_(\d+)\.", rf"{linear}.\1."), (r"^V\.", f"skip.{last}."),       # V: the node model's last
                (r"^ignn\.(\d+)\.(\w+?)(_orig)?$", r"implicit.\1.\2"), (r"^proj\.", "skip.")]     # the zoo
@@ -733,7 +779,8 @@ def load_official(model, state_dict):
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
         unused = re.fullmatch(r"(implicit\.\d+\.)(bias|Omega_2)", key)
-        if key in own or not unused or unused[1] + "W" not in own:      # of a layer that is not here: unknown
+        # An unused key of a layer that is not here stays, so that load_state_dict names it as unknown.
+        if key in own or not unused or unused[1] + "W" not in own:
             found[key] = value
     model.load_state_dict(found)
     if not model.implicit[0].spectral:          # else u and v of the checkpoint are as they must be
@@ -741,7 +788,7 @@ def load_official(model, state_dict):
 
 
 def solver_settings(args):
-    """The models' `solve`, as the options say."""
+    """The models' `solve`: graph_equilibrium with the options of the command line."""
     names = "grad k lam solver max_iter tol stop_mode backward_solver backward_max_iter backward_tol"
     return functools.partial(graph_equilibrium, **{name: getattr(args, name) for name in names.split()})
 
@@ -769,7 +816,7 @@ def official_count(model):
 
 
 def describe(model, args):
-    """(a method's name, the same with its number of parameters)."""
+    """(a method's name, such as "UPG A_{5,0.5}", the same with its number of parameters)."""
     hops = model.implicit[0].hops * len(model.implicit)
     name = "implicit" if args.grad == "implicit" else f"{args.grad.upper()} A_{{{args.k},{args.lam}}}"
     name = f"{hops} hops" if hops else name
@@ -781,6 +828,7 @@ def describe(model, args):
 
 def dropout_mask(args, fold, epoch, step, batch):
     """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
+    # One number per (seed, fold, epoch, step), in the range that manual_seed takes.
     seed = (((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63
     rng = torch.Generator().manual_seed(seed)
     keep = (torch.rand(len(batch.y), args.hidden, generator=rng) >= args.dropout) / (1 - args.dropout)
@@ -794,22 +842,23 @@ def node_loss(logits, y, reduction="mean"):
 
 
 def train(args, run, model, batches, shares, evaluation, fold=None):
-    """Trains on `batches` and evaluates after each epoch: a fold of COX2 and PROTEINS, or (None) node graphs.
+    """Trains on `batches` and evaluates after each epoch.
 
-    shares: of each batch, the factor of its loss.  evaluation: {"test": batch, ...}.  Returns the curve
-    {"loss", "test", "test_loss", ...: a number per epoch}, or None after a signal.
+    fold: the number of a fold of COX2 or PROTEINS, or None for graphs with labelled nodes.  shares: for each
+    batch, the factor of its loss.  evaluation: {"test": batch, ...}.  Returns the curve {"loss", "test",
+    "test_loss", ...: a number per epoch}, or None after a signal.
     """
     process, nodes = run.process, fold is None
     what = "" if nodes else f"fold {fold}, "
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     first, curve = 0, {}
-    if run.state:
+    if run.state:                           # --resume
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         first, curve = run.state["epoch"], run.state["curve"]
     net = DistributedDataParallel(model) if process.world_size > 1 else model
     for epoch in process.bar(range(first, args.epochs), what + "epochs"):
-        began, log, losses = time.perf_counter(), [], []
+        began, log, losses = time.perf_counter(), [], []    # log: the epoch's SolverResults
         order = range(len(batches))             # of a fold always the same, as in the release
         if nodes:
             rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
@@ -824,18 +873,20 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
                 loss = node_loss(net(batch, log=log), batch.y)
             else:
                 loss = F.nll_loss(net(batch, dropout_mask(args, fold, epoch, step, batch), log), batch.y)
-            (loss * shares[i]).backward()
+            (loss * shares[i]).backward()       # with several processes this averages the gradients
             if args.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if not nodes:
                 model.project_()
+            # On the device, for one transfer at the end: node losses by their shares, else sums over graphs.
             losses.append(loss.detach() * shares[i] if nodes else loss.detach().double() * len(batch.y))
         if nodes and batches[0].rho is None:    # else a forward pass projects for its own graphs' radius
             model.project_()
 
         # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
+        # The mean over steps and processes, or over the graphs of the fold.
         losses, graphs = torch.stack(losses), sum(len(batch.y) for batch in batches)
         loss = process.sum(losses.mean()) / process.world_size if nodes else losses.sum() / graphs
         found = {"loss": loss.item()}                                                           # host sync
@@ -868,7 +919,7 @@ def best_epoch(curve):
 
 
 def solves(log, args, process):
-    """Calls of f (mean) and health of the solves of an epoch; host sync."""
+    """For the log: mean calls of f, and quantiles of the residuals, over an epoch's solves.  Host sync."""
     record = {}
     for name, which, tol in (("train", "forward", args.tol), ("backward", "backward", args.backward_tol)):
         results = [r for direction, r in log if direction == which]
@@ -878,7 +929,7 @@ def solves(log, args, process):
     return record
 
 
-def write_results(args, **results):
+def write_results(args, **results):         # with the options, as JSON in --out
     path = Path(args.out) / "results.json"
     try:
         path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
@@ -889,13 +940,14 @@ def write_results(args, **results):
 def train_fold(args, device, graphs, numbers, fold, data, about):
     """One fold: a run of its own, of one process, in --out/fold-N.
 
-    numbers: of the graphs in (train, val, test).  Returns (curve, weights, seconds), or None after a signal.
+    numbers: of the graphs in (train, val, test).  data: their checksum.  about: what to print at the start.
+    Returns (curve, weights, seconds), or None after a signal.
     """
     args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/fold-{fold}"})
     run = Run(args, Process(0, 1, device), "", "table4", fold=fold, data=data)
     train_set, val, test = ([graphs[i] for i in part] for part in numbers)
     model = graph_model(args, graphs, args.seed * 1000 + fold).to(device)
-    continued = run.state and run.state["epoch"] < args.epochs
+    continued = run.state and run.state["epoch"] < args.epochs              # not one that had finished
     run.start(about if fold == 0 else f"fold {fold}" if continued else "", fold=fold)
     batches = [make_batch(train_set[i:i + args.batch_size], device)         # the same in every epoch
                for i in range(0, len(train_set), args.batch_size)]
@@ -904,6 +956,7 @@ def train_fold(args, device, graphs, numbers, fold, data, about):
         evaluation["test_2a"] = with_2a(evaluation["test"])
     if args.val:
         evaluation["val"] = make_batch(val, device)
+    # A fold is on one process, so no loss needs a factor.
     curve = train(args, run, model, batches, [1.0] * len(batches), evaluation, fold)
     weights = {name: w.cpu() for name, w in model.state_dict().items()}
     return curve and (curve, weights, run.seconds)
@@ -919,7 +972,7 @@ def cross_validate(args, process, graphs):
     if min(min(len(train_set), len(test)) for train_set, _, test in splits) < 1:
         process.die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
 
-    def claim():
+    def claim():                            # --out is new, or is to be continued
         begun, ended = [*folder.glob("fold-*/checkpoint.pt*")], (folder / "checkpoint.pt").exists()
         if process.rank == 0:
             lock(folder)
@@ -928,8 +981,9 @@ def cross_validate(args, process, graphs):
                 "folder")
 
     process.first(claim)
-    if process.world_size > 1:      # a process may wait at the end for hours; the usual group allows 0.5
+    if process.world_size > 1:      # a process may wait hours for the others; the usual group allows half one
         meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    # What a model scores that always predicts the test fold's commonest class.
     majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
     majority_class = f"{np.mean(majority):.1f} ± {np.std(majority):.1f} %"
     method, about = describe(graph_model(args, graphs, 0), args)
@@ -938,17 +992,19 @@ def cross_validate(args, process, graphs):
     own = {}
     for fold in range(process.rank, args.folds, process.world_size):
         own[fold] = train_fold(args, process.device, graphs, splits[fold], fold, data, about)
-        if own[fold] is None:
+        if own[fold] is None:               # a signal came
             break
 
     if process.world_size > 1:
         dist.barrier(meeting)
+    # [(fold, (curve, weights, seconds))] of all processes, by fold.
     folds = sorted(item for part in process.gather(own) for item in part.items())
     if any(found is None for _, found in folds):
         return None
     curves, weights, seconds = ({fold: found[i] for fold, found in folds} for i in range(3))
     table, minutes = protocols(curves), sum(seconds.values()) / 60
     if process.rank == 0:
+        # One checkpoint with the weights of all folds, for --eval.
         if not (folder / "checkpoint.pt").exists():
             save_checkpoint(folder / "checkpoint.pt", {"weights": weights, "args": vars(args),
                                                        "facts": {"data": data}, "step": args.epochs})
@@ -964,8 +1020,9 @@ def cross_validate(args, process, graphs):
 
 
 def train_nodes(args, process, splits, hops=0):
-    """PPI, its look-alike or chains; a step is --batch-size graphs, divided over the processes.
+    """PPI, its look-alike or chains.  A step takes --batch-size graphs, divided over the processes.
 
+    hops: 0, or the iterations of each layer of the few-hop network.
     Returns {"table": {protocol: test score (%)}, ...}, or None after a signal.
     """
     device, world, rank = process.device, process.world_size, process.rank
@@ -977,10 +1034,11 @@ def train_nodes(args, process, splits, hops=0):
         process.die(f"{min(map(len, splits))} graphs in a split for {world} processes: use fewer "
                     "(--nproc_per_node)")
     kind = "sym" if args.dataset == "chains" else ADJACENCY[args.ppi_model]
+    # groups: the graphs of each step.  each: how many of them a process takes.
     each, groups = args.batch_size // world, [splits[0][i:i + args.batch_size]
                                               for i in range(0, len(splits[0]), args.batch_size)]
     batches = [make_batch(group[rank * each:(rank + 1) * each], device, kind=kind) for group in groups]
-    # DistributedDataParallel averages over the processes; the loss is a mean over all nodes of a step.
+    # A step's loss is a mean over all its nodes, but DistributedDataParallel averages over the processes.
     shares = [world * len(batch.x) / sum(len(graph.x) for graph in group)
               for batch, group in zip(batches, groups)]
     evaluation = {name: make_batch(graphs[rank::world], device, kind=kind)
@@ -991,7 +1049,7 @@ def train_nodes(args, process, splits, hops=0):
     run = Run(args, process, "", "table4", processes=world, hops=hops,
               data=checksum([graph for graphs in splits for graph in graphs]))
     y, binary = torch.cat([graph.y for graph in splits[1]]), splits[0][0].y.dim() == 2
-    metric, constant = ("micro-F1", constant_f1(y)) if binary else ("accuracy", 100 * (
+    metric, constant = ("micro-F1", constant_f1(y)) if binary else ("accuracy", 100 * (     # of a constant
         y.bincount().max() / len(y)).item())
     classes = y.shape[1] if binary else int(max(graph.y.max() for graph in splits[0])) + 1
     model = node_model(args, splits[0][0].x.shape[1], classes, hops).to(device)
@@ -1016,7 +1074,10 @@ def train_nodes(args, process, splits, hops=0):
 
 
 def collapse(curve, constant):
-    """What went wrong in a training on PPI, read off its validation scores (%) after each epoch, or ''."""
+    """What went wrong in a training on PPI, read off its validation scores (%) after each epoch, or ''.
+
+    A collapse: the score falls to that of the best constant prediction (`constant`) from well above it.
+    """
     found, down, best = [], False, 0.0
     for epoch, score in enumerate(curve["val"], start=1):
         if not down and best > constant + 5 and score <= constant + 1:
@@ -1036,9 +1097,10 @@ def collapse(curve, constant):
 
 def compare_hops(args, process, splits):
     """Chains: the equilibrium beside a network of few hops, in --out/few-hops.  None after a signal."""
-    found = train_nodes(args, process, splits)
+    found = train_nodes(args, process, splits)  # the equilibrium
     if found is None:
         return None
+    # --resume auto for it, too, if the run is continued: it has a folder of its own.
     few_args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/few-hops",
                                      "resume": args.resume and "auto"})
     few = train_nodes(few_args, process, splits, hops=args.hops)
@@ -1059,6 +1121,7 @@ def table4(args, process, data):
         if rows[-1] is None:
             return None
     if process.rank == 0:
+        # note: whether there is a column for collapses.  True counts as 1, False as 0 in the products below.
         names, note = list(rows[0]["table"]), any(row.get("note") for row in rows)
         print(f"\nTable 4, {args.dataset}"
               + f", --ppi-model {args.ppi_model}; the paper has the best of three runs" * nodes)
@@ -1087,7 +1150,7 @@ def evaluate(model, batch, process):
     else:
         right, of = (logits.argmax(dim=1) == y).sum(), y.new_tensor(len(y))
     loss, n = node_loss(logits, y, "sum"), y.new_tensor(y.numel())      # log-probabilities are logits, too
-    counts = torch.stack([x.double() for x in (right, of, loss, n)])
+    counts = torch.stack([x.double() for x in (right, of, loss, n)])    # one sum over the processes for all
     right, of, loss, n = process.sum(counts).tolist()                                           # host sync
     return 100 * (right / max(of, 1)), loss / n
 
@@ -1099,20 +1162,22 @@ def with_2a(batch):
 
 def constant_f1(y):
     """The best micro-F1 (%) of a prediction that is the same for all nodes, as a collapsed network's is."""
-    positive = y.double().sum(dim=0).sort(descending=True).values                           # (C,)
-    predicted = len(y) * torch.arange(1, len(positive) + 1)             # with the j likeliest labels
+    positive = y.double().sum(dim=0).sort(descending=True).values       # (C,) nodes with each label
+    predicted = len(y) * torch.arange(1, len(positive) + 1)             # if the j commonest labels are given
+    # F1 = 2 tp / (predicted + true), the best over j.
     return 100 * (2 * positive.cumsum(dim=0) / (predicted + positive.sum()).clamp_min(1)).max().item()
 
 
 def protocols(curves):
-    """{protocol: accuracies of the folds}, from {fold: {"test": accuracy after each epoch, ...}}."""
+    """{protocol: accuracies (folds,)} from {fold: curve}.  A protocol says at which epoch a fold is read."""
     test = np.array([curve["test"] for curve in curves.values()])                           # (folds, epochs)
     folds, common = range(len(test)), test.mean(axis=0).argmax()
     table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, common],
              "last epoch": test[:, -1]}
     if all("val" in curve for curve in curves.values()):
+        # The epoch with the best validation accuracy, and among equal ones with the lowest loss.
         by_val = [max(range(test.shape[1]), key=lambda e: (curve["val"][e], -curve["val_loss"][e]))
-                  for curve in curves.values()]                         # ties: the lower loss
+                  for curve in curves.values()]
         table["epoch by val"] = test[folds, by_val]
     if all("test_2a" in curve for curve in curves.values()):
         test = np.array([curve["test_2a"] for curve in curves.values()])
@@ -1121,7 +1186,7 @@ def protocols(curves):
 
 
 def evaluate_checkpoint(args, process, data):
-    """--eval: the scores of a cross-validation, one of its folds, a run on nodes or official weights."""
+    """--eval: the scores of a checkpoint: of a cross-validation, one fold, a run on nodes or a release."""
     state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
     where, ours = f"--resume {args.resume}", is_ours(state)
     if ours:
@@ -1144,8 +1209,9 @@ def evaluate_checkpoint(args, process, data):
             score, loss = evaluate(model, batch, process)
             print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
         return
+    # {what is printed: (checkpoint, graph numbers)}.  Of a release's folds nothing is known: all graphs.
     parts = {"all graphs": (state, range(len(data)))}
-    if ours:
+    if ours:                                # each fold's weights on the test graphs of that fold
         if state["facts"]["data"] != checksum(data):
             die(f"{where} is of a run on other data than --data {args.data}: it may have seen these graphs")
         weights = state.get("weights") or {state["facts"]["fold"]: state["model"]}
@@ -1162,7 +1228,10 @@ def evaluate_checkpoint(args, process, data):
 # --- benchmark ----------------------------------------------------------------------------------------------
 
 def run_benchmark(args, process):
-    """--benchmark: training steps of the three gradients on generated graphs; NPG also with k = 1 and 20."""
+    """--benchmark: training steps with the three gradients on generated graphs.  NPG also with k = 1 and 20.
+
+    The learning rate is 0, so that all rows measure the same weights.
+    """
     nodes = args.dataset in ("PPI", "PPI-synthetic")
     if nodes:
         graphs = ppi_lookalike(args.graph_scale, args.seed)[0][:args.batch_size]
@@ -1175,7 +1244,7 @@ def run_benchmark(args, process):
 
     def row(name, grad, k):
         def forward():
-            model.solve, calls[name] = functools.partial(solve, grad=grad, k=k), []
+            model.solve, calls[name] = functools.partial(solve, grad=grad, k=k), []     # of the last step
             return (node_loss if nodes else F.nll_loss)(model(batch, log=calls[name]), batch.y)
 
         return forward
@@ -1188,7 +1257,7 @@ def run_benchmark(args, process):
     rows = {grad: row(grad, grad, args.k) for grad in ("implicit", "upg", "npg")}
     rows.update({f"npg, k = {k}": row(f"npg, k = {k}", "npg", k) for k in (1, 20)})
     with torch.no_grad():
-        f, h0 = model.implicit[0].problem(batch.x, batch)
+        f, h0 = model.implicit[0].problem(batch.x, batch)   # for the forward solve alone
     benchmark(rows, finish, process, unit="graphs", n=len(graphs), h0=h0, f=f, repeats=5,
               solve=functools.partial(SOLVERS[args.solver](batch), max_iter=args.max_iter, tol=args.tol,
                                       stop_mode=args.stop_mode),
@@ -1206,7 +1275,7 @@ def run_benchmark(args, process):
 # --- main ---------------------------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Lets glibc keep what is freed: a step's tensors of 1 MB each came from the kernel anew, page by page.
+    """Lets glibc keep freed memory.  Otherwise the kernel hands out each step's tensors of 1 MB page by page.
 
     That was 40 % of a UPG step on a CPU (COX2, batch 128).  Without mallopt in the C library nothing happens.
     """
@@ -1231,7 +1300,7 @@ def main(args):
     came = catch_signals(process.rank == 0)         # once for all runs: folds, methods, networks
     method = (table4 if args.table4 else cross_validate if of_graphs else
               compare_hops if args.dataset == "chains" else train_nodes)
-    if method(args, process, data) is None and process.rank == 0:
+    if method(args, process, data) is None and process.rank == 0:       # None: a signal ended the training
         name = "Ctrl-C" if signal.SIGINT in came else "SIGTERM"
         print(f"{name}: saved to {args.out}; continue with the same command, --out {args.out} and "
               "--resume auto", flush=True)
