@@ -1403,7 +1403,6 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
 
 import argparse
 import datetime
-import errno
 import io
 import json
 import os
@@ -1977,19 +1976,18 @@ def lock(folder: Path):
     """Makes the folder this process's own until it ends or is killed; ends the run if another one has it."""
     try:
         os.makedirs(folder, exist_ok=True)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)     # closed, thus free, at the end
     except OSError as error:
-        die(f"--out {folder}: cannot make this folder ({error.strerror})")
+        die(f"--out {folder}: cannot {'write in' if folder.is_dir() else 'make'} this folder "
+            f"({error.strerror})")
     try:
         import fcntl            # Windows has none
-        # Never closed: the system takes the lock back when the process ends.
-        fcntl.lockf(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for rest in (*folder.glob("*.pt.*.new"), *folder.glob("*.pt.*.old")):   # of a run killed while saving
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for rest in (*folder.glob("*.pt.[0-9]*.new"), *folder.glob("*.pt.[0-9]*.old")):     # killed while saving
             rest.unlink(missing_ok=True)
     except ImportError:
         return
-    except (BlockingIOError, PermissionError) as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES) or not os.access(folder, os.W_OK):
-            die(f"--out {folder}: cannot write in this folder ({error.strerror})")
+    except (BlockingIOError, PermissionError):
         die(f"--out {folder}: another run is writing there; wait for its end, or choose another folder")
     except OSError as error:                            # a file system without locks
         print(f"note: --out {folder} cannot be locked against a second run ({error.strerror})", flush=True)
