@@ -1603,12 +1603,12 @@ class Process(NamedTuple):
         """Leaves the process group: a process that ends while its gloo group exists may abort."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a notebook's process lives on
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        forget_signals()        # a notebook's process lives on
 
 
 def init_process() -> Process:
     """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
+    forget_signals()            # of a run in the same process that an exception has ended
     with contextlib.suppress(AttributeError):           # a notebook's stream has no reconfigure
         # A log file gets each line when it is printed, in UTF-8; a terminal shows "?" for a letter it lacks.
         sys.stdout.reconfigure(line_buffering=True, errors="replace",
@@ -1953,6 +1953,7 @@ def catch_signals(speaks: bool) -> dict:
     """{signal that came: when}.  SIGTERM, which precedes a cluster's kill, and Ctrl-C ask to stop."""
     before = signal.getsignal(signal.SIGTERM)
     if hasattr(before, "came"):             # of the run before this one, in the same process
+        signal.signal(signal.SIGINT, before)    # a notebook puts its own back after each cell
         return before.came
     came = {}
 
@@ -1970,6 +1971,13 @@ def catch_signals(speaks: bool) -> dict:
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     return came
+
+
+def forget_signals():
+    """Undoes `catch_signals`."""
+    if hasattr(signal.getsignal(signal.SIGTERM), "came"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def lock(folder: Path):
