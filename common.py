@@ -1669,8 +1669,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
     If it cannot be written (a full disk, no permission), both stay as they are and the run ends with code 1.
     """
     path = Path(path)
-    new, old, previous = (path.with_name(path.name + end) for end in (
-        f".{os.getpid()}.new", f".{os.getpid()}.old", ".previous"))     # of this process: two would mix
+    new, old = (Path(f"{path}.{os.getpid()}.{end}") for end in ("new", "old"))  # its own: two would mix
     try:
         with open(new, "wb") as file:
             torch.save(state, file)
@@ -1684,12 +1683,12 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
                 shutil.copyfile(path, old)
         os.replace(new, path)
         if old.exists():
-            os.replace(old, previous)
-    except (OSError, RuntimeError) as error:            # torch.save turns a full disk into a RuntimeError
+            os.replace(old, f"{path}.previous")
+    except (OSError, RuntimeError) as error:
         for rest in (new, old):                         # half a file, on a disk that may be full
             with contextlib.suppress(OSError):
                 rest.unlink(missing_ok=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error.__context__ or error).split("\n")[0]     # torch.save hides a full disk in its own
         die(f"--out: cannot write {path}.new ({reason}); what was saved before is untouched", code=1)
 
 
@@ -1991,8 +1990,9 @@ def lock(folder: Path):
     try:
         import fcntl            # Windows has none
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for rest in (*folder.glob("*.pt.[0-9]*.new"), *folder.glob("*.pt.[0-9]*.old")):     # killed while saving
-            rest.unlink(missing_ok=True)
+        for end in ("new", "old"):
+            for rest in folder.glob(f"*.pt.[0-9]*.{end}"):      # of a run that was killed while saving
+                rest.unlink(missing_ok=True)
     except ImportError:
         return
     except (BlockingIOError, PermissionError):
