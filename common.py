@@ -1707,23 +1707,18 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         die(f"{flag}: cannot read {path} ({error.strerror})")
     except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
         could_run_code = "Unsupported global" in str(error)
-        reason = (str(error).splitlines() or [""])[0]
-        if could_run_code:
-            reason = "it holds more than tensors and plain values"
-        elif not reason or "weights" in reason.lower():     # torch's advice is a way that could run code
-            reason = type(error).__name__
-    previous = path.with_name(path.name + ".previous")
+        reason = "it holds more than tensors and plain values" if could_run_code else type(error).__name__
     with contextlib.suppress(Exception):
-        state = torch.load(previous, map_location="cpu", weights_only=True)
-        print(f"warning: {path} is damaged or not a checkpoint ({reason}); using {previous}", file=sys.stderr,
-              flush=True)
+        state = torch.load(f"{path}.previous", map_location="cpu", weights_only=True)
+        print(f"warning: {path} is damaged or not a checkpoint ({reason}); using {path}.previous",
+              file=sys.stderr, flush=True)
         return state
     if could_run_code:
         die(f"{flag}: {path} holds more than tensors and plain values, which could run code.  If you trust "
             f"it, convert it: x = torch.load('{path}', weights_only=False); torch.save(x.state_dict(), "
             "'converted.pt'), or x['state_dict'] if x is not the model itself")
-    die(f"{flag}: {path} is damaged or not a checkpoint ({reason}), and no usable "
-        f"{previous.name} is beside it")
+    die(f"{flag}: {path} is damaged or not a checkpoint ({reason}), and no usable {path.name}.previous is "
+        "beside it")
 
 
 def is_ours(state) -> bool:
