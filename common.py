@@ -1739,13 +1739,11 @@ def load_weights(model, state: dict, load_official: Callable, what: str):
 
 def check_version(path, saved: dict, args, flag: str = "--resume"):
     """Ends the run if the flags `saved` in a checkpoint are not those that this script has."""
-    unknown, missing = set(saved) - set(vars(args)), set(vars(args)) - set(saved)
-    if unknown:
-        die(f"{flag} {path} is of another script, or of another version of this one: there is no "
-            f"--{min(unknown).replace('_', '-')} here")
-    if missing:
-        die(f"{flag} {path} is of another script, or of another version of this one, which had no "
-            f"--{min(missing).replace('_', '-')}")
+    for names, words in ((saved.keys() - vars(args).keys(), ": there is no --{} here"),
+                         (vars(args).keys() - saved.keys(), ", which had no --{}")):
+        if names:
+            die(f"{flag} {path} is of another script, or of another version of this one"
+                + words.format(min(names).replace("_", "-")))
 
 
 def output_folder(args, process: Process, name: str) -> str:
