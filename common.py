@@ -1907,25 +1907,21 @@ class Run:
         bad = torch.stack([~w.isfinite().all() for w in state["model"].values() if w.is_floating_point()])
         if self.process.sum(bad.any().float()) > 0:         # host sync; BatchNorm's differ among processes
             self.broke(f"a weight became infinite or not a number by step {state['step']}", state["step"])
-        rng = self.process.gather(rng_state())
         own = {name: torch.cat(r).cpu() for name, r in self.residuals.items()}
-        everyone = self.process.gather(own)
-        residuals = {name: torch.cat([r[name] for r in everyone]) for name in own}
+        rng, residuals = zip(*self.process.gather((rng_state(), own)))
         if self.process.rank == 0:
             save_checkpoint(self.checkpoint, {
-                **state, "rng": rng, "residuals": residuals, "facts": self.facts, "args": vars(self.args),
+                **state, "rng": list(rng), "facts": self.facts, "args": vars(self.args),
+                "residuals": {name: torch.cat([r[name] for r in residuals]) for name in own},
                 "seconds": self.seconds, "lines": self.lines})
         self.saved_at = time.monotonic()
-
-    def stopped_by(self) -> str:
-        """The signal's name."""
-        return "Ctrl-C" if signal.SIGINT in self.came else "SIGTERM"
 
     def stopped(self, step: int):
         """Says, when `due` has asked to stop and all is saved, how to continue."""
         if self.process.rank == 0:
-            print(f"{self.stopped_by()}: saved after step {step} to {self.checkpoint}; continue with the "
-                  f"same command, --out {self.folder} and --resume auto", flush=True)
+            name = "Ctrl-C" if signal.SIGINT in self.came else "SIGTERM"
+            print(f"{name}: saved after step {step} to {self.checkpoint}; continue with the same command, "
+                  f"--out {self.folder} and --resume auto", flush=True)
 
     def note_residuals(self, **residuals: Tensor):
         """Keeps the residuals (N,) of a step's solves for `health`, also in checkpoints; no host sync."""
@@ -1934,10 +1930,9 @@ class Run:
 
     def health(self, tol: float) -> dict:
         """`health` of all solves since the last call."""
-        found = {}
-        for name, r in self.residuals.items():
+        residuals, self.residuals, found = self.residuals, {}, {}
+        for name, r in residuals.items():
             found.update(health(name, r, tol, self.process))
-        self.residuals = {}
         return found
 
 
