@@ -1403,7 +1403,6 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
 
 import argparse
 import datetime
-import io
 import json
 import os
 import random
@@ -1555,13 +1554,11 @@ class Process(NamedTuple):
         return x
 
     def gather(self, value) -> list:
-        """[the value of each process], by rank, of any picklable kind; others' tensors come to the CPU."""
-        if self.world_size == 1:
-            return [value]
-        file, values = io.BytesIO(), [None] * self.world_size
-        torch.save(value, file)
-        dist.all_gather_object(values, file.getvalue())     # bytes: a tensor would be on its sender's GPU
-        return [torch.load(io.BytesIO(v), map_location="cpu", weights_only=False) for v in values]
+        """[the value of each process], by rank, of any picklable kind; its tensors must be on the CPU."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def first(self, make: Callable):
         """make() on the first process of each machine, then on the others, which find its files on the disk.
