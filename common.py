@@ -2000,15 +2000,12 @@ def finite(value):
 def spell(record: dict) -> str:
     """A record as people read it: names and values, then what `health` has found on a line of its own."""
     solves = [name.removesuffix("_solved") for name in record if name.endswith("_solved")]
-    words, health_of = [], []
-    for name, value in record.items():
-        if not name.startswith(tuple(f"{s}_{x}" for s in solves for x in ("residual_p", "solved", "above_"))):
-            words.append(f"{name.replace('_', ' ')} {f'{value:.5g}' if isinstance(value, float) else value}")
-    for s in solves:
-        p10, p50, p90 = (record[f"{s}_residual_p{p}"] for p in (10, 50, 90))
-        health_of.append(f"{s} {p10:.0e} {p50:.0e} {p90:.0e}, {100 * record[f'{s}_solved']:.0f} %")
-    heading = "\n  relative residual (10, 50, 90 %) and share solved: " if solves else ""
-    return "  ".join(words) + heading + "; ".join(health_of)
+    of_health = tuple(f"{s}_{x}" for s in solves for x in ("residual_p", "solved", "above_"))
+    words = "  ".join(f"{name.replace('_', ' ')} {f'{value:.5g}' if isinstance(value, float) else value}"
+                      for name, value in record.items() if not name.startswith(of_health))
+    found = "; ".join(" ".join([s, *(f"{record[f'{s}_residual_p{p}']:.0e}" for p in (10, 50, 90))])
+                      + f", {100 * record[f'{s}_solved']:.0f} %" for s in solves)
+    return words + ("\n  relative residual (10, 50, 90 %) and share solved: " + found if solves else "")
 
 
 def health(name: str, residuals: list[Tensor], tol: float, process: Process) -> dict:
