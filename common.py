@@ -1565,18 +1565,17 @@ class Process(NamedTuple):
 
         If it ends the run on one process (`die`), all end with exit code 2, and only that one has printed.
         """
-        for turn in (True, False):
-            code = torch.zeros((), device=self.device)
-            if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn or self.world_size == 1:
+        alone = self.world_size == 1
+        for turn in (True,) if alone else (True, False):
+            ended = torch.zeros((), device=self.device)
+            if alone or (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
                 try:
                     result = make()
                 except SystemExit:
-                    code += 1
-            if self.sum(code) > 0:              # the others wait here
+                    ended += 1
+            if self.sum(ended) > 0:             # the others wait here
                 self.end()
                 raise SystemExit(2)
-            if self.world_size == 1:
-                break
         return result
 
     def die(self, message: str, code: int = 2):
@@ -2128,18 +2127,16 @@ def peak_memory(device: torch.device) -> float:
 
 
 def timed_step(forward: Callable, finish: Callable, device: torch.device) -> list[float]:
-    """[ms of forward(), which returns the loss, of its backward pass, with finish(), growth to peak GB]."""
+    """[ms of forward(), which returns the loss; of its backward pass; of both and finish(); growth in GB]."""
     reset_peak_memory(device)
     before = peak_memory(device)
-    times = [clock(device)]
+    start = clock(device)
     loss = forward()
-    times.append(clock(device))
+    middle = clock(device)
     loss.backward()
-    times.append(clock(device))
+    end = clock(device)
     finish()
-    times.append(clock(device))
-    start, after_forward, after_backward, end = times
-    return [1e3 * (after_forward - start), 1e3 * (after_backward - after_forward), 1e3 * (end - start),
+    return [1e3 * (middle - start), 1e3 * (end - middle), 1e3 * (clock(device) - start),
             peak_memory(device) - before]
 
 
