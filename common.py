@@ -1827,13 +1827,12 @@ class Run:
 
     def _cut_log(self):
         """Drops the lines of metrics.jsonl that the checkpoint does not know: they will be written again."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True)[:self.lines] if path.exists() else []
-        self.lines = len(lines)
+        path, new = self.folder / "metrics.jsonl", self.folder / "metrics.jsonl.new"
         try:
-            new = path.with_name(path.name + ".new")
-            new.write_text("".join(lines))
+            lines = path.read_bytes().splitlines(keepends=True)[:self.lines] if path.exists() else []
+            new.write_bytes(b"".join(lines))        # bytes: a power cut may have left anything there
             os.replace(new, path)
+            self.lines = len(lines)
         except OSError as error:
             die(f"--out: cannot write {new} ({error.strerror})", code=1)
 
