@@ -1497,29 +1497,29 @@ def parse_flags(parser: argparse.ArgumentParser, argv, presets: Callable = lambd
     usual, brought = presets(parser.parse_args([])), {}
     parser.set_defaults(**usual)
     args = parser.parse_args(argv)
-    modes = [name for name in ("eval", "generate", "benchmark")
-             if getattr(args, name, None) not in (None, False)]
-    path = args.resume
-    if path == "auto":
-        path = Path(args.out or ".", "checkpoint.pt")
-        path = path if path.exists() else Path(f"{path}.previous")
+    mode, path = None, args.resume
+    for name in ("eval", "generate", "benchmark"):
+        mode = mode if getattr(args, name, None) in (None, False) else name
     if args.benchmark and args.resume:
         parser.error("--benchmark measures a model with fresh weights: it takes no --resume")
-    if modes and not args.benchmark and args.resume in (None, "auto"):
-        parser.error(f"--{modes[0]} needs --resume FILE, the checkpoint to use")
+    if mode in ("eval", "generate") and args.resume in (None, "auto"):
+        parser.error(f"--{mode} needs --resume FILE, the checkpoint to use")
     if args.resume == "auto" and not args.out:
         parser.error("--resume auto continues the training in --out DIR")
-    if modes and not args.eval and launched():
-        parser.error(f"--{modes[0]} is for one process: run it without torchrun")
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and not modes and not (args.out and args.resume == "auto"):
+    if mode in ("generate", "benchmark") and launched():
+        parser.error(f"--{mode} is for one process: run it without torchrun")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and not mode and not (args.out and args.resume == "auto"):
         parser.error("torchrun --max-restarts needs --out DIR --resume auto: a restarted job must find its "
                      "checkpoint")
+    if path == "auto":
+        path = f"{args.out}/checkpoint.pt"
+        path = path if os.path.exists(path) else f"{path}.previous"
     if path and os.path.exists(path):
         state = load_checkpoint(path)
         if is_ours(state):
             check_version(path, state["args"], args)
-            brought = {name: state["args"][name] for name in (from_checkpoint.split() if modes else ["data"])
+            brought = {name: state["args"][name] for name in (from_checkpoint.split() if mode else ["data"])
                        if name in state["args"]}
     parser.set_defaults(**brought)
     parser.set_defaults(**{**usual, **presets(parser.parse_args(argv)), **brought})
@@ -1537,7 +1537,7 @@ def note_differences(saved: dict, args, names: str, process):
 # --- processes ----------------------------------------------------------------------------------------------
 
 def launched() -> bool:
-    """Whether torchrun, or its like, has started this process.  (Some platforms set RANK alone.)"""
+    """Whether torchrun has started this process, or its like.  RANK alone is what some platforms set."""
     return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1")
 
 
@@ -1563,7 +1563,7 @@ class Process(NamedTuple):
     def first(self, make: Callable):
         """make() on the first process of each machine, then on the others, which find its files on the disk.
 
-        If it ends the run on one process (`die`), all end with exit code 2, and only that one has printed.
+        A `die` in one process ends all, with exit code 2 and that one message.
         """
         alone = self.world_size == 1
         for turn in (True,) if alone else (True, False):
@@ -1614,8 +1614,8 @@ def init_process() -> Process:
     if launched() and missing:
         die(f"the environment has RANK, but not {', '.join(missing)}: start the script with torchrun, or set "
             "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every process")
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if (os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
         die("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it "
             "--standalone or --rdzv-backend=c10d; else a restarted job is given the addresses of the dead "
             "processes (github.com/pytorch/pytorch/issues/167288)")
@@ -1786,16 +1786,16 @@ class Run:
 
     def _find_checkpoint(self, resume):
         """The file to continue from, or None.  Stops if --out has a run that is not to be continued."""
-        both = f"{self.checkpoint}", f"{self.checkpoint}.previous"
-        kept = [path for path in both if os.path.exists(path)]
+        previous = f"{self.checkpoint}.previous"
+        kept = [path for path in (str(self.checkpoint), previous) if os.path.exists(path)]
         seen = self.process.gather(bool(kept))
         if any(seen) != all(seen):
             self.process.die(f"--out {self.folder}: {self.checkpoint.name} is there for {sum(seen)} of "
                              f"{len(seen)} processes; all machines must see one and the same folder")
-        if resume == "auto" and kept and kept[0] != str(self.checkpoint) and self.process.rank == 0:
-            print(f"warning: {self.checkpoint} is gone; continues from {kept[0]}", file=sys.stderr)
         if resume == "auto":
             resume = kept[0] if kept else None
+            if resume == previous and self.process.rank == 0:
+                print(f"warning: {self.checkpoint} is gone; continues from {previous}", file=sys.stderr)
         if kept and not (resume and Path(resume).resolve().parent == self.folder.resolve()):
             self.process.die(f"--out {self.folder} already holds a run: continue it with --resume auto, or "
                              "choose another folder")
