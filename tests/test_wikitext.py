@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import deq_wikitext
 from common import (Process, anderson, broyden, equilibrium, fixed_point, gmres, implicit, jacobian_regularization,
                     npg, spectral_radius, upg)
-from deq_wikitext import (BlockMasks, DEQTransformer, Masks, checksum, evaluate, load_official,
+from deq_wikitext import (BlockMasks, DEQTransformer, Masks, evaluate, load_official,
                           load_text, parse_args, streams, toy_text)
 
 CPU = Process(0, 1, torch.device("cpu"))
@@ -885,30 +885,45 @@ def test_a_type_that_training_lacks_is_named_and_can_be_taken_in(tmp_path, capsy
     assert text.valid.tolist() == [1, 2, 0, 1, len(text.vocabulary) - 1, 0]
 
 
-def test_ids_are_cached_and_a_damaged_or_outdated_cache_is_made_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [1, 7, 30, 10 ** 6])
+def test_a_text_in_parts_is_the_text(size, tmp_path, monkeypatch):
+    """Parts end inside lines, words and letters of two bytes; two processes read them."""
+    content = "the c\u00e4t\n\n sat on \u2028 the m\u00e4t \n" * 3 + "and the last line has no end"
+    path, expected = write_text(tmp_path, train=content) / "train.txt", {"<eos>": 0}
+    ids = [expected.setdefault(word, len(expected))
+           for line in content.split("\n") for word in (*line.split(), "<eos>")]
+    monkeypatch.setattr(deq_wikitext.os, "cpu_count", lambda: 2 if size == 30 else 1)
+    number = {"<eos>": 0}
+    assert deq_wikitext.read_tokens(path, number, size).tolist() == ids and number == expected
+
+
+def test_nothing_is_kept_of_a_text_that_is_read(tmp_path):
+    """Another text of the same size and time under the same name is another text."""
     args = parse_args(["--data", str(write_text(tmp_path))])
-    text, reads, real = load_text(args, CPU), [], deq_wikitext.read_tokens
-    monkeypatch.setattr(deq_wikitext, "read_tokens", lambda path, seen: (reads.append(path), real(path, seen))[1])
+    load_text(args, CPU)
+    before = os.stat(tmp_path / "train.txt")
+    (tmp_path / "train.txt").write_text(TRAIN.replace("Title", "Other"))
+    os.utime(tmp_path / "train.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "Other" in load_text(args, CPU).vocabulary
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
 
-    def same(other):
-        return other.vocabulary == text.vocabulary and all(torch.equal(a, b) for a, b in zip(text[:3], other[:3]))
 
-    assert same(load_text(args, CPU)) and not reads
-    (cache,) = tmp_path.glob(".ids-*.npz")
-    whole = cache.read_bytes()
-    for damaged in (whole[:len(whole) // 2], b"", whole.replace(b"Title", b"Titel")):
-        cache.write_bytes(damaged)
-        assert same(load_text(args, CPU)) and len(reads) == 3
-        reads.clear()
-    with np.load(cache) as saved:
-        parts = dict(saved)
-    np.savez(cache, **{**parts, "vocabulary": parts["vocabulary"][::-1]})       # a whole file, of another vocabulary
-    assert same(load_text(args, CPU)) and len(reads) == 3
-    reads.clear()
-    assert same(load_text(args, CPU)) and not reads
-    (tmp_path / "train.txt").write_text(TRAIN + "new words \n")
-    assert "words" in load_text(args, CPU).vocabulary and len(reads) == 3
-    assert not list(tmp_path.glob("*.new")) and checksum(text.vocabulary) != checksum(text.vocabulary[::-1])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_byte_order_mark_is_no_part_of_a_word(split, tmp_path):
+    """Notepad and Excel write one at the beginning of a UTF-8 file."""
+    plain = load_text(parse_args(["--data", str(write_text(tmp_path / "plain"))]), CPU)
+    path = write_text(tmp_path / "marked") / f"{split}.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = load_text(parse_args(["--data", str(path.parent)]), CPU)
+    assert marked.vocabulary == plain.vocabulary and all(map(torch.equal, plain[:3], marked[:3]))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_eos_that_is_written_out_is_refused(split, tmp_path, capsys):
+    root = write_text(tmp_path, **{split: "the cat <eos> \n the cat \n"})
+    with pytest.raises(SystemExit):
+        load_text(parse_args(["--data", str(root)]), CPU)
+    assert f"{split}.txt: it has <eos> written out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokens, n, dropped, predicted, segments_of_150", [

@@ -63,7 +63,6 @@ def make_text(root, train=130, types=40):
 def small(tmp_path_factory):
     """The text; no test may change it."""
     root = make_text(tmp_path_factory.mktemp("text") / "small")
-    load_text(parse_args(["--data", str(root)]), CPU)                          # cached: later runs print nothing of it
     return root
 
 
@@ -352,7 +351,7 @@ def test_a_window_that_is_named_may_be_shorter_than_the_memory():
 
 
 @pytest.mark.parametrize("split, content, named", [
-    ("valid", b"", "valid.txt is empty"), ("train", b"", "train.txt is empty"), ("test", b"w1 zebra \n", "'zebra'"),
+    ("valid", b"", "valid.txt: it is empty"), ("train", b"", "train.txt: it is empty"), ("test", b"w1 zebra \n", "'zebra'"),
     ("train", b"w1 w2 \n \xff\xfe broken \n", "not UTF-8"), ("valid", None, "wiki.valid.tokens")])
 def test_broken_texts_are_named(split, content, named, capsys, tmp_path):
     root = make_text(tmp_path / "text")
@@ -363,7 +362,7 @@ def test_broken_texts_are_named(split, content, named, capsys, tmp_path):
 
 
 def test_a_text_that_cannot_be_read_is_named(capsys, tmp_path, monkeypatch):
-    def opened(path, **_):
+    def opened(*_):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(deq_wikitext, "open", opened, raising=False)
