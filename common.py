@@ -1459,9 +1459,10 @@ def within(kind: type, interval: str) -> Callable:
 
 def existing_file(text: str) -> str:
     """An argparse type: "auto", or the path of a file, refused now and not when the data has been read."""
-    if text != "auto" and not os.path.exists(text):
+    path = os.path.expanduser(text)         # a shell does so at the beginning of a word, not in --resume=~/x
+    if text != "auto" and not os.path.exists(path):
         raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return text
+    return path
 
 
 def add_run_flags(parser: argparse.ArgumentParser, name: str, *, seed: int = 0, save_every: float = 5.0,
@@ -1470,7 +1471,8 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str, *, seed: int = 0, 
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=within(int, "[0, 4294967296)"), default=seed,
                      help="seed of weights, data order, augmentation and dropout")
-    run.add_argument("--out", metavar="DIR", help="folder of checkpoint.pt and metrics.jsonl; several "
+    run.add_argument("--out", metavar="DIR", type=os.path.expanduser,
+                     help="folder of checkpoint.pt and metrics.jsonl; several "
                      f"machines must share it (default: the folder of --resume, or runs/{name}-TIME-PID)")
     run.add_argument("--resume", metavar="FILE", type=existing_file,
                      help="continue from this checkpoint; 'auto': from the one in --out, if there is one")

@@ -22,6 +22,7 @@ nears 1.  (It makes UPG and NPG equal, as J is the same everywhere.)  With tanh 
 whatever L_h is, and Fig. 4 shows nothing.
 """
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -52,8 +53,10 @@ def parse_args(argv=None):
     add = p.add_argument_group("run").add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="where Figs. 1 and 4 and Table 2 are computed; the theorems run on the CPU")
-    add("--plot", metavar="DIR", help="draw fig1.png and fig4.png into this folder (needs matplotlib)")
-    add("--out", metavar="DIR", help="write every row of every table to DIR/metrics.jsonl")
+    add("--plot", metavar="DIR", type=os.path.expanduser,
+        help="draw fig1.png and fig4.png into this folder (needs matplotlib)")
+    add("--out", metavar="DIR", type=os.path.expanduser,
+        help="write every row of every table to DIR/metrics.jsonl")
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: there is no GPU here")

@@ -139,8 +139,8 @@ def parse_args(argv=None):
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     share, positive = within(float, "[0, 1)"), within(float, "[0, inf)")
     add = p.add_argument_group("data").add_argument
-    add("--data", default="data/wikitext-103", help="folder with wiki.{train,valid,test}.tokens or "
-        "{train,valid,test}.txt; or 'toy': text of a known random source")
+    add("--data", default="data/wikitext-103", type=os.path.expanduser, help="folder with "
+        "wiki.{train,valid,test}.tokens or {train,valid,test}.txt; or 'toy': text of a known random source")
     add("--vocab", choices=["train", "all"], default="train",
         help="types are of the training text, or of all three")
 

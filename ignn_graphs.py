@@ -64,6 +64,7 @@ import math
 import os
 import re
 import signal
+import tempfile
 import statistics
 import time
 import warnings
@@ -104,7 +105,8 @@ PRESETS = {"COX2": OF_GRAPHS, "PROTEINS": OF_GRAPHS,
            "robust": {}, "zoo": dict(clip=0.0),
            "literal": dict(clip=0.0, tol=3e-6, solver="fixed-point", backward_solver="fixed-point")}
 # Options that only these data sets use.  On others they would have no effect, so they are refused.
-ONLY_FOR = {("COX2", "PROTEINS"): "folds val unstratified_folds evaluate_2a_too dropout",
+ONLY_FOR = {("COX2", "PROTEINS", "PPI"): "data",
+            ("COX2", "PROTEINS"): "folds val unstratified_folds evaluate_2a_too dropout",
             ("PPI", "PPI-synthetic"): "ppi_model", ("PPI", "PPI-synthetic", "chains"): "clip",
             ("PPI-synthetic",): "graph_scale", ("chains",): "chain_length hops"}
 ADJACENCY = {"robust": "rho", "literal": "raw", "zoo": "raw"}           # of --ppi-model, for make_batch
@@ -123,7 +125,8 @@ def parse_args(argv=None):
     add("--dataset", choices=["COX2", "PROTEINS", "PPI", "PPI-synthetic", "chains"], default="chains",
         help="COX2, PROTEINS: classification of graphs; PPI: of nodes; PPI-synthetic: a generated look-alike "
         "of PPI; chains: a generated task of long range")
-    add("--data", default="data", help="folder with NAME/raw/*; PyG downloads what is not there")
+    add("--data", default="data", type=os.path.expanduser,
+        help="folder with NAME/raw/*; PyG downloads what is not there")
     add("--folds", type=within(int, "[2, inf)"), default=10, help="folds of the cross-validation")
     add("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
     add("--unstratified-folds", action="store_true",
@@ -185,7 +188,7 @@ def parse_args(argv=None):
                         f"{args.dataset}")
     file = args.resume not in (None, "auto")            # --resume FILE
     if args.table4 and (args.dataset == "chains" or given & {"grad", "lam"} or file):
-        p.error("--table4 is of COX2, PROTEINS and PPI, sets --grad and --lam itself, and is continued by "
+        p.error("--table4 is not of chains, sets --grad and --lam itself, and is continued by "
                 "--out DIR --resume auto")
     if file and not args.eval and args.dataset in ("COX2", "PROTEINS"):
         p.error("--resume: each fold has a checkpoint of its own; continue all by --out DIR --resume auto")
@@ -268,7 +271,8 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
     else:
         ones = torch.ones(index.shape[1], dtype=dtype, device=device)
         adjacency = sparse(index, ones, (n, n))
-        radius = spectral_radii(adjacency, offsets, graph)                          # (G,)
+        # A raw A's radius sets the projection, and with it the numbers of an official checkpoint.
+        radius = spectral_radii(adjacency, offsets, graph, tol=1e-10 if kind == "raw" else 1e-3)    # (G,)
         if kind == "raw":
             rho = radius.max().item() + 1e-5                # of the batch, as in the official release
         else:
@@ -304,9 +308,10 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
 # --- data: COX2, PROTEINS, PPI ------------------------------------------------------------------------------
 
 def load(args, process, make):
-    """What make() returns, a data set of PyG.  The first process downloads and converts, others read that.
+    """make(folder), a data set that PyG converts in this folder.  The first process downloads for the others.
 
-    Whatever is wrong with the files ends the run with one line that says what to do.
+    PyG itself keeps what it has converted beside raw/, and takes it however raw/ has changed since.  Whatever
+    is wrong with the files ends the run with one line that says what to do.
     """
     raw = Path(args.data) / args.dataset / "raw"
     if args.dataset == "PPI":
@@ -323,12 +328,13 @@ def load(args, process, make):
             die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' * (len(missing) > 4)};"
                 " unpack it anew, or remove the folder to have it downloaded")
         try:
-            return make()
+            with tempfile.TemporaryDirectory() as folder:
+                return make(folder)
         except Exception as error:          # PyG lets through whatever network, archive or numbers raise
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
-                + (f"its files are damaged: remove {raw.parent / 'processed'}, and unpack {raw} anew if that "
-                   "does not help" if there else f"unpack it to {raw}, or give this machine internet access"))
+                + (f"its files are damaged: unpack {raw} anew" if there else
+                   f"unpack it to {raw}, or give this machine internet access"))
 
     return process.first(read)
 
@@ -363,14 +369,15 @@ def check_graphs(args, graphs, nodes):
 
 def load_tu(args, process):
     """COX2 or PROTEINS as a list of graphs; x is the one-hot node label."""
-    def make():
+    def make(folder):
         raw = Path(args.data) / args.dataset / "raw" / args.dataset
         if Path(f"{raw}_A.txt").is_file():          # PyG drops an index of 0 without a word
             nodes = len(Path(f"{raw}_graph_indicator.txt").read_text().split())
             ends = np.loadtxt(f"{raw}_A.txt", delimiter=",", dtype=int)
             if ends.min() < 1 or ends.max() > nodes:
                 raise ValueError(f"an edge to a node outside 1..{nodes} in {raw}_A.txt")
-        dataset = pyg().datasets.TUDataset(args.data, args.dataset)
+        Fresh = type("Fresh", (pyg().datasets.TUDataset,), {"processed_dir": folder})
+        dataset = Fresh(args.data, args.dataset)
         return dataset.y, list(dataset)
 
     labels, graphs = load(args, process, make)
@@ -388,16 +395,16 @@ def load_nodes(args, process):
         return ppi_lookalike(args.graph_scale, args.seed)
     root = Path(args.data) / "PPI"
 
-    def make():
-        # Once PyG has processed the files, it no longer reads the raw ones.
-        for part in () if (root / "processed").is_dir() else ("train", "valid", "test"):
+    def make(folder):
+        for part in ("train", "valid", "test"):
             file = root / "raw" / f"{part}_graph.json"
             if file.is_file():          # PyG drops an edge to no node without a word
                 graph = json.loads(file.read_text())
                 ends = [link[end] for link in graph["links"] for end in ("source", "target")]
                 if min(ends) < 0 or max(ends) >= len(graph["nodes"]):
                     raise ValueError(f"an edge to a node outside 0..{len(graph['nodes']) - 1} in {file.name}")
-        return [list(pyg().datasets.PPI(root, split=part)) for part in ("train", "val", "test")]
+        PPI = type("Fresh", (pyg().datasets.PPI,), {"processed_dir": folder})
+        return [list(PPI(root, split=part)) for part in ("train", "val", "test")]
 
     return [check_graphs(args, graphs, nodes=True) for graphs in load(args, process, make)]
 
@@ -1194,6 +1201,9 @@ def evaluate_checkpoint(args, process, data):
             if state["args"][name] != getattr(args, name):
                 die(f"{where} is of a run with --{name.replace('_', '-')} {state['args'][name]}: with "
                     f"{getattr(args, name)} it would be evaluated on what it was trained on")
+        every = data if graphs else [graph for part in data for graph in part]
+        if state["facts"]["data"] != checksum(every):
+            die(f"{where} is of a run on other data than this: it may have seen these graphs")
     if not ours and not graphs and args.ppi_model == "robust":
         die(f"{where} is of another release, whose models have a raw adjacency: give --ppi-model literal or "
             "zoo")
@@ -1212,8 +1222,6 @@ def evaluate_checkpoint(args, process, data):
     # {what is printed: (checkpoint, graph numbers)}.  Of a release's folds nothing is known: all graphs.
     parts = {"all graphs": (state, range(len(data)))}
     if ours:                                # each fold's weights on the test graphs of that fold
-        if state["facts"]["data"] != checksum(data):
-            die(f"{where} is of a run on other data than --data {args.data}: it may have seen these graphs")
         weights = state.get("weights") or {state["facts"]["fold"]: state["model"]}
         splits = split(args, [int(graph.y) for graph in data])
         parts = {f"fold {fold}": ({**state, "model": w}, splits[fold][2])

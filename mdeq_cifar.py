@@ -3,7 +3,7 @@
 MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates k steps from the solution h*,
 damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  Implicit differentiation is exact.
 
-    python mdeq_cifar.py                                     # Tiny, UPG A_{5,0.5}; CIFAR-10 comes to ./data
+    python mdeq_cifar.py                                     # Tiny, UPG A_{5,0.5}; into data/cifar-10
     python mdeq_cifar.py --data toy                          # generated images: minutes on two CPU cores
     torchrun --nproc_per_node=4 mdeq_cifar.py --model large  # Large, UPG A_{5,0.5}: augmentation, 220 epochs
     python mdeq_cifar.py --benchmark                         # step time and memory of implicit, UPG and NPG
@@ -43,6 +43,7 @@ from typing import NamedTuple
 # Large CPU tensors get pages of 2 MB: MDEQ.f of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it at its first allocation
 
+import numpy as np
 import torch
 import torch.nn.functional as F         # in comments F is the equilibrium module, MDEQ.f
 from torch import nn
@@ -72,8 +73,8 @@ def parse_args(argv=None):
     p = make_parser("Trains an MDEQ on CIFAR-10.  Without options: Tiny with UPG A_{5,0.5} and SGD.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
-    add("--data", default="data", help="folder of CIFAR-10, downloaded if absent, or of images as "
-        "train/CLASS/* and test/CLASS/*; or 'toy': generated 16 x 16 images")
+    add("--data", default="data/cifar-10", type=os.path.expanduser, help="folder for CIFAR-10, downloaded if "
+        "it is empty, or of images as train/CLASS/* and test/CLASS/*; or 'toy': generated 16 x 16 images")
     add("--train-size", type=count, help="number of training images, equally many per class")
     add("--test-size", type=count, help="number of test images, equally many per class")
     add("--augment", choices=["yes", "no"], help="random crops after padding by 4, and horizontal flips")
@@ -158,14 +159,56 @@ def toy_images(n, seed, size=16):
     return Images(x.round().clamp(0, 255).to(torch.uint8), y, [str(c) for c in range(10)])
 
 
-def image_folders(root, *splits):
-    """torchvision's ImageFolder of ROOT/SPLIT/CLASS/* for each split."""
-    import torchvision          # here, as it takes a second
+def read_image(path):
+    """An RGB image.  Of 16-bit grey the high byte is taken, as PIL itself does with 16-bit colour."""
+    from PIL import Image
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))      # convert() would clip it
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers of no known range; save it with 8 or 16 bits")
+        return image.convert("RGB")
+
+
+def image_folders(root, process, *splits):
+    """torchvision's ImageFolder of ROOT/SPLIT/CLASS/* for each split, with all that PIL can read.
+
+    Hidden files and folders do not count.  Other files that are no images are left out with a note.
+    """
+    from PIL import Image           # here, as they take a second
+    from torchvision.datasets import ImageFolder
+    known, left_out, root = Image.registered_extensions(), [], Path(root)
+
+    def is_image(path):
+        if os.sep + "." in path[len(str(root)):]:
+            return False
+        if os.path.splitext(path)[1].lower() in known:
+            return True
+        try:
+            Image.open(path).close()
+        except Exception:           # PIL raises half a dozen types
+            left_out.append(path)
+            return False
+        return True
+
+    class Folder(ImageFolder):
+        def find_classes(self, directory):
+            entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+            left_out.extend(entry.path for entry in entries if not entry.is_dir())
+            names = [entry.name for entry in entries if entry.is_dir()]
+            if not names:
+                raise FileNotFoundError(f"{directory} holds no class folders")
+            names.sort(key=int if all(map(str.isdecimal, names)) else None)     # 2 comes before 10
+            return names, {name: number for number, name in enumerate(names)}
+
     try:
-        folders = [torchvision.datasets.ImageFolder(Path(root, split)) for split in splits]
+        folders = [Folder(root / split, is_valid_file=is_image) for split in splits]
     except (OSError, RuntimeError) as error:        # no folder, no class, or a class without images
         die(f"--data {root}: {str(error)[:200]}; it must hold {'/CLASS/*, '.join(splits)}/CLASS/* "
             "(--data toy needs none)")
+    if left_out and process.rank == 0:
+        print(f"note: {len(left_out)} file(s) of --data that are no images, or in no class folder, are left "
+              f"out, as {left_out[0]}", flush=True)
     a, b = set(folders[0].classes), set(folders[-1].classes)
     if a != b:
         die(f"--data {root}: {splits[0]}/ and {splits[-1]}/ must hold the same class folders; only in "
@@ -179,7 +222,7 @@ def decoded(folder, process):
     x = torch.empty(len(folder), 3, 32, 32, dtype=torch.uint8)
     for i, (path, _) in enumerate(process.bar(folder.samples, "decoding")):
         try:
-            image = pil_to_tensor(folder.loader(path))
+            image = pil_to_tensor(read_image(path))
             if image.shape != (3, 32, 32):
                 raise ValueError(f"its side must be 32, but its shape is {tuple(image.shape)}")
         except Exception as error:          # PIL raises half a dozen types for a broken file
@@ -203,10 +246,11 @@ def balanced(images, size, flag):
 def load_images(args, process):
     """(training images, test images) on the device."""
     root = Path(args.data)
+    there = os.listdir(root) if root.is_dir() else []
     if args.data == "toy":
         train_set, eval_set = toy_images(args.train_size or 2000, 1), toy_images(args.test_size or 1000, 2)
-    elif (root / "train").is_dir() or (root / "test").is_dir():
-        train_set, eval_set = (decoded(f, process) for f in image_folders(root, "train", "test"))
+    elif "train" in there or there and not any(name.startswith("cifar-10-") for name in there):
+        train_set, eval_set = (decoded(f, process) for f in image_folders(root, process, "train", "test"))
     else:
         from torchvision.datasets import CIFAR10
         try:
@@ -656,6 +700,9 @@ def evaluate_checkpoint(args, process, images):
         note_differences(state["args"], args, "solver max_iter tol", process)
         if state["facts"]["classes"] != images.classes:
             process.die(f"--resume {args.resume} is of a run with other classes than --data {args.data} has")
+    elif process.rank == 0:
+        print(f"note: {args.resume} names no classes: its first is taken for {images.classes[0]!r}, its last "
+              f"for {images.classes[-1]!r}", flush=True)
     model = build_model(args, len(images.classes), process)
     load_weights(model, state, load_official, f"--resume {args.resume} does not fit the model of these flags")
     record = evaluate(model, images, args, process)

@@ -78,8 +78,8 @@ def parse_args(argv=None):
     p = make_parser("Trains MDEQ-Small on ImageNet.  Without options: UPG A_{5,0.6}, the paper's row.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
-    add("--data", default="data/imagenet", help="folder of images as train/CLASS/* and val/CLASS/*; or "
-        "'toy': generated images of 10 classes")
+    add("--data", default="data/imagenet", type=os.path.expanduser, help="folder of images as train/CLASS/* "
+        "and val/CLASS/*; or 'toy': generated images of 10 classes")
     add("--augment", choices=["yes", "no"], help="random crops of 10 to 100 %% of the area, and flips")
     add("--crop", type=count, help="side of the model's input in pixels")
     add("--resize", type=count, help="shorter side of an image in pixels, before its central crop")
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--head-channels", type=count, nargs="+", help="a quarter of the head's channels, for each branch")
     add("--final-channels", type=count, help="channels before the classifier")
     add("--init", metavar="FILE", type=existing_file, help="begin with the weights of this checkpoint, ours "
-        "or an official one; the classifier is new if the number of classes is another one")
+        "or an official one; the classifier is new if the classes are others")
     add("--dropout", type=within(float, "[0, 1)"), default=0.0, help="probability of dropout in F")
     add("--pretrain-steps", type=natural, default=0, help="first steps, which unroll F instead of solving")
     add("--pretrain-layers", type=count, default=5, help="evaluations of F in a step of pretraining")
@@ -165,11 +165,13 @@ class Images(torch.utils.data.Dataset):
         path = os.fsdecode(self.paths[index].item())
         try:
             image = self.loader(path)
+            if max(image.size) > 100 * min(image.size):         # --resize would make gigabytes of it
+                raise ValueError(f"its sides are {image.size}")
             with torch.random.fork_rng(devices=[]):     # puts back the generator that dropout uses
                 torch.default_generator.manual_seed(seed)
                 return self.transform(image), int(self.y[index])
         except Exception as error:          # PIL raises half a dozen types for a broken file
-            raise OSError(f"cannot read the image {path} ({type(error).__name__}: {error}); "
+            raise OSError(f"cannot read the image {path} ({' '.join(str(error).split())}); "
                           "replace or remove it")
 
     def fingerprint(self):
@@ -203,14 +205,56 @@ def toy_image(name):
     return to_pil_image(image.round().clamp(0, 255).to(torch.uint8))
 
 
-def image_folders(root, *splits):
-    """torchvision's ImageFolder of ROOT/SPLIT/CLASS/* for each split."""
-    import torchvision          # here, as it takes a second
+def read_image(path):
+    """An RGB image.  Of 16-bit grey the high byte is taken, as PIL itself does with 16-bit colour."""
+    from PIL import Image
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))      # convert() would clip it
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers of no known range; save it with 8 or 16 bits")
+        return image.convert("RGB")
+
+
+def image_folders(root, process, *splits):
+    """torchvision's ImageFolder of ROOT/SPLIT/CLASS/* for each split, with all that PIL can read.
+
+    Hidden files and folders do not count.  Other files that are no images are left out with a note.
+    """
+    from PIL import Image           # here, as they take a second
+    from torchvision.datasets import ImageFolder
+    known, left_out, root = Image.registered_extensions(), [], Path(root)
+
+    def is_image(path):
+        if os.sep + "." in path[len(str(root)):]:
+            return False
+        if os.path.splitext(path)[1].lower() in known:
+            return True
+        try:
+            Image.open(path).close()
+        except Exception:           # PIL raises half a dozen types
+            left_out.append(path)
+            return False
+        return True
+
+    class Folder(ImageFolder):
+        def find_classes(self, directory):
+            entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+            left_out.extend(entry.path for entry in entries if not entry.is_dir())
+            names = [entry.name for entry in entries if entry.is_dir()]
+            if not names:
+                raise FileNotFoundError(f"{directory} holds no class folders")
+            names.sort(key=int if all(map(str.isdecimal, names)) else None)     # 2 comes before 10
+            return names, {name: number for number, name in enumerate(names)}
+
     try:
-        folders = [torchvision.datasets.ImageFolder(Path(root, split)) for split in splits]
+        folders = [Folder(root / split, is_valid_file=is_image) for split in splits]
     except (OSError, RuntimeError) as error:        # no folder, no class, or a class without images
         die(f"--data {root}: {str(error)[:200]}; it must hold {'/CLASS/*, '.join(splits)}/CLASS/* "
             "(--data toy needs none)")
+    if left_out and process.rank == 0:
+        print(f"note: {len(left_out)} file(s) of --data that are no images, or in no class folder, are left "
+              f"out, as {left_out[0]}", flush=True)
     a, b = set(folders[0].classes), set(folders[-1].classes)
     if a != b:
         die(f"--data {root}: {splits[0]}/ and {splits[-1]}/ must hold the same class folders; only in "
@@ -230,9 +274,9 @@ def load_images(args, process):
             Images([(f"{split}/{i % 10}/{i}", i % 10) for i in range(n)], classes, toy_image, crop)
             for split, n in (("train", 800), ("val", 200)))
     else:
-        folders = image_folders(args.data, *(("val",) if args.eval else ("train", "val")))
+        folders = image_folders(args.data, process, *(("val",) if args.eval else ("train", "val")))
         train_set, eval_set = (
-            Images(f.samples, f.classes, f.loader, crop) for f in (folders[0], folders[-1]))
+            Images(f.samples, f.classes, read_image, crop) for f in (folders[0], folders[-1]))
     if args.augment == "yes":
         train_set.transform = random_crop
     if not args.eval and len(train_set.y) < args.batch_size:
@@ -580,16 +624,18 @@ def training_pass(args, model, batch, side, process):
         return training, captured(training, example.contiguous(memory_format=memory_format(args)))
 
 
-def initialise(args, model, process):
-    """--init: the weights of a checkpoint, with a new classifier if its number of classes is another one."""
+def initialise(args, model, classes, process):
+    """--init: the weights of a checkpoint, with a new classifier if its classes are others."""
     state, own = load_checkpoint(args.init, flag="--init"), model.state_dict()
     found = state.get("model" if is_ours(state) else "state_dict", state) if isinstance(state, dict) else {}
+    # An official checkpoint names no classes: they are taken for these.
+    same = not is_ours(state) or state.get("facts", {}).get("classes") == classes
     for key in list(found):
         name = str(key).removeprefix("module.")
-        if name.startswith("classifier.") and name in own and len(found[key]) != len(own[name]):
+        if name.startswith("classifier.") and not (same and len(found[key]) == len(own[name])):
             found[key] = own[name]          # changes `state`, which is loaded below
             if process.rank == 0:
-                print(f"note: --init has another number of classes than --data: new {name}", flush=True)
+                print(f"note: --init has other classes than --data: new {name}", flush=True)
     load_weights(model, state, load_official, f"--init {args.init} does not fit the model of these flags")
 
 
@@ -614,7 +660,7 @@ def train(args, process, train_set, eval_set):
         if run.state["score"]["measured_on"] == score["measured_on"]:
             score = run.state["score"]          # else the best epoch was found with other images
     elif args.init:
-        initialise(args, model, process)
+        initialise(args, model, train_set.classes, process)
     # Before DistributedDataParallel, as the bare model is captured.  Before run.start seeds, as this draws.
     size = args.batch_size // world // args.accumulate
     training, net = training_pass(args, model, size, args.crop, process)
@@ -720,6 +766,9 @@ def evaluate_checkpoint(args, process, images):
         note_differences(state["args"], args, "solver max_iter tol crop resize", process)
         if state["facts"]["classes"] != images.classes:
             process.die(f"--resume {args.resume} is of a run with other classes than --data {args.data} has")
+    elif process.rank == 0:
+        print(f"note: {args.resume} names no classes: its first is taken for {images.classes[0]!r}, its last "
+              f"for {images.classes[-1]!r}", flush=True)
     model = build_model(args, len(images.classes), process)
     load_weights(model, state, load_official, f"--resume {args.resume} does not fit the model of these flags")
     record = {**evaluate(model, images, args, process), **radii(model, images, args, process)}
@@ -795,6 +844,10 @@ def main(args):
     if args.batch_size % (process.world_size * args.accumulate):
         process.die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x "
                     f"--accumulate {args.accumulate}")
+    coarsest = args.crop // 2 ** (len(args.channels) + 1)       # side of the last branch
+    if args.batch_size == process.world_size * args.accumulate and coarsest == 1:
+        process.die(f"--batch-size {args.batch_size}: with --crop {args.crop} the coarsest branch is 1 x 1, "
+                    "and BatchNorm then needs two images in each process and micro-batch")
     torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's products are float32
     torch.backends.cudnn.benchmark = True   # shapes repeat: the fastest kernels are found once
     if args.benchmark:

@@ -114,9 +114,8 @@ def assert_same_end(a, b):
 # --- the model ----------------------------------------------------------------------------------------------
 
 TWINS = ("conv", "ResidualBlock", "Bottleneck", "fusion", "load_official", "autocast", "memory_format",
-         "image_folders", "training_pass", "MDEQ.inject", "MDEQ.zeros", "MDEQ.weights", "MDEQ.masks",
-         "MDEQ.f",
-         "MDEQ.head", "MDEQ.problem", "MDEQ.forward")
+         "read_image", "image_folders", "training_pass", "MDEQ.inject", "MDEQ.zeros", "MDEQ.weights",
+         "MDEQ.masks", "MDEQ.f", "MDEQ.head", "MDEQ.problem", "MDEQ.forward")
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -940,6 +939,38 @@ def test_official_checkpoints_cannot_be_continued_and_other_keys_are_named(tmp_p
     assert not list((tmp_path / "out").rglob("*.pt"))
 
 
+def test_a_classifier_of_other_names_is_not_taken_over(tmp_path, capsys, small):
+    """--init: as many classes under other names get a new classifier; the same names keep theirs."""
+    flags = [*SMALL_RUN, "--lr", 1e-30, "--weight-decay", 0]
+    run(*flags, "--data", small, "--out", tmp_path / "a")
+    shutil.copytree(small, tmp_path / "others")
+    for split in ("train", "val"):
+        (tmp_path / "others" / split / "class0").rename(tmp_path / "others" / split / "zebra")
+    for data, noted in ((small, False), (tmp_path / "others", True)):
+        capsys.readouterr()
+        out = tmp_path / str(noted)
+        run(*flags, "--data", data, "--init", tmp_path / "a" / "checkpoint.pt", "--out", out, "--seed", 1)
+        assert ("other classes than --data: new classifier.weight" in capsys.readouterr().out) == noted
+        a, b = (checkpoint(path)["model"]["classifier.weight"] for path in (tmp_path / "a", out))
+        assert torch.allclose(a, b, atol=1e-3) != noted
+
+
+def test_an_official_checkpoint_says_what_its_classes_are_taken_for(tmp_path, capsys, small):
+    torch.save(official({**TWO_BRANCHES, "classes": CLASSES})[0], tmp_path / "official.pth")
+    run(*SMALL_RUN, "--data", small, "--eval", "--resume", tmp_path / "official.pth")
+    printed = capsys.readouterr().out
+    assert "names no classes: its first is taken for 'class0', its last for 'class6'" in printed
+
+
+def test_sizes_that_the_model_or_the_memory_cannot_take_are_refused(tmp_path, capsys):
+    one = "--data toy --crop 32 --resize 40 --batch-size 4 --accumulate 4 --workers 0 --epochs 1".split()
+    assert "--crop 32 the coarsest branch is 1 x 1" in refused(capsys, *one, "--out", tmp_path / "out")
+    path = make_folder(tmp_path / "data") / "val" / "class0" / "000.JPEG"
+    Image.new("RGB", (2, 3000)).save(path)          # --resize would make it 1,500 times as long as broad
+    message = refused(capsys, *SMALL_RUN, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert str(path) in message and "(2, 3000)" in message
+
+
 @pytest.mark.parametrize("classes", [CLASSES, 10])
 def test_training_can_begin_with_an_official_checkpoint(classes, tmp_path, capsys, small):
     """One step at a rate of 1e-30 changes no weight: the saved ones are the official ones.
@@ -951,7 +982,7 @@ def test_training_can_begin_with_an_official_checkpoint(classes, tmp_path, capsy
     run(*SMALL_RUN, "--data", small, "--init", tmp_path / "official.pth", "--lr", 1e-30, "--weight-decay", 0,
         "--batch-size", TRAIN, "--out", tmp_path / "run")
     printed, end = capsys.readouterr().out, checkpoint(tmp_path / "run")
-    note = "note: --init has another number of classes than --data: new classifier.weight"
+    note = "note: --init has other classes than --data: new classifier.weight"
     assert end["step"] == 1 and (note in printed) == (classes != CLASSES)
     expected = MDEQ(channels=(8, 16), head_channels=(4, 8), final_channels=16, num_classes=classes)
     load_official(expected, saved)

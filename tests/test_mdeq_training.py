@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import make_mdeq_example as reference
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,64 @@ def test_grey_and_transparent_files_become_three_channels(tmp_path):
     Image.new("RGBA", (32, 32), (1, 2, 3, 4)).save(tmp_path / "train" / "cat" / "1.png")
     train, _ = load(tmp_path)
     assert (train.x[0] == 77).all() and train.x[1, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_sixteen_bits_become_eight_and_numbers_without_a_range_are_refused(tmp_path):
+    """PIL's convert("RGB") would clip at 255: all that is not nearly black would be white."""
+    x = np.array([[0, 255, 256], [65535, 40000, 513]])
+    for name, mode in (("a.png", np.uint16), ("b.tif", np.uint16), ("c.pgm", np.uint16), ("d.tif", ">u2")):
+        Image.fromarray(x.astype(mode)).save(tmp_path / name)
+        image = mdeq_cifar.read_image(tmp_path / name)
+        assert image.mode == "RGB" and np.asarray(image)[:, :, 1].tolist() == [[0, 0, 1], [255, 156, 2]], name
+    for kind in (np.int32, np.float32):
+        Image.fromarray(x.astype(kind)).save(tmp_path / "e.tif")
+        with pytest.raises(ValueError, match="32-bit"):
+            mdeq_cifar.read_image(tmp_path / "e.tif")
+
+
+def test_every_image_counts_whatever_its_name_and_nothing_hidden_does(tmp_path, capsys):
+    make_folder(tmp_path)
+    image = Image.new("RGB", (32, 32))
+    for name in ("a.jfif", "b.gif", "c", "d.JPEG", "notes.txt", ".hidden.png"):
+        image.save(tmp_path / "train" / "cat" / name, format="PNG") if name != "notes.txt" else (
+            tmp_path / "train" / "cat" / name).write_text("no image")
+    for split in ("train", "test"):
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+        image.save(tmp_path / split / ".ipynb_checkpoints" / "a.png")
+    image.save(tmp_path / "test" / "loose.png")
+    train, test = load(tmp_path)
+    assert train.classes == ["cat", "dog"] and train.y.bincount().tolist() == [7, 3] and len(test.y) == 6
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: 2 file(s) of --data that are no images") and note.endswith("notes.txt")
+
+
+def test_folders_that_are_numbers_are_the_classes_of_these_numbers(tmp_path):
+    names = list(map(str, range(12)))
+    make_folder(tmp_path, classes=names, each=1)
+    train, _ = load(tmp_path)           # files are read in the order of their names: 0, 1, 10, 11, 2, ...
+    assert train.classes == names and train.y.tolist() == list(map(int, sorted(names)))
+
+
+def test_cifar10_is_not_downloaded_among_other_files(tmp_path, monkeypatch, capsys):
+    def download(*_, **__):
+        pytest.fail("a download")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", download)
+    make_folder(tmp_path / "data")
+    (tmp_path / "data" / "test").rename(tmp_path / "data" / "val")
+    for split in ("train", "train/cat"):            # without test/, then without train/
+        message = refused(capsys, *TINY_RUN, "--data", tmp_path / "data", "--out", tmp_path / "out")
+        assert "it must hold train/CLASS/*, test/CLASS/*" in message
+        (tmp_path / "data" / "train").rename(tmp_path / "data" / "training") if split == "train" else None
+
+
+@pytest.mark.parametrize("flag", ["--data", "--out"])
+def test_a_tilde_is_the_home_folder(flag, tmp_path, monkeypatch):
+    """A shell expands it at the beginning of a word alone, not in --data=~/images."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(parse_args([f"{flag}=~/x"]), flag[2:]) == str(tmp_path / "x")
+    (tmp_path / "checkpoint.pt").touch()
+    assert common.existing_file("~/checkpoint.pt") == str(tmp_path / "checkpoint.pt")
 
 
 # --- wrong flags and wrong data -----------------------------------------------------------------------------
