@@ -2028,8 +2028,8 @@ class Meter:
     Means and throughput are of all processes, which must all call `read`, with values of the same names.
     """
 
-    def __init__(self, process: Process):
-        self.process = process
+    def __init__(self, process: Process, unit: str = "samples"):
+        self.process, self.unit = process, unit
         self.reset()
 
     def reset(self):
@@ -2051,7 +2051,7 @@ class Meter:
         self.start += clock(self.process.device) - began
 
     def read(self) -> dict:
-        """Means of the values, ms per step, samples per second, and this process's peak GPU memory (GB)."""
+        """Means of the values, ms per step, samples or tokens per second, this process's peak GPU memory (GB)."""
         device, n = self.process.device, len(self.sums)
         counts = torch.tensor([*self.counts.values(), self.samples], dtype=torch.float64, device=device)
         totals = torch.stack([x.double() for x in (*self.sums.values(), *counts)])
@@ -2059,7 +2059,7 @@ class Meter:
         seconds = time.perf_counter() - self.start
         record = {name: total / count for name, total, count in zip(self.sums, totals, totals[n:])}
         record["ms_per_step"] = 1e3 * seconds / max(1, self.steps)
-        record["samples_per_s"] = totals[-1] / seconds
+        record[f"{self.unit}_per_s"] = totals[-1] / seconds
         if device.type == "cuda":
             record["peak_gb"] = peak_memory(device)
         self.reset()
@@ -2151,11 +2151,12 @@ def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, 
     as a machine that is slow for a while is so for all rows.  A first turn, which may compile or capture,
     counts for the memory alone.
     """
-    device, found, overheads = process.device, {}, []
+    device, found, overheads, run = process.device, {}, [], describe_run(process)
+    print(f"\n{about}; {run['device']}, torch {run['torch']}, commit {run['commit']}", flush=True)
     reset_peak_memory(device)
     at_start = peak_memory(device)
     for turn in range(repeats + 1):
-        for name, forward in rows.items():
+        for name, forward in process.bar(rows.items(), f"turn {turn + 1} of {repeats + 1}"):
             times = timed_step(forward, finish, device)
             if name in sometimes:
                 share, other = sometimes[name]
@@ -2173,8 +2174,7 @@ def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, 
         overheads.append(((solved - start) / seconds, 1e3 * seconds / result.n_evals))
     median = {name: [statistics.median(column) for column in list(zip(*times[1:]))[:3]]
               + [at_start + max(row[3] for row in times)] for name, times in found.items()}
-    run, width = describe_run(process), max(map(len, rows))
-    print(f"\n{about}; {run['device']}, torch {run['torch']}, commit {run['commit']}")
+    width = max(map(len, rows))
     print(f"{'':{width}s} forward ms  backward ms   step ms  peak GB  {unit + '/s':>10s}  backward    step  "
           f"(ratios: {next(iter(rows))} / this)")
     _, first_backward, first_step, _ = next(iter(median.values()))

@@ -244,8 +244,8 @@ def complete(args, p, argv):
     if any(a >= b for a, b in zip(args.cutoffs, args.cutoffs[1:])):
         p.error(f"--cutoffs must increase, got {args.cutoffs}")
     if d_embed < args.div_val ** n:
-        p.error(f"--d-embed {d_embed}: the last of {n + 1} clusters would have width {d_embed} / "
-                f"{args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
+        p.error(f"--d-embed (or --d-model) {d_embed}: the last of {n + 1} clusters would have width "
+                f"{d_embed} / {args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
     if args.local_size == 0 and longest > 1000:
         p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the "
                 "rest has no effect; shorten the memory, or say how many it sees with --local-size")
@@ -943,7 +943,7 @@ def train(args, process, model, text):
     # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     run.start(about(args, model, text, segments), parameters=sum(p.numel() for p in model.parameters()))
-    meter = Meter(process)
+    meter = Meter(process, "tokens")
 
     def save(step):
         run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lam": lam,

@@ -1226,11 +1226,16 @@ def evaluate_checkpoint(args, process, data):
         splits = split(args, [int(graph.y) for graph in data])
         parts = {f"fold {fold}": ({**state, "model": w}, splits[fold][2])
                  for fold, w in sorted(weights.items())}
+    scores = []
     for name, (state, numbers) in parts.items():
         model = loaded(graph_model(args, data, args.seed), state)
         batch = make_batch([data[i] for i in numbers], process.device, with_2a=True)
         (one, _), (two, _) = evaluate(model, batch, process), evaluate(model, with_2a(batch), process)
+        scores.append((one, two))
         print(f"{name}: accuracy {one:.2f} % of {len(numbers)}; with 2A + I {two:.2f} %", flush=True)
+    if len(scores) > 1:
+        one, two = np.mean(scores, axis=0)
+        print(f"mean: accuracy {one:.2f} %; with 2A + I {two:.2f} %", flush=True)
 
 
 # --- benchmark ----------------------------------------------------------------------------------------------

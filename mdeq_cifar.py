@@ -193,7 +193,8 @@ def image_folders(root, process, *splits):
 
     class Folder(ImageFolder):
         def find_classes(self, directory):
-            entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+            there = os.scandir(directory) if os.path.isdir(directory) else ()
+            entries = [entry for entry in there if not entry.name.startswith(".")]
             left_out.extend(entry.path for entry in entries if not entry.is_dir())
             names = [entry.name for entry in entries if entry.is_dir()]
             if not names:
@@ -219,6 +220,8 @@ def image_folders(root, process, *splits):
 def decoded(folder, process):
     """The images of an ImageFolder.  They are decoded at each start: 60,000 take 10 to 15 s."""
     from torchvision.transforms.functional import pil_to_tensor
+    if process.rank == 0:
+        print(f"decoding {len(folder)} images", flush=True)
     x = torch.empty(len(folder), 3, 32, 32, dtype=torch.uint8)
     for i, (path, _) in enumerate(process.bar(folder.samples, "decoding")):
         try:
@@ -237,8 +240,10 @@ def balanced(images, size, flag):
         return images
     C = len(images.classes)
     each, smallest = size // C, int(images.y.bincount(minlength=C).min())
-    if size % C or each > smallest:
-        die(f"{flag} {size}: must be a multiple of the {C} classes, at most {C} x {smallest}")
+    if size % C:
+        die(f"{flag} {size}: must be a multiple of the {C} classes")
+    if each > smallest:
+        die(f"{flag} {size}: must be at most {C} x {smallest}, as the smallest class has {smallest} images")
     index = torch.cat([(images.y == c).nonzero()[:each, 0] for c in range(C)])  # sorted by class
     return images._replace(x=images.x[index], y=images.y[index])
 
@@ -595,7 +600,7 @@ def train(args, process, train_set, eval_set):
     optimizer = kind(model.parameters(), args.lr, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
     first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
-    score = {"last": math.nan, "best": 0.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
+    score = {"last": math.nan, "best": -1.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])

@@ -239,7 +239,8 @@ def image_folders(root, process, *splits):
 
     class Folder(ImageFolder):
         def find_classes(self, directory):
-            entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+            there = os.scandir(directory) if os.path.isdir(directory) else ()
+            entries = [entry for entry in there if not entry.name.startswith(".")]
             left_out.extend(entry.path for entry in entries if not entry.is_dir())
             names = [entry.name for entry in entries if entry.is_dir()]
             if not names:
@@ -651,7 +652,7 @@ def train(args, process, train_set, eval_set):
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
     first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
-    score = {"last": math.nan, "best": 0.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
+    score = {"last": math.nan, "best": -1.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])

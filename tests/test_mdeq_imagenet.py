@@ -494,7 +494,7 @@ def test_workers_never_keep_a_process_from_ending(last, codes, printed, ends):
     ("--radius-every 3 --radius-images 0", "--radius-images"), ("--accumulate 3", "--batch-size 8"),
     ("--batch-size 48", "there are only 42 training images"), ("--resume nowhere.pt --eval", "nowhere.pt"),
     ("--data nowhere --resume nowhere.pt --out unused", "--resume: there is no file nowhere.pt"),
-    ("--data nowhere", "'nowhere/train'")])
+    ("--data nowhere", "nowhere/train holds no class folders")])
 def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, small):
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, *SMALL_RUN, "--data", small, *flags.split())
@@ -542,7 +542,7 @@ def test_a_job_that_torchrun_restarts_must_find_its_checkpoint(capsys, monkeypat
 
 def break_no_val(root):
     (root / "val").rename(root / "test")
-    return f"'{root / 'val'}'; it must hold train/CLASS/*, val/CLASS/*"
+    return f"{root / 'val'} holds no class folders; it must hold train/CLASS/*, val/CLASS/*"
 
 
 def break_classes(root):

@@ -215,7 +215,7 @@ def test_every_image_counts_whatever_its_name_and_nothing_hidden_does(tmp_path, 
     image.save(tmp_path / "test" / "loose.png")
     train, test = load(tmp_path)
     assert train.classes == ["cat", "dog"] and train.y.bincount().tolist() == [7, 3] and len(test.y) == 6
-    (note,) = capsys.readouterr().out.splitlines()
+    note, *_ = capsys.readouterr().out.splitlines()
     assert note.startswith("note: 2 file(s) of --data that are no images") and note.endswith("notes.txt")
 
 

@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
 @pytest.mark.parametrize("flags, named", [
     ("--n-head 3", "--n-head 3"), ("--d-model 15 --n-head 1", "--d-model 15"),
     ("--cutoffs 20 10", "--cutoffs"), ("--cutoffs 0 10", "--cutoffs"), ("--cutoffs 10 41", "--cutoffs 10 41"),
-    ("--d-embed 8", "--d-embed 8"), ("--mem-len 995", "--local-size"), ("--eval-mem-len 8 995", "--local-size"),
+    ("--d-embed 8", "(or --d-model) 8"), ("--mem-len 995", "--local-size"), ("--eval-mem-len 8 995", "--local-size"),
     ("--local-size -1", "--local-size"), ("--lam 0", "--lam"), ("--lam nan", "--lam"), ("--lam best", "--lam"),
     ("--grad implicit --lam auto", "--lam auto"), ("--k 0", "--k"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
     ("--dropatt nan", "--dropatt"), ("--max-iter -1", "--max-iter"), ("--max-iter 0 --grad npg", "--max-iter 0"),
@@ -521,11 +521,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path, small):
     for event in ("train", "eval", "test"):             # what is logged is of all processes
         for one, two in zip(metrics(tmp_path / "one", event), metrics(tmp_path / "two", event), strict=True):
             assert one.keys() == two.keys()
-            measured = {"seconds", "ms_per_step", "samples_per_s"}
+            measured = {"seconds", "ms_per_step", "tokens_per_s"}
             for key in one.keys() - measured - {"event"}:
                 assert two[key] == pytest.approx(one[key], rel=2e-3), key
             if event == "train":
-                assert two["samples_per_s"] == pytest.approx(4 * 6 * 1e3 / two["ms_per_step"], rel=1e-6)
+                assert two["tokens_per_s"] == pytest.approx(4 * 6 * 1e3 / two["ms_per_step"], rel=1e-6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
