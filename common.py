@@ -2051,7 +2051,7 @@ class Meter:
         self.start += clock(self.process.device) - began
 
     def read(self) -> dict:
-        """Means of the values, ms per step, samples or tokens per second, this process's peak GPU memory (GB)."""
+        """Means of the values, ms per step, samples or tokens per second, and the peak GPU memory (GB)."""
         device, n = self.process.device, len(self.sums)
         counts = torch.tensor([*self.counts.values(), self.samples], dtype=torch.float64, device=device)
         totals = torch.stack([x.double() for x in (*self.sums.values(), *counts)])

@@ -292,6 +292,8 @@ def read_part(path, start, stop):
         while file.tell() < stop and (text := file.read(min(2 ** 20, stop - file.tell()))):
             if not text.endswith(b"\n"):
                 text += file.readline().rstrip(b"\n") + b"\n"       # the file's last line may have no end
+            if b"\0" in text:
+                raise ValueError("it holds NUL bytes: is it UTF-16? It must be UTF-8 text")
             words = text.decode("utf-8" if start or ids else "utf-8-sig")       # drops a byte order mark
             words = words.replace("\n", " <eos> ").split()
             ids.append(np.fromiter(map(number.__getitem__, words), np.int32, len(words)))
@@ -309,8 +311,9 @@ def read_tokens(path, number, size=2 ** 25):
     if not starts:
         raise ValueError("it is empty; get the file anew")
     workers = min(len(starts), 8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
-        parts = (pool.map if workers > 1 else map)(
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    with pool or contextlib.nullcontext():
+        parts = (pool.map if pool else map)(
             read_part, itertools.repeat(path), starts, (start + size for start in starts))
         for part, types in tqdm(parts, f"reading {path.name}", len(starts), leave=False,
                                 disable=not sys.stderr.isatty()):

@@ -59,13 +59,15 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import signal
-import tempfile
 import statistics
+import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -313,7 +315,7 @@ def load(args, process, make):
     PyG itself keeps what it has converted beside raw/, and takes it however raw/ has changed since.  Whatever
     is wrong with the files ends the run with one line that says what to do.
     """
-    raw = Path(args.data) / args.dataset / "raw"
+    raw = os.path.join(args.data, args.dataset, "raw")
     if args.dataset == "PPI":
         names = [f"{split}_{part}" for split in ("train", "valid", "test")
                  for part in ("graph.json", "feats.npy", "labels.npy", "graph_id.npy")]
@@ -322,13 +324,15 @@ def load(args, process, make):
                  for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
 
     def read():         # what is missing, too: another process may be downloading
-        missing = [name for name in names if not (raw / name).is_file()]
-        there = raw.is_dir() and any(raw.iterdir())         # PyG makes the folder before it downloads
+        missing = [name for name in names if not os.path.isfile(os.path.join(raw, name))]
+        there = len(missing) < len(names)
         if there and missing:
             die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' * (len(missing) > 4)};"
                 " unpack it anew, or remove the folder to have it downloaded")
         try:
-            with tempfile.TemporaryDirectory() as folder:
+            # PyG prints two lines at each start, of which only the download's are news.
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(
+                    io.StringIO() if there else sys.stderr):
                 return make(folder)
         except Exception as error:          # PyG lets through whatever network, archive or numbers raise
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -349,15 +353,21 @@ def check_graphs(args, graphs, nodes):
         die(f"{where} holds no graphs")
     for i, graph in enumerate(graphs):
         n = 0 if graph.x is None else len(graph.x)  # nodes
-        labels, expected = 0 if graph.y is None else len(graph.y), n if nodes else 1
+        labels = 0 if graph.y is None else len(graph.y) if nodes else graph.y.numel()
+        expected = n if nodes else 1
         if n == 0:
             die(f"{where}: graph {i} has no node features")
+        if graph.x.dim() != 2 or graph.x.shape[1] != graphs[0].x.shape[1]:
+            die(f"{where}: graph {i} has features of shape {tuple(graph.x.shape)}, not ({n}, "
+                f"{graphs[0].x.shape[-1]})")
         if not bool(graph.x.isfinite().all()):
             die(f"{where}: graph {i} has a feature that is not finite")
         try:
             graph.validate()
         except ValueError as error:
             die(f"{where}: graph {i} has an edge to a node outside 0..{n - 1} ({error})")
+        if not graph.is_undirected():
+            die(f"{where}: graph {i} has an edge in one direction only: A must be symmetric")
         if nodes and graph.edge_index.numel() == 0:
             die(f"{where}: graph {i} has no edges, so rho(A) = 0 and its projection has no radius; remove it")
         if labels != expected:
@@ -371,11 +381,18 @@ def load_tu(args, process):
     """COX2 or PROTEINS as a list of graphs; x is the one-hot node label."""
     def make(folder):
         raw = Path(args.data) / args.dataset / "raw" / args.dataset
-        if Path(f"{raw}_A.txt").is_file():          # PyG drops an index of 0 without a word
-            nodes = len(Path(f"{raw}_graph_indicator.txt").read_text().split())
+        if os.path.isfile(f"{raw}_A.txt"):          # what PyG would drop or shift without a word
+            lines = {part: Path(f"{raw}_{part}.txt").read_text()
+                     for part in ("A", "graph_indicator", "graph_labels", "node_labels")}
+            nodes = lines["graph_indicator"].count("\n")
             ends = np.loadtxt(f"{raw}_A.txt", delimiter=",", dtype=int)
             if ends.min() < 1 or ends.max() > nodes:
                 raise ValueError(f"an edge to a node outside 1..{nodes} in {raw}_A.txt")
+            for part, text in lines.items():
+                if not text.endswith("\n"):
+                    raise ValueError(f"the last line of {raw}_{part}.txt has no end: the file is cut short")
+            if lines["node_labels"].count("\n") != nodes:
+                raise ValueError(f"{raw}_node_labels.txt has not one line for each of the {nodes} nodes")
         Fresh = type("Fresh", (pyg().datasets.TUDataset,), {"processed_dir": folder})
         dataset = Fresh(args.data, args.dataset)
         return dataset.y, list(dataset)
@@ -398,15 +415,23 @@ def load_nodes(args, process):
     def make(folder):
         for part in ("train", "valid", "test"):
             file = root / "raw" / f"{part}_graph.json"
-            if file.is_file():          # PyG drops an edge to no node without a word
-                graph = json.loads(file.read_text())
-                ends = [link[end] for link in graph["links"] for end in ("source", "target")]
-                if min(ends) < 0 or max(ends) >= len(graph["nodes"]):
-                    raise ValueError(f"an edge to a node outside 0..{len(graph['nodes']) - 1} in {file.name}")
+            if os.path.isfile(file):    # what PyG would drop or shift without a word
+                links = json.loads(file.read_text())["links"]
+                graph_of = np.load(root / "raw" / f"{part}_graph_id.npy")
+                ends = np.array([[link["source"], link["target"]] for link in links])       # (links, 2)
+                if ends.dtype.kind != "i" or ends.min() < 0 or ends.max() >= len(graph_of):
+                    raise ValueError(f"an edge to a node outside 0..{len(graph_of) - 1} in {file.name}")
+                if (graph_of[ends[:, 0]] != graph_of[ends[:, 1]]).any():
+                    raise ValueError(f"an edge from one graph to another in {file.name}")
+                first = np.unique(graph_of, return_index=True)[1]
+                if not np.isin(first, ends).all():
+                    raise ValueError(f"a graph whose first node has no edge in {file.name}")
         PPI = type("Fresh", (pyg().datasets.PPI,), {"processed_dir": folder})
         return [list(PPI(root, split=part)) for part in ("train", "val", "test")]
 
-    return [check_graphs(args, graphs, nodes=True) for graphs in load(args, process, make)]
+    splits = load(args, process, make)
+    check_graphs(args, [graph for graphs in splits for graph in graphs], nodes=True)
+    return splits
 
 
 def stratified_folds(labels, folds, seed):

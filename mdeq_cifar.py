@@ -66,7 +66,8 @@ PRESETS = {"tiny": dict(max_iter=22, backward_max_iter=24, epochs=50, augment="n
 
 
 def presets(args):
-    return {**PRESETS[args.model], **PRESETS[args.optimizer], **PRESETS.get(args.data, {})}
+    toy = PRESETS["toy"] if args.data == "toy" else {}
+    return {**PRESETS[args.model], **PRESETS[args.optimizer], **toy}
 
 
 def parse_args(argv=None):
@@ -163,67 +164,85 @@ def read_image(path):
     """An RGB image.  Of 16-bit grey the high byte is taken, as PIL itself does with 16-bit colour."""
     from PIL import Image
     with Image.open(path) as image:
-        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))      # convert() would clip it
-        if image.mode in ("I", "F"):
-            raise ValueError("its pixels are 32-bit numbers of no known range; save it with 8 or 16 bits")
+        if image.mode[0] in "IF" and image.format not in ("PNG", "PPM"):
+            raise ValueError(f"what is white is not known in a {image.format} of mode {image.mode}: save it "
+                             "as PNG, or with 8 bits")
+        if image.mode[0] == "I":            # 0 to 65535, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
 
 
 def image_folders(root, process, *splits):
-    """torchvision's ImageFolder of ROOT/SPLIT/CLASS/* for each split, with all that PIL can read.
+    """[(classes, [(path, label)])] of ROOT/SPLIT/CLASS/* for each split, in torchvision's order.
 
-    Hidden files and folders do not count.  Other files that are no images are left out with a note.
+    Folders that are numbers are the classes of these numbers: 2 comes before 10.  Hidden files and folders do
+    not count.  What else is no image, or in no class folder, is left out with a note.
     """
-    from PIL import Image           # here, as they take a second
-    from torchvision.datasets import ImageFolder
-    known, left_out, root = Image.registered_extensions(), [], Path(root)
+    from PIL import Image
+    known, left_out, folders = Image.registered_extensions(), [], []
 
     def is_image(path):
-        if os.sep + "." in path[len(str(root)):]:
-            return False
         if os.path.splitext(path)[1].lower() in known:
             return True
         try:
-            Image.open(path).close()
+            if os.path.isfile(path):
+                Image.open(path).close()
+                return True
+        except PermissionError:
+            raise
         except Exception:           # PIL raises half a dozen types
-            left_out.append(path)
-            return False
-        return True
+            pass
+        left_out.append(path)
+        return False
 
-    class Folder(ImageFolder):
-        def find_classes(self, directory):
-            there = os.scandir(directory) if os.path.isdir(directory) else ()
-            entries = [entry for entry in there if not entry.name.startswith(".")]
-            left_out.extend(entry.path for entry in entries if not entry.is_dir())
-            names = [entry.name for entry in entries if entry.is_dir()]
-            if not names:
-                raise FileNotFoundError(f"{directory} holds no class folders")
-            names.sort(key=int if all(map(str.isdecimal, names)) else None)     # 2 comes before 10
-            return names, {name: number for number, name in enumerate(names)}
+    def images(folder):
+        """Also in folders below, but not through links, which may lead back here."""
+        def stop(error):
+            raise error
+
+        for place, inner, files in sorted(os.walk(folder, onerror=stop)):
+            if os.sep + "." not in place[len(folder):]:
+                left_out.extend(path for path in (os.path.join(place, name) for name in inner)
+                                if os.path.islink(path))
+                yield from (path for path in (os.path.join(place, name) for name in sorted(files)
+                                              if not name.startswith(".")) if is_image(path))
 
     try:
-        folders = [Folder(root / split, is_valid_file=is_image) for split in splits]
-    except (OSError, RuntimeError) as error:        # no folder, no class, or a class without images
+        for split in (os.path.join(root, split) for split in splits):
+            there = os.scandir(split) if os.path.isdir(split) else ()
+            entries = [entry for entry in there if not entry.name.startswith(".")]
+            left_out.extend(entry.path for entry in entries if not entry.is_dir())
+            classes = [entry.name for entry in entries if entry.is_dir()]
+            classes.sort(key=(lambda n: (int(n), n)) if all(map(str.isdecimal, classes)) else None)
+            samples = []
+            for name in sorted(classes):
+                before = len(samples)
+                samples += [(path, classes.index(name)) for path in images(os.path.join(split, name))]
+                if len(samples) == before:
+                    raise OSError(f"there is no image in {os.path.join(split, name)}")
+            if not classes:
+                raise OSError(f"{split} holds no class folders")
+            folders.append((classes, samples))
+    except OSError as error:
         die(f"--data {root}: {str(error)[:200]}; it must hold {'/CLASS/*, '.join(splits)}/CLASS/* "
             "(--data toy needs none)")
     if left_out and process.rank == 0:
         print(f"note: {len(left_out)} file(s) of --data that are no images, or in no class folder, are left "
               f"out, as {left_out[0]}", flush=True)
-    a, b = set(folders[0].classes), set(folders[-1].classes)
+    a, b = set(folders[0][0]), set(folders[-1][0])
     if a != b:
         die(f"--data {root}: {splits[0]}/ and {splits[-1]}/ must hold the same class folders; only in "
             f"{splits[0]}: {sorted(a - b)[:5]}, only in {splits[-1]}: {sorted(b - a)[:5]}")
     return folders
 
 
-def decoded(folder, process):
-    """The images of an ImageFolder.  They are decoded at each start: 60,000 take 10 to 15 s."""
+def decoded(classes, samples, process):
+    """The images of a folder.  They are decoded at each start: 60,000 take 10 to 15 s."""
     from torchvision.transforms.functional import pil_to_tensor
     if process.rank == 0:
-        print(f"decoding {len(folder)} images", flush=True)
-    x = torch.empty(len(folder), 3, 32, 32, dtype=torch.uint8)
-    for i, (path, _) in enumerate(process.bar(folder.samples, "decoding")):
+        print(f"decoding {len(samples)} images", flush=True)
+    x = torch.empty(len(samples), 3, 32, 32, dtype=torch.uint8)
+    for i, (path, _) in enumerate(process.bar(samples, "decoding")):
         try:
             image = pil_to_tensor(read_image(path))
             if image.shape != (3, 32, 32):
@@ -231,7 +250,7 @@ def decoded(folder, process):
         except Exception as error:          # PIL raises half a dozen types for a broken file
             die(f"--data: cannot use the image {path} ({error}); replace or remove it")
         x[i] = image
-    return Images(x, torch.tensor(folder.targets), folder.classes)
+    return Images(x, torch.tensor([label for _, label in samples]), classes)
 
 
 def balanced(images, size, flag):
@@ -251,11 +270,14 @@ def balanced(images, size, flag):
 def load_images(args, process):
     """(training images, test images) on the device."""
     root = Path(args.data)
-    there = os.listdir(root) if root.is_dir() else []
+    try:
+        there = os.listdir(root) if os.path.isdir(root) else []
+    except OSError as error:
+        die(f"--data: cannot read {root} ({error.strerror})")
     if args.data == "toy":
         train_set, eval_set = toy_images(args.train_size or 2000, 1), toy_images(args.test_size or 1000, 2)
     elif "train" in there or there and not any(name.startswith("cifar-10-") for name in there):
-        train_set, eval_set = (decoded(f, process) for f in image_folders(root, process, "train", "test"))
+        train_set, eval_set = (decoded(*f, process) for f in image_folders(root, process, "train", "test"))
     else:
         from torchvision.datasets import CIFAR10
         try:
@@ -594,6 +616,7 @@ def train(args, process, train_set, eval_set):
     steps_per_epoch = math.ceil(N / args.batch_size)        # the last, incomplete batch is kept
     steps = args.epochs * steps_per_epoch
     run = Run(args, process, f"{args.model}-{args.grad}", classes=train_set.classes, images=N,
+              train_images=train_set.fingerprint(),
               may_differ="cosine_every radius_every compile cuda_graph memory_format")
     model = build_model(args, len(train_set.classes), process)
     kind = functools.partial(torch.optim.SGD, momentum=0.9) if args.optimizer == "sgd" else torch.optim.Adam

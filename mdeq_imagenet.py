@@ -44,7 +44,6 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 # Large CPU tensors get pages of 2 MB: MDEQ.f of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it at its first allocation
@@ -71,7 +70,7 @@ PRESETS = {"small": dict(channels=[32, 64, 128, 256], head_channels=[24, 48, 96,
 
 
 def presets(args):
-    return {**PRESETS["small"], **PRESETS.get(args.data, {})}
+    return {**PRESETS["small"], **(PRESETS["toy"] if args.data == "toy" else {})}
 
 
 def parse_args(argv=None):
@@ -174,9 +173,11 @@ class Images(torch.utils.data.Dataset):
             raise OSError(f"cannot read the image {path} ({' '.join(str(error).split())}); "
                           "replace or remove it")
 
-    def fingerprint(self):
-        names = [os.path.basename(path) for path in self.paths.tolist()]
-        return hashlib.sha256(repr(names).encode() + self.y.tobytes()).hexdigest()[:16]
+    def fingerprint(self, sizes=False):
+        """A hash of names and labels; sizes: also of the files' sizes, which takes a while for a million."""
+        facts = [os.path.basename(path) for path in self.paths.tolist()]
+        facts += [os.path.getsize(path) for path in self.paths.tolist()] if sizes else []
+        return hashlib.sha256(repr(facts).encode() + self.y.tobytes()).hexdigest()[:16]
 
 
 def toy_image(name):
@@ -209,54 +210,72 @@ def read_image(path):
     """An RGB image.  Of 16-bit grey the high byte is taken, as PIL itself does with 16-bit colour."""
     from PIL import Image
     with Image.open(path) as image:
-        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))      # convert() would clip it
-        if image.mode in ("I", "F"):
-            raise ValueError("its pixels are 32-bit numbers of no known range; save it with 8 or 16 bits")
+        if image.mode[0] in "IF" and image.format not in ("PNG", "PPM"):
+            raise ValueError(f"what is white is not known in a {image.format} of mode {image.mode}: save it "
+                             "as PNG, or with 8 bits")
+        if image.mode[0] == "I":            # 0 to 65535, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
 
 
 def image_folders(root, process, *splits):
-    """torchvision's ImageFolder of ROOT/SPLIT/CLASS/* for each split, with all that PIL can read.
+    """[(classes, [(path, label)])] of ROOT/SPLIT/CLASS/* for each split, in torchvision's order.
 
-    Hidden files and folders do not count.  Other files that are no images are left out with a note.
+    Folders that are numbers are the classes of these numbers: 2 comes before 10.  Hidden files and folders do
+    not count.  What else is no image, or in no class folder, is left out with a note.
     """
-    from PIL import Image           # here, as they take a second
-    from torchvision.datasets import ImageFolder
-    known, left_out, root = Image.registered_extensions(), [], Path(root)
+    from PIL import Image
+    known, left_out, folders = Image.registered_extensions(), [], []
 
     def is_image(path):
-        if os.sep + "." in path[len(str(root)):]:
-            return False
         if os.path.splitext(path)[1].lower() in known:
             return True
         try:
-            Image.open(path).close()
+            if os.path.isfile(path):
+                Image.open(path).close()
+                return True
+        except PermissionError:
+            raise
         except Exception:           # PIL raises half a dozen types
-            left_out.append(path)
-            return False
-        return True
+            pass
+        left_out.append(path)
+        return False
 
-    class Folder(ImageFolder):
-        def find_classes(self, directory):
-            there = os.scandir(directory) if os.path.isdir(directory) else ()
-            entries = [entry for entry in there if not entry.name.startswith(".")]
-            left_out.extend(entry.path for entry in entries if not entry.is_dir())
-            names = [entry.name for entry in entries if entry.is_dir()]
-            if not names:
-                raise FileNotFoundError(f"{directory} holds no class folders")
-            names.sort(key=int if all(map(str.isdecimal, names)) else None)     # 2 comes before 10
-            return names, {name: number for number, name in enumerate(names)}
+    def images(folder):
+        """Also in folders below, but not through links, which may lead back here."""
+        def stop(error):
+            raise error
+
+        for place, inner, files in sorted(os.walk(folder, onerror=stop)):
+            if os.sep + "." not in place[len(folder):]:
+                left_out.extend(path for path in (os.path.join(place, name) for name in inner)
+                                if os.path.islink(path))
+                yield from (path for path in (os.path.join(place, name) for name in sorted(files)
+                                              if not name.startswith(".")) if is_image(path))
 
     try:
-        folders = [Folder(root / split, is_valid_file=is_image) for split in splits]
-    except (OSError, RuntimeError) as error:        # no folder, no class, or a class without images
+        for split in (os.path.join(root, split) for split in splits):
+            there = os.scandir(split) if os.path.isdir(split) else ()
+            entries = [entry for entry in there if not entry.name.startswith(".")]
+            left_out.extend(entry.path for entry in entries if not entry.is_dir())
+            classes = [entry.name for entry in entries if entry.is_dir()]
+            classes.sort(key=(lambda n: (int(n), n)) if all(map(str.isdecimal, classes)) else None)
+            samples = []
+            for name in sorted(classes):
+                before = len(samples)
+                samples += [(path, classes.index(name)) for path in images(os.path.join(split, name))]
+                if len(samples) == before:
+                    raise OSError(f"there is no image in {os.path.join(split, name)}")
+            if not classes:
+                raise OSError(f"{split} holds no class folders")
+            folders.append((classes, samples))
+    except OSError as error:
         die(f"--data {root}: {str(error)[:200]}; it must hold {'/CLASS/*, '.join(splits)}/CLASS/* "
             "(--data toy needs none)")
     if left_out and process.rank == 0:
         print(f"note: {len(left_out)} file(s) of --data that are no images, or in no class folder, are left "
               f"out, as {left_out[0]}", flush=True)
-    a, b = set(folders[0].classes), set(folders[-1].classes)
+    a, b = set(folders[0][0]), set(folders[-1][0])
     if a != b:
         die(f"--data {root}: {splits[0]}/ and {splits[-1]}/ must hold the same class folders; only in "
             f"{splits[0]}: {sorted(a - b)[:5]}, only in {splits[-1]}: {sorted(b - a)[:5]}")
@@ -277,7 +296,7 @@ def load_images(args, process):
     else:
         folders = image_folders(args.data, process, *(("val",) if args.eval else ("train", "val")))
         train_set, eval_set = (
-            Images(f.samples, f.classes, read_image, crop) for f in (folders[0], folders[-1]))
+            Images(samples, classes, read_image, crop) for classes, samples in (folders[0], folders[-1]))
     if args.augment == "yes":
         train_set.transform = random_crop
     if not args.eval and len(train_set.y) < args.batch_size:
@@ -331,7 +350,9 @@ def read(images, keys, args, process):
             waited = time.perf_counter() - asked
             yield prepare(x, args, process.device), y.to(process.device, non_blocking=True), waited
             asked = time.perf_counter()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:        # RuntimeError: a worker was killed, or one of the GPU's
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
         what = str(error.with_traceback(None))          # a traceback is a cycle that keeps the workers
         die(f"--data: {what.splitlines()[-1].removeprefix('OSError: ')}")       # below a worker's traceback
 
@@ -629,8 +650,10 @@ def initialise(args, model, classes, process):
     """--init: the weights of a checkpoint, with a new classifier if its classes are others."""
     state, own = load_checkpoint(args.init, flag="--init"), model.state_dict()
     found = state.get("model" if is_ours(state) else "state_dict", state) if isinstance(state, dict) else {}
-    # An official checkpoint names no classes: they are taken for these.
     same = not is_ours(state) or state.get("facts", {}).get("classes") == classes
+    if not is_ours(state) and process.rank == 0:
+        print(f"note: {args.init} names no classes: its first is taken for {classes[0]!r}, its last for "
+              f"{classes[-1]!r}", flush=True)
     for key in list(found):
         name = str(key).removeprefix("module.")
         if name.startswith("classifier.") and not (same and len(found[key]) == len(own[name])):
@@ -646,13 +669,15 @@ def train(args, process, train_set, eval_set):
     steps_per_epoch = N // args.batch_size                  # the last, incomplete batch is dropped
     steps = args.epochs * steps_per_epoch
     run = Run(args, process, f"imagenet-{args.grad}", classes=train_set.classes, images=N,
+              train_images=train_set.fingerprint(),
               may_differ="init workers radius_every radius_images compile cuda_graph memory_format")
     model = build_model(args, len(train_set.classes), process)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
     first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
-    score = {"last": math.nan, "best": -1.0, "best_epoch": 0, "measured_on": eval_set.fingerprint()}
+    score = {"last": math.nan, "best": -1.0, "best_epoch": 0, 
+             "measured_on": eval_set.fingerprint(sizes=args.data != "toy")}
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])

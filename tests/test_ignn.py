@@ -885,13 +885,24 @@ def edit(root, part, change, name="COX2"):
     ("A", lambda lines: [*lines, "1, 9999"], "edge to a node outside"),
     ("A", lambda lines: [*lines, "x, y"], "damaged"),
     ("A", lambda lines: [*lines, "0, 1"], "edge to a node outside"),
-    ("node_labels", lambda lines: lines[:-3], "damaged")])
+    ("node_labels", lambda lines: lines[:-3], "damaged"),
+    ("node_labels", lambda lines: [lines[0], *lines], "one line for each"),
+    ("A", lambda lines: lines[:-1], "in one direction only")])
 def test_damaged_files_end_in_one_line(part, change, message, tmp_path, capsys):
     write_tu(tmp_path)
     edit(tmp_path, part, change)
     error = refused(capsys, *SMALL, "--data", tmp_path, "--out", tmp_path / "run")
     assert "--data" in error and "COX2" in error and message in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["A", "graph_labels"])
+def test_a_file_that_is_cut_short_is_named(part, tmp_path, capsys):
+    """PyG would leave out a last line that has no end."""
+    write_tu(tmp_path)
+    path = tmp_path / "COX2" / "raw" / f"COX2_{part}.txt"
+    path.write_text(path.read_text()[:-1])
+    assert f"the last line of {path} has no end" in refused(capsys, *SMALL, "--data", tmp_path)
 
 
 def test_missing_files_are_named(tmp_path, capsys):
@@ -941,14 +952,20 @@ def test_data_that_are_neither_there_nor_downloadable_are_named(tmp_path, capsys
         assert "no route to host" in error and f"unpack it to {tmp_path / 'none' / 'COX2' / 'raw'}" in error
 
 
-def test_an_edge_of_ppi_to_no_node_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("change, message", [
+    (lambda links: [*links, {"source": 0, "target": 999}], "an edge to a node outside"),
+    (lambda links: [*links, {"source": 0, "target": 1.5}], "an edge to a node outside"),
+    (lambda links: [*links, {"source": 0, "target": 14}], "an edge from one graph to another"),
+    (lambda links: [x for x in links if 0 not in x.values()], "a graph whose first node has no edge")])
+def test_edges_of_ppi_that_would_be_lost_or_moved_are_named(change, message, tmp_path, capsys):
+    """PyG drops an edge to no node of its graph, and counts nodes from the first one that has an edge."""
     write_ppi(tmp_path)
     path = tmp_path / "PPI" / "raw" / "valid_graph.json"
     graph = json.loads(path.read_text())
-    graph["links"].append({"source": 0, "target": 999})
+    graph["links"] = change(graph["links"])
     path.write_text(json.dumps(graph))
-    flags = ["--data", tmp_path, *"--dataset PPI --hidden 4 --epochs 1 --tol 1e-3 --out".split(), tmp_path / "out"]
-    assert "an edge to a node outside" in refused(capsys, *flags)
+    flags = ["--data", tmp_path, *"--dataset PPI --hidden 4 --epochs 1 --tol 1e-3".split(), "--out", tmp_path / "out"]
+    assert message in refused(capsys, *flags)
 
 
 def test_an_official_ppi_checkpoint_is_not_evaluated_with_another_adjacency(ppi, tmp_path, capsys):

@@ -193,13 +193,13 @@ def test_grey_and_transparent_files_become_three_channels(tmp_path):
 def test_sixteen_bits_become_eight_and_numbers_without_a_range_are_refused(tmp_path):
     """PIL's convert("RGB") would clip at 255: all that is not nearly black would be white."""
     x = np.array([[0, 255, 256], [65535, 40000, 513]])
-    for name, mode in (("a.png", np.uint16), ("b.tif", np.uint16), ("c.pgm", np.uint16), ("d.tif", ">u2")):
+    for name, mode in (("a.png", np.uint16), ("b.pgm", np.uint16)):
         Image.fromarray(x.astype(mode)).save(tmp_path / name)
         image = mdeq_cifar.read_image(tmp_path / name)
         assert image.mode == "RGB" and np.asarray(image)[:, :, 1].tolist() == [[0, 0, 1], [255, 156, 2]], name
-    for kind in (np.int32, np.float32):
+    for kind in (np.uint16, np.int32, np.float32):          # of 16 bits a TIFF may use 12, or have white at 0
         Image.fromarray(x.astype(kind)).save(tmp_path / "e.tif")
-        with pytest.raises(ValueError, match="32-bit"):
+        with pytest.raises(ValueError, match="what is white is not known in a TIFF"):
             mdeq_cifar.read_image(tmp_path / "e.tif")
 
 
@@ -213,10 +213,13 @@ def test_every_image_counts_whatever_its_name_and_nothing_hidden_does(tmp_path, 
         (tmp_path / split / ".ipynb_checkpoints").mkdir()
         image.save(tmp_path / split / ".ipynb_checkpoints" / "a.png")
     image.save(tmp_path / "test" / "loose.png")
+    (tmp_path / "test" / "dog" / "more").mkdir()
+    image.save(tmp_path / "test" / "dog" / "more" / "a.png")
+    (tmp_path / "test" / "dog" / "again").symlink_to(tmp_path / "test" / "dog")        # without end
     train, test = load(tmp_path)
-    assert train.classes == ["cat", "dog"] and train.y.bincount().tolist() == [7, 3] and len(test.y) == 6
+    assert train.classes == ["cat", "dog"] and train.y.bincount().tolist() == [7, 3] and len(test.y) == 7
     note, *_ = capsys.readouterr().out.splitlines()
-    assert note.startswith("note: 2 file(s) of --data that are no images") and note.endswith("notes.txt")
+    assert note.startswith("note: 3 file(s) of --data that are no images") and note.endswith("notes.txt")
 
 
 def test_folders_that_are_numbers_are_the_classes_of_these_numbers(tmp_path):
@@ -224,6 +227,30 @@ def test_folders_that_are_numbers_are_the_classes_of_these_numbers(tmp_path):
     make_folder(tmp_path, classes=names, each=1)
     train, _ = load(tmp_path)           # files are read in the order of their names: 0, 1, 10, 11, 2, ...
     assert train.classes == names and train.y.tolist() == list(map(int, sorted(names)))
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("1", "01", "2")])
+def test_images_are_in_the_order_of_torchvision(classes, tmp_path):
+    """Runs of earlier versions had torchvision's ImageFolder: a seed means the same batches."""
+    make_folder(tmp_path, classes)
+    ((ours, samples),) = mdeq_cifar.image_folders(tmp_path, CPU, "train")
+    assert [path for path, _ in samples] == [path for path, _ in torchvision.datasets.ImageFolder(
+        tmp_path / "train").samples]
+    assert ours == sorted(classes)
+
+
+def test_a_folder_named_like_a_preset_is_no_preset():
+    assert parse_args(["--data", "large"]).epochs == 50
+
+
+def test_a_run_knows_the_pixels_that_it_began_with(tmp_path, capsys):
+    """As many images in the same classes, other pixels."""
+    make_folder(tmp_path / "data")
+    flags = [*"--batch-size 3 --max-iter 1 --k 1 --epochs 1".split(), "--data", tmp_path / "data",
+             "--out", tmp_path / "out"]
+    run(*flags)
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "train" / "cat" / "0.png")
+    assert "is of a run with train_images" in refused(capsys, *flags, "--resume", "auto")
 
 
 def test_cifar10_is_not_downloaded_among_other_files(tmp_path, monkeypatch, capsys):

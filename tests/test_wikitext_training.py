@@ -352,7 +352,8 @@ def test_a_window_that_is_named_may_be_shorter_than_the_memory():
 
 @pytest.mark.parametrize("split, content, named", [
     ("valid", b"", "valid.txt: it is empty"), ("train", b"", "train.txt: it is empty"), ("test", b"w1 zebra \n", "'zebra'"),
-    ("train", b"w1 w2 \n \xff\xfe broken \n", "not UTF-8"), ("valid", None, "wiki.valid.tokens")])
+    ("train", b"w1 w2 \n \xff\xfe broken \n", "not UTF-8"),
+    ("train", "w1 w2 \n".encode("utf-16-le"), "NUL bytes"), ("valid", None, "wiki.valid.tokens")])
 def test_broken_texts_are_named(split, content, named, capsys, tmp_path):
     root = make_text(tmp_path / "text")
     path = root / f"{split}.txt"
