@@ -7,10 +7,24 @@
     python deq_wikitext.py --generate "The game was" --resume FILE          # continues it; toy text: "w5 w17"
     python deq_wikitext.py --benchmark --batch-size 14 --backward-solver broyden    # times, memory of Table 3
 
+Words:
+    h* = F(h*; u), J            Eq. (1): state h, equilibrium module F, equilibrium h*.  J = dF/dh
+    u, the injection            how the tokens enter F: it is added to the queries, keys and values
+    PostLN, PreLN               layer normalisation after, or before, each part of F
+    UPG A_{k,lam}, NPG          phantom gradients: k steps from h* with damping lam, Eq. (16), or a Neumann
+                                series of k terms, Eq. (17)
+    JR                          Jacobian regularisation: a loss term for the size of J
+    jitter                      in training the solver has a random number of iterations fewer
+    stream, segment, memory     the text is cut into streams, read side by side.  A step reads the next
+                                segment of each, and attends also to the memory: h and u of the tokens before
+    type, cluster               a type is an entry of the vocabulary.  The adaptive softmax splits them by
+                                frequency: the head has the frequent ones, and one column for each cluster
+                                of rarer ones ("tail"), which have narrower embeddings
+
 Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens,
 the content of the archive wikitext-103-v1.zip, or the same three as train.txt, valid.txt and test.txt.
 --eval and --generate read it too, for the vocabulary.  Our checkpoints bring the flags of text, model, solver
-and memory.  An official one has none: give the model flags of its row (--norm above all: no file tells).
+and memory.  An official one has no flags: give the model flags of its row.  Nothing in the file tells --norm.
 
 Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed relative
 to the first row.  Each row is torchrun --nproc_per_node=4 deq_wikitext.py with
@@ -21,7 +35,7 @@ to the first row.  Each row is torchrun --nproc_per_node=4 deq_wikitext.py with
                       --jr 2.0 --jr-freq 0.4 --jr-increment 30000
           24.4  2.2x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 14 --jitter 2 --jr 0.1
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
-          fails -     --grad npg                    # App. D.3: --jr helps, or, without a number, the next row
+          fails -     --grad npg                    # App. D.3.  --jr or the next row helps (no number)
           -     -     --grad npg --lam auto         # lam = 1 / rho(J)
 The paper solves backwards by Broyden's method; the default here is GMRES.
 torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks,
@@ -35,9 +49,9 @@ What makes it faster (--benchmark with the flag measures all but --accumulate):
                                 turns them off
     --accumulate n              not faster: 1/n of the activations, and new dropout masks for each part
     --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
-    always on                   once per forward: effective weights, position keys, keys and values of the
-                                memory.  Fused attention inside the solver (dropatt 0).  Targets are sorted
-                                into clusters on the host.
+    always on                   weights, keys of positions, keys and values of the memory are computed once
+                                per forward.  The solver has fused attention (if dropatt is 0).  Targets are
+                                sorted into clusters on the host.
 What costs: a step with the JR term (--jr) calls F once more.
 No --cuda-graph, as mdeq_*.py have: the clusters of the softmax are as large as a batch happens to need.
 
@@ -71,7 +85,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
+# Large CPU tensors then lie in 2 MB pages, which is faster.  torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
@@ -89,11 +103,12 @@ from common import (Meter, Run, adaptive_damping, add_run_flags, anderson, bench
                     note_differences, parse_flags, rng_state, save_checkpoint, seed_everything, set_rng_state,
                     spectral_radius, spell, upg, within)
 
+# gmres is for the backward solve alone: it needs an affine map.
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
-# What --model decides beside the options: torchdeq's F differs in more than its size.
+# What --model decides beyond the options below: torchdeq's F differs from the paper's in more than its size.
 MODELS = {"deq": {}, "deq-lm": dict(n_blocks=3, preln_residual="raw", ln_affine=True, attn_out_ln=True,
                                     init_before_norm=True)}
-# The defaults of options.  A later row wins: the paper's PostLN row, torchdeq's model, the generated text.
+# Defaults of the options: the paper's PostLN row, what torchdeq's model changes, what the toy text changes.
 PRESETS = {
     "deq": dict(norm="post", d_model=700, n_head=10, d_inner=48000, cutoffs=[20000, 40000, 200000],
                 dropout=0.05, k=5, lam=0.8, max_iter=30, backward_max_iter=35, pretrain_steps=32000,
@@ -105,11 +120,11 @@ PRESETS = {
                 backward_max_iter=12, pretrain_steps=0, steps=1000, warmup_steps=50, batch_size=20,
                 segment=30, mem_len=30, lr=2e-3, eval_every=250, log_every=50)}
 MODEL_FLAGS = "model norm d_model d_embed n_head d_inner cutoffs div_val"
-# What --eval and --generate take from a checkpoint of ours if it is not given.
+# What --eval and --generate take from a checkpoint of ours if the command does not give it.
 FROM_CHECKPOINT = MODEL_FLAGS + (
     " data vocab local_size solver max_iter tol k lam segment mem_len pretrain_steps pretrain_layers "
     "eval_streams eval_mem_len eval_solver eval_max_iter")
-# What may change when a run is continued: it changes the training by rounding at most.
+# What may change when a run is continued: no more than rounding and the dropout masks drawn depend on it.
 MAY_DIFFER = ("init radius_every compile checkpoint_blocks accumulate eval_streams eval_mem_len eval_solver "
               "eval_max_iter generate generate_tokens temperature")
 
@@ -119,7 +134,7 @@ def presets(args):
     if args.data == "toy":
         found.update(PRESETS["toy"])
         if args.model == "deq-lm":
-            found["max_iter"] = 0
+            found["max_iter"] = 0   # deq-lm has no solver on the toy text either
     return found
 
 
@@ -129,20 +144,20 @@ def eval_memories(args):
 
 
 def number_or_auto(text):
-    """The type of --lam."""
+    """The argparse type of --lam."""
     return text if text == "auto" else within(float, "(0, 1]")(text)
 
 
 def parse_args(argv=None):
     p = make_parser("Trains a DEQ-Transformer on WikiText-103.  Without options: PostLN, UPG A_{5,0.8}.  The "
                     "defaults of --model deq-lm and --data toy are in PRESETS.")
-    count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
-    share, positive = within(float, "[0, 1)"), within(float, "[0, inf)")
+    count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")       # whole numbers, from 1 and from 0
+    share, positive = within(float, "[0, 1)"), within(float, "[0, inf)")    # shares of 1, and numbers from 0
     add = p.add_argument_group("data").add_argument
     add("--data", default="data/wikitext-103", type=os.path.expanduser, help="folder with "
         "wiki.{train,valid,test}.tokens or {train,valid,test}.txt; or 'toy': text of a known random source")
     add("--vocab", choices=["train", "all"], default="train",
-        help="types are of the training text, or of all three")
+        help="the texts whose types make the vocabulary: the training text, or all three")
 
     add = p.add_argument_group("model").add_argument
     add("--model", choices=list(MODELS), default="deq",
@@ -153,13 +168,13 @@ def parse_args(argv=None):
     add("--n-head", type=count, help="attention heads")
     add("--d-inner", type=count, help="hidden width of the feed-forward part")
     add("--cutoffs", type=count, nargs="+",
-        help="the first types, by falling frequency, of the softmax clusters after the first")
+        help="where the softmax clusters after the first begin, as ranks of types by falling frequency")
     add("--div-val", type=count, default=4,
-        help="factor between the embedding widths of a cluster and the next")
+        help="embeddings of each cluster are this many times narrower than those of the one before")
     add("--local-size", type=natural, default=0,
         help="keys that a position sees, itself included; 0: 1000, and --mem-len plus --segment must then be "
         "at most that")
-    add("--dropout", type=share, help="probability of variational dropout")
+    add("--dropout", type=share, help="dropout, with one mask for all evaluations of F in a step")
     add("--dropatt", type=share, default=0.0, help="the same for attention probabilities")
     add("--output-dropout", choices=["tokens", "channels"], default="tokens",
         help="what is dropped before the softmax: whole tokens, as in the official code, or channels")
@@ -175,13 +190,14 @@ def parse_args(argv=None):
     add("--solver", choices=["broyden", "anderson", "fixed-point"], default="broyden",
         help="finds the equilibrium")
     add("--max-iter", type=natural, help="iterations of the solver; 0: no solver, UPG from zero")
-    add("--jitter", type=natural, default=0, help="in training up to this many fewer, drawn for each batch")
+    add("--jitter", type=natural, default=0,
+        help="in training up to this many iterations fewer, drawn anew for each step")
     add("--tol", type=positive, default=1e-3,
         help="relative residual at which a stream counts as solved; 0: always the whole budget")
     add("--backward-solver", choices=list(SOLVERS), default="gmres",
         help="solver of --grad implicit's backward pass")
-    add("--backward-max-iter", type=count, help="its iterations")
-    add("--pretrain-steps", type=natural, help="first steps, which unroll F in place of the solver")
+    add("--backward-max-iter", type=count, help="iterations of the backward solver")
+    add("--pretrain-steps", type=natural, help="this many first steps unroll F, without a solver")
     add("--pretrain-layers", type=count, default=2, help="evaluations of F in a step of pretraining")
     add("--jr", type=positive, default=0.0, help="weight of the Jacobian regularisation")
     add("--jr-freq", type=within(float, "(0, 1]"), default=0.4, help="share of the steps that have it")
@@ -204,11 +220,12 @@ def parse_args(argv=None):
     add("--eval-streams", type=count, default=16,
         help="streams that the validation and test texts are cut into")
     add("--eval-mem-len", type=natural, nargs="+",
-        help="memory in evaluation; in training the first one counts (default: --mem-len)")
+        help="memory in evaluation; those during training use the first (default: --mem-len)")
     add("--eval-solver", choices=["broyden", "anderson", "fixed-point", "unrolled"],
         help="solver in evaluation; 'unrolled': plain steps, which alone never look ahead in the text "
         "(default: --solver, unrolled without one)")
-    add("--eval-max-iter", type=count, help="its iterations (default: --max-iter, or --k without a solver)")
+    add("--eval-max-iter", type=count,
+        help="iterations in evaluation (default: --max-iter, or --k without a solver)")
     add("--radius-every", type=natural, default=0,
         help="steps between spectral radii of J and J_lam on the validation text; 0: never")
     add("--generate-tokens", type=count, default=100, help="tokens that --generate adds")
@@ -231,12 +248,13 @@ def parse_args(argv=None):
 
 def complete(args, p, argv):
     """Settles what --eval has been given against a checkpoint's, and refuses what cannot work together."""
-    # If --eval is given a --solver, it is that of evaluation, whatever --eval-solver the checkpoint brings.
+    # A --solver given with --eval is for the evaluation: it wins over the --eval-solver of the checkpoint.
     names = [(name, f"eval_{name}") for name in ("solver", "max_iter", "mem_len")]
-    given = p.parse_args(argv, Namespace(**dict.fromkeys(itertools.chain(*names))))         # without defaults
+    given = p.parse_args(argv, Namespace(**dict.fromkeys(itertools.chain(*names))))     # None: not given
     for name, in_evaluation in names:
         if getattr(given, name) is not None:
             setattr(args, in_evaluation, getattr(given, in_evaluation))
+    # n: clusters after the first.  longest: keys that attention gets, memory and segment.
     n, longest = len(args.cutoffs), max(args.mem_len, *eval_memories(args)) + args.segment
     d_embed = args.d_embed or args.d_model
     if args.d_model % args.n_head or args.d_model % 2:
@@ -267,9 +285,9 @@ def complete(args, p, argv):
 # --- data ---------------------------------------------------------------------------------------------------
 
 class Text(NamedTuple):
-    """Three texts as ids, on the host.
+    """Three texts as ids of types, on the host.
 
-    Type 0 is <eos>, others follow by falling frequency in the training text.
+    Type 0 is <eos>, the end of a line.  The others follow by falling frequency in the training text.
     """
     train: torch.Tensor             # (tokens,) int32
     valid: torch.Tensor
@@ -283,12 +301,14 @@ def read_part(path, start, stop):
 
     Types are in the order of their first appearance, after <eos>, which every line adds, also a blank one.
     """
+    # A new type gets the next number by being looked up.
     number, ids = collections.defaultdict(itertools.count().__next__, {}), []
     number["<eos>"]                                 # 0
     with open(path, "rb") as file:
         if start:
-            file.seek(start - 1)
+            file.seek(start - 1)    # so that a line that begins at start itself is not skipped
             file.readline()                         # the rest of a line that begins earlier
+        # A line is read by the part in which it begins, to its end, even beyond stop.  1 MB at a time.
         while file.tell() < stop and (text := file.read(min(2 ** 20, stop - file.tell()))):
             if not text.endswith(b"\n"):
                 text += file.readline().rstrip(b"\n") + b"\n"       # the file's last line may have no end
@@ -310,6 +330,7 @@ def read_tokens(path, number, size=2 ** 25):
     starts, ids = range(0, os.path.getsize(path), size), []
     if not starts:
         raise ValueError("it is empty; get the file anew")
+    # torchrun starts several processes on a machine, and each of them reads: they share its cores.
     workers = min(len(starts), 8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
     with pool or contextlib.nullcontext():
@@ -323,7 +344,7 @@ def read_tokens(path, number, size=2 ** 25):
 
 
 def load_text(args, process):
-    """--data as a Text.  The first process of each machine reads it before the others do."""
+    """--data as a Text.  On each machine one process reads it before the others: errors are told once."""
     if args.data == "toy":
         return toy_text()
     return process.first(lambda: read_text(args))
@@ -350,6 +371,7 @@ def read_text(args):
         except ValueError as error:
             die(f"--data: {path}: {error}")
         if len(ids) > 1 and len(number) > known and args.vocab == "train":
+            # The first new type has the id `known`.  Each line before its own has ended with an <eos>, id 0.
             line = 1 + (ids[-1][:(ids[-1] == known).argmax()] == 0).sum()
             die(f"--data: {path}, line {line}: the training text does not have {list(number)[known]!r}; "
                 "--vocab all takes the types of all three texts")
@@ -357,7 +379,7 @@ def read_text(args):
     counts[0] = counts.max() + 1                    # <eos> is type 0 however often it occurs
     order = np.argsort(-counts, kind="stable")      # of equally frequent types the earlier one is first
     rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order))
+    rank[order] = np.arange(len(order))     # new id of each type
     types = list(number)
     return Text(*(torch.from_numpy(rank[i]) for i in ids), [types[i] for i in order])
 
@@ -375,16 +397,16 @@ def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
         follow[a, b, rng.permutation(classes)[:3]] = 0.7, 0.2, 0.1
     zipf = (np.arange(types) + 3.0) ** -1.3
     members = [np.arange(c, types, classes) for c in range(classes)]
-    emit = [zipf[m] / zipf[m].sum() for m in members]
+    emit = [zipf[m] / zipf[m].sum() for m in members]       # P(type | class)
 
     pairs = np.full((classes, classes), classes ** -2.0)    # stationary distribution of pairs of classes
     for _ in range(1000):
         pairs = np.einsum("ab,abc->bc", pairs, follow)
 
     def entropy(p):
-        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)         # in nats, 0 log 0 = 0
 
-    within = pairs.sum(0) @ [entropy(e) for e in emit]
+    within = pairs.sum(0) @ [entropy(e) for e in emit]      # entropy of a type in its class
     one = np.einsum("ab,abc->bc", pairs, follow) / pairs.sum(0)[:, None]      # P(c | b)
     rates = pairs.sum(0) @ entropy(one), (pairs * entropy(follow)).sum()    # of classes, given one and two
     best = tuple(float(np.exp(within + rate)) for rate in rates)
@@ -407,19 +429,19 @@ BEST = "best possible perplexity: {1:.2f}; for a model that sees the last token 
 
 
 def streams(ids, n):
-    """(n, tokens): the text cut into n runs of equal length, one below the other; the rest is dropped."""
+    """(n, length): the text cut into n streams, runs of equal length.  What remains at its end is dropped."""
     length = len(ids) // n
     return ids[:length * n].view(n, length)
 
 
-def checksum(vocabulary):
+def checksum(vocabulary):                   # for checkpoints: weights mean nothing with other ids
     return hashlib.sha1("\n".join(vocabulary).encode()).hexdigest()
 
 
 # --- model --------------------------------------------------------------------------------------------------
 
 class Memory(NamedTuple):
-    """What is kept of M earlier tokens: states and injections.  States alone could not rebuild the keys."""
+    """What is kept of M earlier tokens: states and injections.  Their keys and values need both: W h + u."""
     h: torch.Tensor                 # (B, M, D)
     u: torch.Tensor                 # (B, M, 3 D)
 
@@ -427,9 +449,9 @@ class Memory(NamedTuple):
 class Output(NamedTuple):
     nll: torch.Tensor               # (B, T) -log p(target), or None without targets
     memory: Memory
-    result: tuple                   # the solver's SolverResult, or None where no solver ran
-    jr: torch.Tensor                # Jacobian regularisation term, or None
-    h: torch.Tensor                 # (B, T, D) the state
+    result: tuple                   # the solver's SolverResult, or None if no solver ran
+    jr: torch.Tensor                # () Jacobian regularisation term, or None
+    h: torch.Tensor                 # (B, T, D) the state: h*, or the last unrolled one
 
 
 class BlockMasks(NamedTuple):
@@ -452,19 +474,19 @@ class Masks(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a block computes once per forward, with the graph on, and every evaluation of F uses.
+    """What a block computes once per forward, with the graph on, and uses in every evaluation of F.
 
     A head's d numbers are followed by zeros up to e, the next multiple of 8.  That changes no score and no
     value, but a GPU has no fused attention for d = 70, and on a CPU attention is 5 to 8 % faster.
     """
     u: torch.Tensor                 # (B, T, 3 H e) injection of the present
     qkv: torch.Tensor               # (3 H e, D); effective weights g v / ||v||
-    o: torch.Tensor
-    ff1: torch.Tensor
-    ff2: torch.Tensor
-    r: torch.Tensor                 # (H, e, K + 1) position keys / sqrt(d), after a zero one
-    r_w: torch.Tensor               # (H, 1, e) biases of the queries
-    r_r: torch.Tensor
+    o: torch.Tensor                 # (D, D)
+    ff1: torch.Tensor               # (d_inner, D)
+    ff2: torch.Tensor               # (D, d_inner)
+    r: torch.Tensor                 # (H, e, K + 1) a zero, then the keys of positions / sqrt(d)
+    r_w: torch.Tensor               # (H, 1, e) bias of queries for contents, u in Transformer-XL
+    r_r: torch.Tensor               # (H, 1, e) bias of queries for positions, v there
     k_mem: torch.Tensor             # (B, H, M, e) keys and values of the memory
     v_mem: torch.Tensor
     hidden: torch.Tensor            # (T, K) 0, or -inf where a key is later than the query or too long ago
@@ -488,19 +510,21 @@ class Block(nn.Module):
         D = d_model
         self.n_head, self.d_head = n_head, D // n_head
         self.pre_ln, self.preln_residual = pre_ln, preln_residual
-        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values; its bias is u
-        self.r = nn.Linear(D, D, bias=False)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values; u is the bias
+        self.r = nn.Linear(D, D, bias=False)        # keys of positions
         self.o, self.ff1, self.ff2 = nn.Linear(D, D), nn.Linear(D, d_inner), nn.Linear(d_inner, D)
         self.r_w_bias, self.r_r_bias = (nn.Parameter(0.01 * torch.randn(n_head, self.d_head))
-                                        for _ in range(2))
+                                        for _ in range(2))  # for contents, for positions
         self.ln1, self.ln2 = (nn.LayerNorm(D, elementwise_affine=ln_affine) for _ in range(2))
+        # Only deq-lm normalises the joined heads, before o.
         self.ln_out = nn.LayerNorm(D, elementwise_affine=ln_affine) if attn_out_ln else nn.Identity()
         for linear in (self.qkv, self.r, self.o, self.ff1, self.ff2):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+            # Else torch's own initial weights stay, as they do in effect in locuslab/deq.
             if init_before_norm:
                 nn.init.normal_(linear.weight, std=0.01)
-            weight_norm(linear)
+            weight_norm(linear)     # W = g v / ||v||, a number g for each row
         if ln_affine:
             for module in (self.ln1, self.ln2, self.ln_out):
                 if isinstance(module, nn.LayerNorm):
@@ -514,10 +538,12 @@ class Block(nn.Module):
         """u: (B, K, 3 D) injections of memory and present; h_mem: (B, M, D); positions: (K, D)."""
         device, M, d = u.device.type, h_mem.shape[1], self.d_head
 
-        def padded(x, dim):                         # n d numbers along dim -> n e
+        def padded(x, dim):                         # a dim of n d -> n e: zeros after each d numbers
             x = x.unflatten(dim, (-1, d))
+            # F.pad counts dimensions from the last one.  -d % 8 is e - d.
             return F.pad(x, (0, 0) * (x.dim() - dim - 2) + (0, -d % 8)).flatten(dim, dim + 1)
 
+        # Each access to a weight computes g v / ||v|| anew: so it is done here, once per forward.
         weights = [linear.weight for linear in (self.qkv, self.o, self.ff1, self.ff2)]
         if torch.is_autocast_enabled(device):       # cast once per forward, not at every evaluation of F
             weights = [w.to(torch.get_autocast_dtype(device)) for w in weights]
@@ -525,7 +551,7 @@ class Block(nn.Module):
         r = padded(F.linear(positions, self.r.weight), 1).unflatten(1, (self.n_head, -1)) / math.sqrt(d)
         r = F.pad(r.permute(1, 2, 0), (1, 0))                                               # (H, e, K + 1)
         biases = [padded(b, 1)[:, None] for b in (self.r_w_bias, self.r_r_bias)]
-        q = u.shape[2] // 3                         # the first third: the memory asks no queries
+        q = u.shape[2] // 3                         # H e.  The memory has keys and values, but no queries
         kv = F.linear(self.ln1(h_mem) if self.pre_ln else h_mem, weights[0][q:]) + u[:, :M, q:]
         return Constants(u[:, M:], *weights, r, *biases, *self.heads(kv, 2), hidden, masks)
 
@@ -537,30 +563,32 @@ class Block(nn.Module):
         k = torch.cat([c.k_mem, k.to(c.k_mem.dtype)], 2)                                    # (B, H, K, e)
         v = torch.cat([c.v_mem, v.to(c.v_mem.dtype)], 2)
         K = k.shape[2]
-        # Score of positions: query i needs key distance i + M - j in column j: row i, shifted by T - 1 - i.
-        # A zero key in front makes each row K + 1 long.  Read in rows of K from element T on, it is shifted.
+        # Score of positions.  Column m of the product has distance K - 1 - m, and query i needs i + M - j in
+        # column j: row i has to move T - 1 - i to the left.  With the zero key in front a row has K + 1
+        # elements.  Read from element T on in rows of K, each row moves one less than the row above.  What
+        # comes in from the next row is in the future, and hidden.
         s = torch.matmul(q + c.r_r.to(q.dtype), c.r)                                        # (B, H, T, K + 1)
         s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden        # (B, H, T, K)
         q, scale = q + c.r_w.to(q.dtype), 1 / math.sqrt(self.d_head)
-        if c.masks.attn_prob is None and not torch.is_grad_enabled():
+        if c.masks.attn_prob is None and not torch.is_grad_enabled():       # s goes in as an additive mask
             a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype),
                                                scale=scale)
         else:       # the fused kernels take no mask that needs a gradient, and have no second derivative
             s = s + at_least_float32(torch.matmul(q, k.transpose(2, 3))) * scale
-            p = dropped(torch.softmax(s, dim=-1), c.masks.attn_prob)
-            a = torch.matmul(p.to(v.dtype), v)
-        a = self.ln_out(a[..., :self.d_head].transpose(1, 2).reshape(B, T, D))             # without zeros
+            p = dropped(torch.softmax(s, dim=-1), c.masks.attn_prob)        # (B, H, T, K)
+            a = torch.matmul(p.to(v.dtype), v)      # (B, H, T, e)
+        a = self.ln_out(a[..., :self.d_head].transpose(1, 2).reshape(B, T, D))     # (B, T, D)
         y = dropped(F.linear(a, c.o, self.o.bias), c.masks.attn_out) + h
         return y if self.pre_ln else self.ln1(y)
 
     def feed_forward(self, y, c):
         """LN(g(y) + y).
 
-        With pre_ln g(LN(y)) + LN(y) as in locuslab/deq ("normalized"), or g(LN(y)) + y ("raw").
+        With pre_ln it is g(LN(y)) + LN(y) as in locuslab/deq ("normalized"), or g(LN(y)) + y ("raw").
         """
         x = self.ln2(y) if self.pre_ln else y
         t = F.relu(F.linear(x, c.ff1, self.ff1.bias), inplace=True)                         # (B, T, d_inner)
-        t = F.linear(dropped(t, c.masks.ff_hidden), c.ff2, self.ff2.bias)
+        t = F.linear(dropped(t, c.masks.ff_hidden), c.ff2, self.ff2.bias)   # (B, T, D)
         t = dropped(t, c.masks.ff_out)
         if self.pre_ln:
             return t + (x if self.preln_residual == "normalized" else y)
@@ -568,17 +596,17 @@ class Block(nn.Module):
 
 
 def unrolled(f, h0, k, lam=1.0, on_backward=None):
-    """A `solve` without a solver: k steps from h0."""
-    return upg(f, h0, k=k, lam=lam), None
+    """A `solve` without a solver: k damped steps from h0, all with a graph.  Never calls on_backward."""
+    return upg(f, h0, k=k, lam=lam), None   # Eq. (16), with h0 for h*
 
 
 class DEQTransformer(nn.Module):
-    """Deep equilibrium language model: -log p = softmax(h*), h* = F(h*; memory, u), u = injection(embedding).
+    """Deep equilibrium language model: u = injection(embedding), h* = F(h*; memory, u), p = softmax of h*.
 
     The state h is (B, T, D): B streams, T tokens of the present segment, D = d_model.  K = M + T with M the
-    length of the memory.  F is n_blocks pairs of attention and feed-forward part.  All see one u and memory.
-    Embedding and softmax are adaptive: the types are split at `cutoffs`, cluster i has width
-    d_embed // div_val^i.  Layer norms have no scale and shift unless ln_affine.
+    length of the memory.  F is n_blocks pairs of attention and feed-forward part, which share u and memory.
+    Embedding and softmax are adaptive: types are split into clusters at `cutoffs`.  Embeddings of cluster i
+    have width E_i = d_embed // div_val^i.  Layer norms have no scale and shift unless ln_affine.
     solve(f, h0) -> (h*, result) is the solver with its gradient: common.equilibrium or `unrolled`.
     """
 
@@ -607,45 +635,45 @@ class DEQTransformer(nn.Module):
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
 
-        sizes = [b - a for a, b in zip(edges, edges[1:])]
-        widths = [d_embed // div_val ** i for i in range(len(sizes))]
-        # Embedding and softmax share the tables A_i and the projections P_i, but the softmax has a Q_0.
+        sizes = [b - a for a, b in zip(edges, edges[1:])]   # as 20000, 20000, 160000, 67735
+        widths = [d_embed // div_val ** i for i in range(len(sizes))]       # E_i, as 700, 175, 43, 10
+        # Embedding and softmax share the tables A_i and the projections P_i, but for P_0 the softmax has Q_0.
         self.tables = nn.ParameterList(normal(n, width) for n, width in zip(sizes, widths))         # A_i
         if div_val > 1:
             self.projections = nn.ParameterList(normal(d_model, width) for width in widths)         # P_i
-        else:                       # one table in effect; a projection only between different widths
+        else:                       # all widths are d_embed: one projection for all, if D is another
             self.projections = nn.ParameterList([normal(d_model, d_embed)] if d_embed != d_model else [])
         first = self.projections[0].shape if len(self.projections) else None
         self.head_projection = normal(*first) if first else None                                    # Q_0
-        self.injection = nn.Linear(d_model, 3 * d_model)
+        self.injection = nn.Linear(d_model, 3 * d_model)    # u, the thirds of q, k, v
         nn.init.normal_(self.injection.weight, std=init_std)
         nn.init.zeros_(self.injection.bias)
         self.blocks = nn.ModuleList(
             Block(d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln, init_before_norm)
             for _ in range(n_blocks))
-        self.cluster_weight = normal(len(cutoffs), d_embed)
+        self.cluster_weight = normal(len(cutoffs), d_embed)         # a head column for each tail
         self.cluster_bias = nn.Parameter(torch.zeros(len(cutoffs)))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(n)) for n in sizes)
 
     def projection(self, i):
-        """P_i (D, E_i), or None where embedding and state have one width and need none."""
+        """P_i (D, E_i), or None if div_val is 1 and embedding and state have the same width."""
         return self.projections[min(i, len(self.projections) - 1)] if len(self.projections) else None
 
     def clusters(self, ids):
-        """Per cluster, which of the flat ids are its.  No synchronisation if the ids are on the host."""
+        """For each cluster, where in ids (N,) its types are.  Waits for the GPU only if ids are on it."""
         index = [((ids >= a) & (ids < b)).nonzero()[:, 0] for a, b in zip(self.edges, self.edges[1:])]
         if sum(map(len, index)) != len(ids):
             raise ValueError(f"ids must be in [0, {self.edges[-1]})")
         return index
 
     def embed(self, ids):
-        """e (B, T, D) of ids (B, T), in sqrt(D) P_i A_i[w - c_i]."""
+        """Embeddings (B, T, D) of ids w (B, T): sqrt(D) P_i A_i[w - c_i].  Cluster i of w begins at c_i."""
         flat, device = ids.reshape(-1), self.tables[0].device
         index, parts = self.clusters(flat), []
         for i, own in enumerate(index):
             e = F.embedding((flat[own] - self.edges[i]).to(device, non_blocking=True), self.tables[i])
             parts.append(e if self.projection(i) is None else F.linear(e, self.projection(i)))
-        back = torch.cat(index).argsort().to(device, non_blocking=True)
+        back = torch.cat(index).argsort().to(device, non_blocking=True)     # back to the order of the text
         return torch.cat(parts)[back].view(*ids.shape, -1) * math.sqrt(self.d_model)
 
     def inject(self, e):
@@ -653,16 +681,16 @@ class DEQTransformer(nn.Module):
         return self.injection(e)
 
     def positions(self, K, device):
-        """(K, D): row j is distance K - 1 - j, first the sines of all frequencies, then the cosines."""
+        """(K, D): row j is for distance K - 1 - j.  First the sines of all frequencies, then the cosines."""
         even = torch.arange(0, self.d_model, 2, device=device, dtype=torch.float32)
-        frequency = 10000 ** -(even / self.d_model)
+        frequency = 10000 ** -(even / self.d_model)         # (D / 2,)
         phase = torch.arange(K - 1, -1, -1, device=device, dtype=torch.float32)[:, None] * frequency
         return torch.cat([phase.sin(), phase.cos()], dim=1).to(self.injection.weight.dtype)
 
     def masks(self, B, T, K, device):
-        """New dropout masks of a forward; none in evaluation mode."""
+        """New dropout masks for a forward, for all its evaluations of F.  None in evaluation mode."""
         def mask(p, *shape):
-            if p and self.training:
+            if p and self.training:         # else None
                 return torch.bernoulli(torch.full(shape, 1 - p, device=device)) / (1 - p)
 
         p, D = self.dropout, self.d_model
@@ -673,11 +701,11 @@ class DEQTransformer(nn.Module):
                            for b in self.blocks))
 
     def constants(self, u, h_mem, masks=Masks()):
-        """What stays the same during a solve, a Constants per block; u (B, K, 3 D), h_mem (B, M, D)."""
+        """What stays the same during a solve: a Constants per block.  u: (B, K, 3 D), h_mem: (B, M, D)."""
         K, M = u.shape[1], h_mem.shape[1]
         positions = dropped(self.positions(K, u.device), masks.positions)                   # (K, D)
-        column = torch.arange(K, device=u.device)
-        distance = column[M:, None] - column            # (T, K), from key to query; below 0: the future
+        column = torch.arange(K, device=u.device)   # of the keys: memory, then present
+        distance = column[M:, None] - column            # (T, K) from key to query, < 0: the future
         hidden = torch.zeros(K - M, K, device=u.device)
         hidden.masked_fill_((distance < 0) | (distance >= self.local_size), -math.inf)
         return [block.constants(u, h_mem, positions, hidden, m)
@@ -686,14 +714,16 @@ class DEQTransformer(nn.Module):
     def f(self, h, u, h_mem=None, masks=Masks(), constants=None):
         """The equilibrium module F (B, T, D) at h (B, T, D).
 
-        u: (B, K, 3 D) of memory and present.  h_mem: (B, M, D).  constants: of these, if F is called often.
+        u: (B, K, 3 D) of memory and present.  h_mem: (B, M, D).  constants: what `constants` has made of
+        these, if F is called often.
         """
         if constants is None:
             h_mem = h.new_empty(h.shape[0], 0, h.shape[2]) if h_mem is None else h_mem
             constants = self.constants(u, h_mem, masks)
         for block, c in zip(self.blocks, constants):
             for part in (block.attention, block.feed_forward):
-                if self.checkpoint_blocks and torch.is_grad_enabled():      # F draws no random number
+                # No random state to keep for the second run: the masks are drawn beforehand.
+                if self.checkpoint_blocks and torch.is_grad_enabled():
                     h = recompute(part, h, c, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h = part(h, c)
@@ -704,7 +734,7 @@ class DEQTransformer(nn.Module):
         e = self.embed(ids)
         u = self.inject(dropped(e, masks.embedding))
         h0 = torch.zeros(*ids.shape, self.d_model, device=u.device, dtype=self.injection.weight.dtype)
-        memory = memory or Memory(h0[:, :0], u[:, :0].detach())
+        memory = memory or Memory(h0[:, :0], u[:, :0].detach())     # at first empty, M = 0
         whole = torch.cat([memory.u.to(u.dtype), u], dim=1)                                 # (B, K, 3 D)
         f = functools.partial(self.f, u=whole, constants=self.constants(whole, memory.h, masks))
         return f, h0, u, memory
@@ -715,27 +745,28 @@ class DEQTransformer(nn.Module):
         The head is (N, S + n): its S own types, then a column per tail cluster, the last cluster first.
         """
         def linear(h, weight, bias, projection):
-            if not self.training:           # these are reported: full precision, also under autocast
+            if not self.training:           # evaluation: full precision, also under autocast
                 with torch.autocast(h.device.type, enabled=False):
                     return F.linear(h if projection is None else h @ projection, weight, bias)
             return at_least_float32(F.linear(h if projection is None else h @ projection, weight, bias))
 
-        weight = torch.cat([self.tables[0], self.cluster_weight])
+        weight = torch.cat([self.tables[0], self.cluster_weight])   # (S + n, d_embed)
         head = linear(h, weight, torch.cat([self.biases[0], self.cluster_bias]), self.head_projection)
         return head, lambda i, h: linear(h, self.tables[i], self.biases[i], self.projection(i))
 
     def nll(self, h, targets):
         """-log p(targets | h) in the shape of targets (...), for h (..., D).  Float32 also under autocast."""
         flat, h_flat = targets.reshape(-1), h.reshape(-1, self.d_model)
-        index, last = self.clusters(flat), self.edges[1] + len(self.edges) - 2
-        column = flat.clone()               # in the head: a word of cluster 0, or the column of its cluster
+        index, last = self.clusters(flat), self.edges[1] + len(self.edges) - 2      # last = S + n
+        column = flat.clone()               # of each target in the head: its own, or that of its cluster
         for i, own in enumerate(index[1:], start=1):
             column[own] = last - i              # the first tail has the last column
         head, tail = self.softmax_parts(h_flat)
         nll = F.cross_entropy(head, column.to(h.device, torch.long, non_blocking=True), reduction="none")
-        for i, own in enumerate(index[1:], start=1):    # an empty one too: its parameters stay in the graph
+        for i, own in enumerate(index[1:], start=1):    # also an empty one: DDP wants all gradients
             target = (flat[own] - self.edges[i]).to(h.device, torch.long, non_blocking=True)
             own = own.to(h.device, non_blocking=True)
+            # log p(type) = log p(its cluster) + log p(type | cluster)
             nll = nll.index_add(0, own, F.cross_entropy(tail(i, h_flat[own]), target, reduction="none"))
         return nll.view(targets.shape)
 
@@ -754,7 +785,7 @@ class DEQTransformer(nn.Module):
         mem_len: length of the memory that is handed on (default self.mem_len).
         unroll > 0: the pretraining network of so many layers in place of the solver.
         solve: another one than self.solve.
-        regularize: compute the Jacobian regularisation term too, at the solver's h*.
+        regularize: compute the JR term too, at the solver's h*.
         on_backward: called with the result of the backward solve of grad="implicit".
         """
         B, T = ids.shape
@@ -766,11 +797,12 @@ class DEQTransformer(nn.Module):
         h, result = solve(f, h0, on_backward=on_backward)
         jr = None
         if regularize and result is not None:
-            # One more call of F.  UPG's graph of F could serve instead, at the same cost in its backward.
-            # npg and implicit would save a call, but their graph is inside common.equilibrium, and a compiled
-            # F has no second derivative.
+            # One more call of F, not compiled: torch.compile has no second derivative.  UPG's graph of F
+            # could serve, but its backward would then cost as much more.  The graph of npg and implicit would
+            # save a call, but is inside common.equilibrium.
             eager = functools.partial(type(self).f, self, **f.keywords)
             jr = jacobian_regularization(eager, result.h)
+        # Detached: no gradient flows into earlier segments.  The output mask is not in the memory.
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in zip(memory, (h, u))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
         nll = None if targets is None else self.nll(dropped(h, masks.output), targets)
@@ -782,10 +814,10 @@ class DEQTransformer(nn.Module):
 def load_official(model, state_dict):
     """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
 
-    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Strict:
-    RuntimeError names keys that are unknown, missing or of another shape; ValueError those that are not tied
-    as they must be.
+    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Raises
+    RuntimeError with the keys that are unknown, missing or of another shape, ValueError if tied ones differ.
     """
+    # Their names to ours, by these patterns in turn.  Tied parameters have two names there.
     renames = [(r"^module\.", ""), (r"^inject_conv\.", "injection."), (r"^crit\.(cluster_\w+)$", r"\1"),
                (r"^(?:word_emb\.emb|crit\.out)_layers\.(\d+)\.weight$", r"tables.\1"),
                (r"^crit\.out_layers\.(\d+)\.bias$", r"biases.\1"),
@@ -798,6 +830,7 @@ def load_official(model, state_dict):
     state_dict, found = state_dict.get("state_dict", state_dict), {}
     if not all(map(torch.is_tensor, state_dict.values())):
         raise ValueError("it is no state dict: a dict of tensors")
+    # Only the file of a deq-lm has these names.
     lm = any(re.match(r"(module\.)?(injection|func\.dec_attn\.0)\.", key) for key in state_dict)
     for theirs, value in state_dict.items():
         key = theirs
@@ -805,7 +838,7 @@ def load_official(model, state_dict):
             key = re.sub(pattern, replacement, key)
         if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # a copy of F; a constant
             continue
-        value = value.flatten(1) if value.dim() == 3 else value                     # kernel-1 convolutions
+        value = value.flatten(1) if value.dim() == 3 else value                     # of a convolution
         if lm and re.match(r"(blocks\.\d+\.qkv|injection)\.", key):
             # There rows are grouped by head, here by q, k and v: row 3 d h + s d + a becomes s D + h d + a.
             value = value.unflatten(0, (model.blocks[0].n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
@@ -825,7 +858,7 @@ def autocast(args, device):
 
 
 def build_model(args, vocabulary, process):
-    """The model of the flags.  A narrow one has larger initial weights, so that its u is of equal size."""
+    """The model of the flags.  A narrow one has larger initial weights, so that its u has the same size."""
     types = len(vocabulary)
     if args.cutoffs[-1] >= types:
         fits = [c for c in args.cutoffs if c < types] or [types // 2]
@@ -849,8 +882,9 @@ def build_model(args, vocabulary, process):
 
 
 def learning_rate(args, done):
-    """Of step done + 1, as a factor of --lr."""
+    """Learning rate of step done + 1 as a factor of --lr: a linear warm-up, then a cosine to 0."""
     s = done + 1
+    # As in the official code the cosine counts the steps of warm-up too: the rate drops by 0.7 % after it.
     return s / args.warmup_steps if s < args.warmup_steps else (1 + math.cos(math.pi * s / args.steps)) / 2
 
 
@@ -862,12 +896,13 @@ def jr_weight(args, done):
 
 
 def step_settings(args, model, done):
-    """How step done + 1 calls the model: unrolled, with a jittered budget, with the JR term.
+    """How step done + 1 calls the model: unrolled or not, the solver's iterations after jitter, JR or not.
 
-    The same on all processes, and again after a restart: drawn from seed and step alone.
+    It is drawn from seed and step alone, so it is the same on all processes, and again after a restart.
     """
     draw = random.Random(f"{args.seed}-{done}")
     unroll = args.pretrain_layers if done < args.pretrain_steps else 0
+    # JR is on a random share of the steps only, as it costs a call of F and a second derivative.
     regularize = not unroll and jr_weight(args, done) > 0 and draw.random() < args.jr_freq
     solve = model.solve
     if args.jitter:
@@ -876,10 +911,11 @@ def step_settings(args, model, done):
 
 
 def measured_damping(args, process, model, streams, memories, step):
-    """--lam auto: 1 / rho(J), of the mean over the streams of this segment.
+    """--lam auto: 1 / rho(J), with the mean of rho over the streams of this segment (a list per micro-batch).
 
-    Each time from new random vectors: those of 100 steps ago have settled on another text's Jacobian.  On the
-    toy text 50 iterations from them gave a rho 24 % too low, from random ones less than 1 %.
+    The power method begins at random vectors each time: those of 100 steps ago have settled on the Jacobian
+    of another text.  On the toy text 50 iterations from them gave a rho 24 % too low, from random ones less
+    than 1 %.
     """
     with autocast(args, process.device):
         rho = sum(radius(model, ids, memory)[0].mean() for ids, memory in zip(streams, memories))
@@ -894,11 +930,12 @@ def gathered(memories, process):
     """The memory of all streams for a checkpoint, [h, u] on the CPU; None at the beginning of an epoch."""
     if memories[0] is None:
         return None
+    # By micro-batch, then by process: all streams in their order in the text.
     return [torch.cat(process.gather(torch.cat(parts).cpu())) for parts in zip(*memories)]
 
 
 def scattered(memory, process, n):
-    """What `gathered` has returned, for each of this process's n micro-batches.  Both counts may be new."""
+    """Undoes `gathered`: a Memory per micro-batch.  The numbers of processes and of n may have changed."""
     if memory is None:
         return [None] * n
     rank, world = process.rank, process.world_size
@@ -928,6 +965,7 @@ def train(args, process, model, text):
               train_text=fingerprint(text.train))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, args))
+    # step: how many are done.  evaluated: step of the last evaluation.  lam: damping, which "auto" changes.
     step, evaluated, memories, lam = 0, 0, [None] * n, 1.0 if args.lam == "auto" else args.lam
     score = {"best": math.inf, "best_step": 0, "measured_on": fingerprint(text.valid)}
     if run.state:
@@ -953,8 +991,9 @@ def train(args, process, model, text):
                   "scheduler": scheduler.state_dict(), "memory": gathered(memories, process), "step": step,
                   "evaluated": evaluated, "score": score})
 
+    # One round per evaluation: the steps up to it, then the validation text.
     for end in [*range(args.eval_every, args.steps, args.eval_every), args.steps]:
-        if end <= evaluated:                    # all done before the run was continued
+        if end <= evaluated:                    # done before the run was continued
             continue
         for done in process.bar(range(step, end), f"to step {end}"):
             start = done % segments * T
@@ -970,13 +1009,14 @@ def train(args, process, model, text):
             settings = step_settings(args, model, done)
             means = collections.defaultdict(float)          # over the micro-batches
             for i in range(n):
+                # The target of a token is the next one.
                 ids, targets = own[i][:, start:stop_at], own[i][:, start + 1:stop_at + 1]
-                # gradients meet once per step
+                # DDP averages gradients once per step, in the last micro-batch.
                 with contextlib.nullcontext() if world == 1 or i == n - 1 else net.no_sync():
                     with autocast(args, device):
                         output = net(ids, targets, memories[i], **settings,
                                      on_backward=lambda r: run.note_residuals(backward=r.residual))
-                    loss = nll = output.nll.mean()
+                    loss = nll = output.nll.mean()  # Eq. (3)
                     if settings["regularize"]:
                         loss = nll + jr_weight(args, done) * output.jr
                         means["jr"] += output.jr.detach() / n
@@ -993,12 +1033,12 @@ def train(args, process, model, text):
             step = done + 1
 
             # --- the step ends here; what follows is diagnostics, logging and saving ---
-            meter.add(n * ids.numel(), **means)
+            meter.add(n * ids.numel(), **means)     # tokens of this process
             if args.radius_every and step % args.radius_every == 0:
                 with meter.paused():
                     run.report("radius", step=step, **radii(model, text.valid, args, process, lam))
             saving, stop = run.due()
-            saving = saving or step == end                  # the evaluation may take long
+            saving = saving or step == end                  # the evaluation may take long, and be killed
             if saving or step % args.log_every == 0:
                 record = meter.read()                                                       # host sync
                 run.report("train", step=step, epoch=step / segments, lr=lr, lam=lam, **record,
@@ -1011,7 +1051,7 @@ def train(args, process, model, text):
 
         record = evaluate(model, "valid", text.valid, args, process, eval_memories(args)[0], step)
         if evaluated <= args.pretrain_steps < step:
-            score["best"] = math.inf                        # until now it was of the pretraining network
+            score["best"] = math.inf                        # so far it was that of the pretraining network
         evaluated = step
         if record["valid_perplexity"] < score["best"]:
             score["best"], score["best_step"] = record["valid_perplexity"], step
@@ -1029,7 +1069,8 @@ def train(args, process, model, text):
 
 def test_the_best(args, process, run, model, text, score):
     """The end of a training: perplexity of the test text, by the weights that were best on valid."""
-    # No best.pt if the run was continued in another folder; one of another text if valid has changed since.
+    # A run that was continued in another folder may have no best.pt there.  If the validation text
+    # has changed and was not evaluated since, best.pt is of the old text, and best_step is 0.
     path, step = run.folder / "best.pt", score["best_step"]
     if not step or not path.exists():
         path, step = run.checkpoint, args.steps
@@ -1089,8 +1130,8 @@ def evaluation_solve(args, step):
 def evaluating(model, args, step=math.inf):
     """The model in evaluation mode with the solver of evaluation, for weights of this step, maybe pretrained.
 
-    A solver sees the future a little: its inner products, its stop and its choice of the best state are of a
-    stream's whole segment.  The leak is of the size of the residual.
+    A solver sees the future a little: its inner products, its stop and its choice of the best state depend on
+    the whole segment of a stream.  The leak is about as large as the residual.
     """
     before, training = model.solve, model.training
     model.solve, _ = evaluation_solve(args, step)
@@ -1107,7 +1148,8 @@ def evaluate(model, name, ids, args, process, mem_len, step=math.inf):
     step: of the weights, see `evaluating`.
     """
     text = streams(ids, args.eval_streams)
-    own = text.tensor_split(process.world_size)[process.rank]           # some have one stream more, or none
+    own = text.tensor_split(process.world_size)[process.rank]           # a process may get none
+    # sums: nll, tokens, evaluations of F, solves.  Added up over processes, so that each token counts once.
     sums, residuals, memory = torch.zeros(4, dtype=torch.float64, device=process.device), [], None
     starts = range(0, text.shape[1] - 1, args.segment)
     with evaluating(model, args, step):
@@ -1151,6 +1193,7 @@ def radii(model, ids, args, process, lam):
         with evaluating(model, args), autocast(args, process.device):
             memory = model(own[:, :T], mem_len=eval_memories(args)[0]).memory
             rho, rho_lam = radius(model, own[:, T:2 * T], memory, lams=(1.0, lam))
+        # Of this process: sum of rho(J), sum of rho(J_lam), streams with rho(J) > 1, streams.
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     set_rng_state(rng)
     rho, rho_lam, above, count = process.sum(sums).tolist()
@@ -1168,7 +1211,7 @@ def evaluate_checkpoint(args, process, model, text, state):
         record = evaluate(model, name, getattr(text, name), args, process, mem_len, step)
         if main:
             print(spell(record), flush=True)
-    if step > args.pretrain_steps:                      # else it has not seen its equilibrium yet
+    if step > args.pretrain_steps:                      # else it was never trained with the solver
         lam = args.lam if args.lam != "auto" else state["lam"] if is_ours(state) else 1.0
         record = radii(model, text.valid, args, process, lam)
         if main:
@@ -1192,6 +1235,7 @@ def generate(model, vocabulary, args, process, step):
     print(args.generate, end=" ", flush=True)
     with evaluating(model, args, step), autocast(args, process.device):
         for _ in range(args.generate_tokens):
+            # At first the whole given text, then the last token alone: the memory holds what came before it.
             for segment in ids.split(args.segment, dim=1):
                 out = model(segment, memory=memory, mem_len=eval_memories(args)[0])
                 memory = out.memory
@@ -1205,7 +1249,7 @@ def generate(model, vocabulary, args, process, step):
 
 # --- benchmark ----------------------------------------------------------------------------------------------
 
-TABLE3 = {      # norm, gradient, forward and backward iterations; and whether the loss has the JR term
+TABLE3 = {      # norm, gradient, iterations forward and backward, and whether the loss has the JR term
     "PostLN implicit": ("post", "implicit", 30, 35, False), "PostLN UPG": ("post", "upg", 30, 35, False),
     "PreLN JR implicit": ("pre", "implicit", 14, 14, True), "PreLN JR UPG": ("pre", "upg", 14, 14, True),
     "PreLN JR UPG, 20": ("pre", "upg", 20, 14, True), "PostLN NPG": ("post", "npg", 30, 35, False)}
@@ -1220,6 +1264,7 @@ def run_benchmark(args, process):
     """
     types = 2000 if args.data == "toy" else max(267735, args.cutoffs[-1] + 1)
     model, device = build_model(args, range(types), process), process.device
+    # lr 0: all the work of Adam, but every row is measured at the same weights.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     rng = torch.Generator().manual_seed(0)
     text = types * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4
@@ -1229,6 +1274,7 @@ def run_benchmark(args, process):
         memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device))
 
     def row(norm, grad, max_iter, backward_max_iter, regularize, k=args.k):
+        # tol 0: a row always takes its whole budget, so that its time does not depend on the random weights.
         solve = functools.partial(
             equilibrium, grad=grad, k=k, lam=1.0 if args.lam == "auto" else args.lam,
             solver=SOLVERS[args.solver], max_iter=max_iter, tol=0.0,
@@ -1237,7 +1283,7 @@ def run_benchmark(args, process):
 
         def forward():
             for block in model.blocks:
-                block.pre_ln = norm == "pre"
+                block.pre_ln = norm == "pre"        # same weights in both
             with autocast(args, device):
                 out = model(text[:, :-1], text[:, 1:], memory, solve=solve, regularize=regularize)
             return out.nll.mean() + (0.1 * out.jr if regularize else 0)
