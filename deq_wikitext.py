@@ -48,7 +48,7 @@ What makes it faster (--benchmark with the flag measures all but --accumulate):
     TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq.  --no-tf32
                                 turns them off
     --accumulate n              not faster: 1/n of the activations, and new dropout masks for each part
-    --checkpoint-blocks         not faster: the blocks are computed again in the backward pass, for memory
+    --recompute                 not faster: F is computed again in the backward pass of UPG, for memory
     always on                   weights, keys of positions, keys and values of the memory are computed once
                                 per forward.  The solver has fused attention (if dropatt is 0).  Targets are
                                 sorted into clusters on the host.
@@ -94,14 +94,13 @@ import torch.nn.functional as F       # in prose F is the equilibrium module, DE
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from common import (Meter, Run, adaptive_damping, add_run_flags, anderson, benchmark, broyden, check_version,
                     compiled, die, equilibrium, existing_file, fixed_point, gmres, health, init_process,
                     is_ours, jacobian_regularization, load_checkpoint, load_weights, make_parser,
-                    note_differences, parse_flags, rng_state, save_checkpoint, seed_everything, set_rng_state,
-                    spectral_radius, spell, upg, within)
+                    note_differences, parse_flags, recomputed, rng_state, save_checkpoint, seed_everything,
+                    set_rng_state, spectral_radius, spell, upg, within)
 
 # gmres is for the backward solve alone: it needs an affine map.
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
@@ -115,7 +114,7 @@ PRESETS = {
                 steps=300000, warmup_steps=16000, batch_size=56, segment=150, mem_len=150, lr=2.5e-4,
                 eval_every=5000, log_every=200),
     "deq-lm": dict(norm="pre", d_inner=14800, k=12, lam=1.0, max_iter=0, pretrain_steps=0, steps=150000,
-                   warmup_steps=8000, checkpoint_blocks=True),
+                   warmup_steps=8000, recompute=True),
     "toy": dict(d_model=64, n_head=4, d_inner=256, cutoffs=[200, 800], dropout=0.0, max_iter=12,
                 backward_max_iter=12, pretrain_steps=0, steps=1000, warmup_steps=50, batch_size=20,
                 segment=30, mem_len=30, lr=2e-3, eval_every=250, log_every=50)}
@@ -125,7 +124,7 @@ FROM_CHECKPOINT = MODEL_FLAGS + (
     " data vocab local_size solver max_iter tol k lam segment mem_len pretrain_steps pretrain_layers "
     "eval_streams eval_mem_len eval_solver eval_max_iter")
 # What may change when a run is continued: no more than rounding and the dropout masks drawn depend on it.
-MAY_DIFFER = ("init radius_every compile checkpoint_blocks accumulate eval_streams eval_mem_len eval_solver "
+MAY_DIFFER = ("init radius_every compile recompute accumulate eval_streams eval_mem_len eval_solver "
               "eval_max_iter generate generate_tokens temperature")
 
 
@@ -236,8 +235,8 @@ def parse_args(argv=None):
     add("--amp", action="store_true", help="bf16 autocast; the solver's vectors and the softmax stay float32")
     add("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
     add("--compile", action="store_true", help="torch.compile F")
-    add("--checkpoint-blocks", action="store_true",
-        help="compute F's parts again in the backward pass: less memory")
+    add("--recompute", action="store_true",
+        help="compute F again in the backward pass of UPG: less memory, equal results")
     modes = add_run_flags(p, "wikitext-GRAD", save_every=15.0, log_every=200)
     modes.add_argument("--generate", metavar="TEXT",
         help="only continue this text with the checkpoint of --resume")
@@ -272,6 +271,8 @@ def complete(args, p, argv):
     if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.jr_increment or args.lam == "auto"):
         p.error("--max-iter 0 unrolls from zero without a solver: it needs --grad upg, and no --jr, "
                 "--jr-increment or --lam auto")
+    if args.recompute and args.grad not in ("upg", "bptt"):
+        p.error(f"--recompute is for --grad upg and bptt: {args.grad} keeps only one graph of F")
     if args.jitter and args.jitter >= args.max_iter:
         p.error(f"--jitter {args.jitter} must be less than --max-iter {args.max_iter}")
     if args.grad == "bptt" and args.solver != "fixed-point":
@@ -550,7 +551,7 @@ class Block(nn.Module):
         weights[0], u = padded(weights[0], 0), padded(u, 2)
         r = padded(F.linear(positions, self.r.weight), 1).unflatten(1, (self.n_head, -1)) / math.sqrt(d)
         r = F.pad(r.permute(1, 2, 0), (1, 0))                                               # (H, e, K + 1)
-        biases = [padded(b, 1)[:, None] for b in (self.r_w_bias, self.r_r_bias)]
+        biases = [padded(b, 1)[:, None].to(weights[0].dtype) for b in (self.r_w_bias, self.r_r_bias)]
         q = u.shape[2] // 3                         # H e.  The memory has keys and values, but no queries
         kv = F.linear(self.ln1(h_mem) if self.pre_ln else h_mem, weights[0][q:]) + u[:, :M, q:]
         return Constants(u[:, M:], *weights, r, *biases, *self.heads(kv, 2), hidden, masks)
@@ -613,7 +614,7 @@ class DEQTransformer(nn.Module):
     def __init__(self, n_token=267735, cutoffs=(20000, 40000, 200000), d_model=700, d_embed=None, n_head=10,
                  d_inner=48000, div_val=4, n_blocks=1, pre_ln=False, preln_residual="normalized",
                  ln_affine=False, attn_out_ln=False, init_std=0.01, init_before_norm=False, local_size=0,
-                 mem_len=150, dropout=0.0, dropatt=0.0, output_dropout="tokens", checkpoint_blocks=False,
+                 mem_len=150, dropout=0.0, dropatt=0.0, output_dropout="tokens",
                  solve=functools.partial(equilibrium, lam=0.8, max_iter=30, tol=1e-3, backward_max_iter=35,
                                          backward_tol=1e-3)):
         super().__init__()
@@ -630,7 +631,7 @@ class DEQTransformer(nn.Module):
                              f"'channels', got {preln_residual!r}, {output_dropout!r}")
         self.d_model, self.edges, self.local_size, self.mem_len = d_model, edges, local_size or 1000, mem_len
         self.dropout, self.dropatt, self.output_dropout = dropout, dropatt, output_dropout
-        self.checkpoint_blocks, self.solve = checkpoint_blocks, solve
+        self.solve = solve
 
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
@@ -721,12 +722,7 @@ class DEQTransformer(nn.Module):
             h_mem = h.new_empty(h.shape[0], 0, h.shape[2]) if h_mem is None else h_mem
             constants = self.constants(u, h_mem, masks)
         for block, c in zip(self.blocks, constants):
-            for part in (block.attention, block.feed_forward):
-                # No random state to keep for the second run: the masks are drawn beforehand.
-                if self.checkpoint_blocks and torch.is_grad_enabled():
-                    h = recompute(part, h, c, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    h = part(h, c)
+            h = block.feed_forward(block.attention(h, c), c)
         return h
 
     def segment(self, ids, memory=None, masks=Masks()):
@@ -800,7 +796,8 @@ class DEQTransformer(nn.Module):
             # One more call of F, not compiled: torch.compile has no second derivative.  UPG's graph of F
             # could serve, but its backward would then cost as much more.  The graph of npg and implicit would
             # save a call, but is inside common.equilibrium.
-            eager = functools.partial(type(self).f, self, **f.keywords)
+            u_and_constants = {name: f.keywords[name] for name in ("u", "constants")}
+            eager = functools.partial(type(self).f, self, **u_and_constants)
             jr = jacobian_regularization(eager, result.h)
         # Detached: no gradient flows into earlier segments.  The output mask is not in the memory.
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in zip(memory, (h, u))))
@@ -870,14 +867,15 @@ def build_model(args, vocabulary, process):
         backward_max_iter=args.backward_max_iter, backward_tol=args.tol)
     if args.max_iter == 0:
         solve = functools.partial(unrolled, k=args.k, lam=args.lam)
-    same = ("d_model d_embed n_head d_inner div_val local_size mem_len dropout dropatt output_dropout "
-            "checkpoint_blocks")
+    same = "d_model d_embed n_head d_inner div_val local_size mem_len dropout dropatt output_dropout"
     seed_everything(args.seed)          # the same weights on all processes
     model = DEQTransformer(types, args.cutoffs, pre_ln=args.norm == "pre", solve=solve, **MODELS[args.model],
                            init_std=0.01 * math.sqrt(700 / args.d_model),
                            **{name: getattr(args, name) for name in same.split()}).to(process.device)
     if args.compile:
         model.f = compiled(model.f)
+    if args.recompute:
+        model.f = recomputed(model.f)
     return model
 
 

@@ -54,7 +54,6 @@ iterations, 1e-3).
 """
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import functools
@@ -84,9 +83,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (Process, Run, add_run_flags, anderson, benchmark, broyden, catch_signals, die,
-                    equilibrium, finite, fixed_point, gmres, health, init_process, is_ours, launched,
-                    load_checkpoint, load_weights, lock, make_parser, output_folder, parse_flags,
-                    save_checkpoint, seed_everything, upg, within)
+                    equilibrium, finite, fixed_point, gmres, health, init_process, is_ours,
+                    keep_freed_memory, launched, load_checkpoint, load_weights, lock, make_parser,
+                    output_folder, parse_flags, save_checkpoint, seed_everything, upg, within)
 
 # The paper's Table 4, in the order of METHODS.
 PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
@@ -1311,17 +1310,6 @@ def run_benchmark(args, process):
 
 
 # --- main ---------------------------------------------------------------------------------------------------
-
-def keep_freed_memory():
-    """Lets glibc keep freed memory.  Otherwise the kernel hands out each step's tensors of 1 MB page by page.
-
-    That was 40 % of a UPG step on a CPU (COX2, batch 128).  Without mallopt in the C library nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # Windows has no CDLL(None)
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2 ** 25)               # M_MMAP_THRESHOLD, its largest value
-
 
 def main(args):
     keep_freed_memory()

@@ -35,6 +35,7 @@ to 100 % of the area, weights from Normal(0, 0.01).  Here all rows share UPG's.
 """
 import atexit
 import contextlib
+import argparse
 import functools
 import hashlib
 import itertools
@@ -57,8 +58,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from common import (Meter, Run, TrainingPass, add_run_flags, anderson, benchmark, broyden, captured,
                     compiled, die, equilibrium, existing_file, fixed_point, gmres, health, init_process,
-                    is_ours, load_checkpoint, load_weights, make_parser, note_differences, parse_flags,
-                    rng_state, seed_everything, set_rng_state, spectral_radius, spell, upg, within)
+                    is_ours, keep_freed_memory, launched, load_checkpoint, load_weights, make_parser,
+                    note_differences, parse_flags, recomputed, rng_state, seed_everything, set_rng_state,
+                    spectral_radius, spell, upg, within)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
 # Defaults of options, from the official recipes.
@@ -112,9 +114,13 @@ def parse_args(argv=None):
     add = p.add_argument_group("speed").add_argument
     add("--amp", action="store_true", help="bf16 autocast: other results; the solver's vectors stay float32")
     add("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
+    add("--recompute", action="store_true", help="compute F again in the backward pass of UPG, a half of the "
+        "memory for a sixth more time; equal results")
     add("--compile", action="store_true", help="torch.compile F and the head: results differ by rounding")
-    add("--cuda-graph", action="store_true", help="launch a training step as two CUDA graphs: equal results, "
-        "up to 2.8 times as fast; not in pretraining, and not for batches of another size")
+    add("--cuda-graph", action=argparse.BooleanOptionalAction,
+        help="launch a training step as two CUDA graphs: equal results, up to 2.8 times as fast, not in "
+        "pretraining, and not for batches of another size (default: for one process on a GPU, "
+        "with --tol 0 and --accumulate 1 and without anderson)")
     add("--memory-format", choices=["contiguous", "channels-last"], help="layout of images and weights",
         default="contiguous" if torch.cuda.is_available() else "channels-last")
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes; needs GPUs")
@@ -136,9 +142,13 @@ def parse_args(argv=None):
         p.error("--init begins a training: evaluate a checkpoint with --eval --resume FILE")
     if args.grad == "bptt" and args.solver != "fixed-point":
         p.error("--grad bptt differentiates the plain iteration: it needs --solver fixed-point")
+    if args.recompute and args.grad not in ("upg", "bptt"):
+        p.error(f"--recompute is for --grad upg and bptt: {args.grad} keeps only one graph of F")
     if (args.sync_bn or args.cuda_graph) and not torch.cuda.is_available():
         p.error(f"--{'sync-bn' if args.sync_bn else 'cuda-graph'} needs a GPU")
     waits = args.tol or "anderson" in (args.solver, args.backward_solver) or args.sync_bn
+    if args.cuda_graph is None:
+        args.cuda_graph = torch.cuda.is_available() and not waits and args.accumulate == 1 and not launched()
     if args.cuda_graph and (waits or args.accumulate > 1):
         p.error("--cuda-graph needs --tol 0 and --accumulate 1, and neither anderson nor --sync-bn")
     return args
@@ -633,6 +643,8 @@ def build_model(args, classes, process):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.f, model.head = compiled(model.f), compiled(model.head)
+    if args.recompute:
+        model.f = recomputed(model.f)
     return model
 
 
@@ -670,7 +682,7 @@ def train(args, process, train_set, eval_set):
     steps = args.epochs * steps_per_epoch
     run = Run(args, process, f"imagenet-{args.grad}", classes=train_set.classes, images=N,
               train_images=train_set.fingerprint(),
-              may_differ="init workers radius_every radius_images compile cuda_graph memory_format")
+              may_differ="init workers radius_every radius_images compile recompute cuda_graph memory_format")
     model = build_model(args, len(train_set.classes), process)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
@@ -835,12 +847,12 @@ def run_benchmark(args, process):
     x, model = prepare(x, args, process.device), build_model(args, classes, process)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)     # every step is the same
 
-    def row(grad, k):
+    def row(grad, k, f=model.f):
         solve, net = functools.partial(model.solve, grad=grad, k=k, tol=0.0, backward_tol=0.0), None
 
         def forward():
             nonlocal net
-            model.solve = solve
+            model.solve, model.f = solve, f
             if net is None:         # at the first turn, as CUDA graphs are captured with this solve
                 _, net = training_pass(args, model, len(x), side, process)
             with autocast(args, process.device):
@@ -852,7 +864,8 @@ def run_benchmark(args, process):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    rows = {**{grad: row(grad, args.k) for grad in ("implicit", "upg", "npg")},
+    rows = {"implicit": row("implicit", args.k), "upg": row("upg", args.k),
+            "upg, --recompute": row("upg", args.k, recomputed(model.f)), "npg": row("npg", args.k),
             **{f"npg, k = {k}": row("npg", k) for k in (1, 20)}}
     with torch.no_grad(), autocast(args, process.device):
         f, h0 = model.problem(x)
@@ -866,6 +879,7 @@ def run_benchmark(args, process):
 # --- main ---------------------------------------------------------------------------------------------------
 
 def main(args):
+    keep_freed_memory()
     process = init_process()
     if args.batch_size % (process.world_size * args.accumulate):
         process.die(f"--batch-size {args.batch_size} is not divisible by {process.world_size} process(es) x "

@@ -355,7 +355,7 @@ def test_a_step_of_mdeq_does_not_wait(name, flags, no_waiting):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("flags", ["--amp", "--grad npg", "--grad implicit --checkpoint-blocks",
+@pytest.mark.parametrize("flags", ["--amp", "--grad npg", "--grad implicit", "--recompute",
                                    "--norm pre --dropout 0.1 --dropatt 0.1 --jr 1"])
 def test_a_step_of_the_transformer_does_not_wait(flags, no_waiting):
     module = pytest.importorskip("deq_wikitext")

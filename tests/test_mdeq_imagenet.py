@@ -506,7 +506,11 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, smal
                                           ("--backward-solver anderson", "neither anderson"),
                                           ("--sync-bn", "--sync-bn"), ("--accumulate 2", "--accumulate 1")])
 def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
+    """It is the default if a GPU is there and nothing is in its way."""
+    assert not parse_args([]).cuda_graph
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_args([]).cuda_graph and not parse_args(["--no-cuda-graph"]).cuda_graph
+    assert not parse_args(flags.split()).cuda_graph
     assert parse_args(["--cuda-graph"]).cuda_graph
     message = refused(capsys, "--cuda-graph", *flags.split())
     assert "--cuda-graph needs" in message and named in message

@@ -305,7 +305,11 @@ def test_a_wrong_flag_is_named(flags, named, capsys, tmp_path, monkeypatch, narr
                                           ("--backward-solver anderson", "neither anderson"),
                                           ("--sync-bn", "--sync-bn")])
 def test_what_a_cuda_graph_cannot_do_is_refused(flags, named, capsys, monkeypatch):
+    """It is the default if a GPU is there and nothing is in its way."""
+    assert not parse_args([]).cuda_graph
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_args([]).cuda_graph and not parse_args(["--no-cuda-graph"]).cuda_graph
+    assert not parse_args(flags.split()).cuda_graph
     assert parse_args(["--cuda-graph"]).cuda_graph
     message = refused(capsys, "--cuda-graph", *flags.split())
     assert "--cuda-graph needs" in message and named in message
@@ -731,10 +735,11 @@ def test_the_benchmark_measures_every_gradient_and_leaves_the_weights_as_they_ar
     monkeypatch.setattr(mdeq_cifar, "benchmark", partial(common.benchmark, repeats=1))
     run(*"--benchmark --data toy --grad npg --k 2 --max-iter 3 --backward-max-iter 3 --tol 0.5".split(),
         "--batch-size", 20)
-    assert steps == 2 * [("implicit", 2, 0, 3), ("upg", 2, 0, 3), ("npg", 2, 0, 3), ("npg", 1, 0, 3),
-                         ("npg", 20, 0, 3)]
+    assert steps == 2 * [("implicit", 2, 0, 3), ("upg", 2, 0, 3), ("upg", 2, 0, 3), ("npg", 2, 0, 3),
+                         ("npg", 1, 0, 3), ("npg", 20, 0, 3)]
     assert all(map(torch.equal, models[0].parameters(), models[1]))
     lines = [line.replace("x", "").split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines if line and line[0] == "upg,"] == [["upg,", "--recompute"]]
     rows = {line[0]: [float(v) for v in line[1:]] for line in lines if line and line[0] in dict.fromkeys(
         step[0] for step in steps)}
     assert list(rows) == ["implicit", "upg", "npg"]

@@ -199,7 +199,7 @@ def test_a_step_and_an_evaluation_of_mdeq(name, flags):
     assert all_have_gradients(model) and logits.device == result.residual.device == kept[0].device == META
 
 
-@pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit --checkpoint-blocks",
+@pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit", "--recompute",
                                    "--pretrain-steps 1",
                                    "--norm pre --dropout 0.1 --dropatt 0.1 --jr 1",
                                    "--model deq-lm --dropout 0.1"])

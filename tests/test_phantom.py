@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import (adaptive_damping, anderson, broyden, compare_gradients, cosine_similarity, equilibrium, fixed_point,
-                    gmres, implicit, jacobian_regularization, npg, spectral_radius, upg)
+                    gmres, implicit, jacobian_regularization, npg, recomputed, spectral_radius, upg)
 
 GRADS = ["upg", "npg", "implicit"]
 EXACT = dict(max_iter=300, tol=1e-14, backward_max_iter=300, backward_tol=1e-14)
@@ -448,6 +448,18 @@ def test_npgs_memory_does_not_grow_with_k_and_upgs_does():
     assert saved_bytes(lambda: implicit(f, h))[0] == memory[npg, 1]
     step = memory[upg, 10] - memory[upg, 1]
     assert step > 0 and abs((memory[upg, 20] - memory[upg, 10]) / step - 10 / 9) < 0.05
+
+
+def test_upg_of_a_recomputed_f_keeps_a_state_per_step_and_gives_the_same_gradient():
+    f, w, u, _, h = problem(N=64, D=32)
+    memory = {k: saved_bytes(lambda: upg(recomputed(f), h, k, 0.5))[0] for k in (1, 5, 9)}
+    state = h.numel() * h.element_size()
+    assert memory[9] - memory[5] == memory[5] - memory[1] == 4 * state
+    grads = []
+    for g in (f, recomputed(f)):
+        loss = upg(g, h, 5, 0.5).square().sum()
+        grads.append(torch.autograd.grad(loss, [w, u]))
+    assert all(map(torch.equal, *grads))
 
 
 class Counted(torch.autograd.Function):

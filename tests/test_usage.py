@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from common import broyden, captured, cosine_similarity, equilibrium, init_process
+from common import Process, broyden, captured, cosine_similarity, equilibrium, init_process
 
 GRADS = ("upg", "npg", "implicit")
 K, LAM = 3, 0.6
@@ -330,6 +330,24 @@ def test_a_reentrant_checkpoint_wants_an_input_with_a_gradient(Model, grad):
         assert not any(p.requires_grad for p in parts(checkpoint(model, u, use_reentrant=True)))
     loss_of(checkpoint(model, u, use_reentrant=False)).backward()
     assert_equal(left_in(model), by_hand(model, u))
+
+
+@pytest.mark.parametrize("script", ["mdeq_cifar", "mdeq_imagenet", "deq_wikitext"])
+def test_torch_compiles_f_whole(script):
+    """One graph, so that a compiled F has one launch per kernel and fits into a CUDA graph."""
+    module, process = __import__(script), Process(0, 1, torch.device("cpu"))
+    args = module.parse_args(["--data", "toy"])
+    if script == "deq_wikitext":
+        model = module.build_model(args, range(2000), process)
+        f, h, *_ = model.segment(torch.zeros(2, 8, dtype=torch.long))
+    else:
+        model = module.build_model(args, 10, process)
+        f, h = model.problem(torch.zeros(2, 3, 64, 64))
+    with torch.no_grad():
+        expected = f(h)
+        found = torch.compile(f, fullgraph=True, backend="eager")(h)
+    for a, b in zip([*expected], [*found]):
+        assert torch.equal(a, b)
 
 
 @every

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import deq_wikitext
 from common import (Process, anderson, broyden, equilibrium, fixed_point, gmres, implicit, jacobian_regularization,
-                    npg, spectral_radius, upg)
+                    npg, recomputed, spectral_radius, upg)
 from deq_wikitext import (BlockMasks, DEQTransformer, Masks, evaluate, load_official,
                           load_text, parse_args, streams, toy_text)
 
@@ -582,13 +582,15 @@ def saved_bytes(run):
 
 
 def test_memory_of_npg_and_implicit_depends_on_neither_budget_nor_k():
-    """UPG's grows by a graph of F per step, and --checkpoint-blocks makes that smaller."""
+    """UPG's grows by a graph of F per step, and --recompute leaves a state of it."""
     model, segment = build(d_inner=2000), segments(build(), 1)[0]
     sizes = {}
     for grad, k, max_iter, again in (("npg", 1, 5, False), ("npg", 9, 20, False), ("implicit", 1, 5, False),
                                      ("implicit", 1, 20, False), ("upg", 1, 5, False), ("upg", 5, 5, False),
                                      ("upg", 5, 5, True)):
-        model.solve, model.checkpoint_blocks = solving(grad=grad, k=k, max_iter=max_iter, tol=0.0), again
+        model.solve = solving(grad=grad, k=k, max_iter=max_iter, tol=0.0)
+        if again:
+            model.f = recomputed(model.f)
         sizes[grad, k, max_iter, again] = saved_bytes(lambda: model(*segment))[0]
     assert len({sizes[key] for key in sizes if key[0] in ("npg", "implicit")}) == 1
     assert sizes["upg", 5, 5, False] - sizes["upg", 1, 5, False] > 4 * 2 * 4 * 2000 * 8      # the hidden layer alone
@@ -596,12 +598,12 @@ def test_memory_of_npg_and_implicit_depends_on_neither_budget_nor_k():
 
 
 @pytest.mark.parametrize("grad", ["upg", "npg", "implicit"])
-def test_computing_blocks_again_or_compiled_gives_the_same_gradients(grad, monkeypatch):
+def test_computing_f_again_or_compiled_gives_the_same_gradients(grad, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     args = parse_args(f"--data toy --d-model 16 --n-head 2 --d-inner 24 --cutoffs 10 20 --grad {grad} --tol 0 "
                       "--max-iter 6".split())
     results = []
-    for args.checkpoint_blocks, args.compile in ((False, False), (True, False), (False, True)):
+    for args.recompute, args.compile in ((False, False), (True, False), (False, True)):
         torch.manual_seed(0)
         model = deq_wikitext.build_model(args, range(60), CPU)
         segment = segments(model, 1)[0]

@@ -104,7 +104,7 @@ def assert_same_end(a, b):
 
 @pytest.mark.parametrize("flags", ["", "--grad npg", "--grad implicit", "--grad bptt --solver fixed-point",
                                    "--norm pre --jr 0.1 --jitter 2", "--grad npg --lam auto", "--solver anderson",
-                                   "--max-iter 0 --k 3 --lam 1", "--pretrain-steps 4", "--amp", "--checkpoint-blocks",
+                                   "--max-iter 0 --k 3 --lam 1", "--pretrain-steps 4", "--amp", "--recompute",
                                    "--model deq-lm --max-iter 0 --k 4 --lr 0.003"])
 def test_every_way_of_training_learns(flags, tmp_path, small):
     run(*RUN, "--data", small, "--out", tmp_path, "--steps", 54, "--eval-every", 54, *DROPOUT, *flags.split())
