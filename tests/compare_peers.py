@@ -50,7 +50,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import anderson, broyden, clock, equilibrium, fixed_point, gmres, peak_memory, reset_peak_memory
+from common import (anderson, broyden, call_libc, clock, equilibrium, fixed_point, gmres, peak_memory,
+                    recomputed, reset_peak_memory)
 
 BACKWARD, K, LAM = 20, 5, 0.8
 TINY = 1e-300               # silva refuses a tolerance of 0
@@ -184,13 +185,13 @@ def steps(cell, forward, peer):
     """
     f, h0, weights = Counted(cell), start(cell), list(cell.parameters())
 
-    def step(side, grad, backward_max_iter=BACKWARD, backward_solver="broyden", train=True):
+    def step(side, grad, backward_max_iter=BACKWARD, backward_solver="broyden", train=True, call=f):
         solver = package(side, grad, forward, 0.0, backward_max_iter, backward_solver, train=train)
 
         def run():
             f.calls = f.vjps = 0
             with torch.set_grad_enabled(train):
-                h = solver(f, h0, weights)
+                h = solver(call, h0, weights)
                 if train:
                     sum(part.square().mean() for part in parts(h)).backward()
                     cell.zero_grad()
@@ -203,7 +204,8 @@ def steps(cell, forward, peer):
             cell(*parts(h0))
 
     rows = {"solve": (step("ours", "implicit", train=False), step(peer, "implicit", train=False), f_alone),
-            f"step, UPG {K}": (step("ours", "upg"), step(peer, "upg"))}
+            f"step, UPG {K}": (step("ours", "upg"), step(peer, "upg")),
+            f"step, UPG {K}, ours recomputed": (step("ours", "upg", call=recomputed(f)), step(peer, "upg"))}
     if peer == "torchdeq":
         exact = step(peer, "implicit")
         return {**rows, "step, implicit": (step("ours", "implicit"), exact),
@@ -257,9 +259,11 @@ def backward_solves(cell, forward, with_silva):
     return rows, work
 
 
-def growth(name, peer, side, forward, device):
-    """MB by which the peak of a solve exceeds the memory in use before; side: 0 ours, 1 the peer's."""
-    run = steps(make(name, device), forward, peer)["solve"][side]
+def growth(name, peer, what, side, forward, device):
+    """MB by which the peak of a row of `steps` exceeds the memory in use before; side: 0 ours, 1 theirs."""
+    run = steps(make(name, device), forward, peer)[what][side]
+    run()                               # torch imports some parts of itself when they are first needed
+    call_libc("malloc_trim", 0)
     reset_peak_memory(device)
     before = peak_memory(device)
     run()
@@ -292,11 +296,13 @@ def compare_steps(name, cell, peer, args, device):
                         for taken, (calls, _) in zip(times, counts)]
             print(f"| {name} | {peer}: solve / (calls of f x time of f) | {overhead[0]:.2f} | "
                   f"{overhead[1]:.2f} | |")
-    mb = [growth(name, peer, side, args.forward, device) if args.device == "cuda" else
-          float(subprocess.run([sys.executable, __file__, "--growth", name, peer, str(side), "--forward",
-                                str(args.forward)], check=True, text=True, stdout=subprocess.PIPE).stdout)
-          for side in (0, 1)]
-    print(f"| {name} | {peer}: memory of a solve | {mb[0]:.0f} MB | {mb[1]:.0f} MB | {mb[1] / mb[0]:.2f} |")
+    for what in ("solve", f"step, UPG {K}", f"step, UPG {K}, ours recomputed"):
+        mb = [growth(name, peer, what, side, args.forward, device) if args.device == "cuda" else
+              float(subprocess.run([sys.executable, __file__, "--growth", name, peer, what, str(side),
+                                    "--forward", str(args.forward)], check=True, text=True,
+                                   stdout=subprocess.PIPE).stdout) for side in (0, 1)]
+        print(f"| {name} | {peer}: memory of a {what} | {mb[0]:.0f} MB | {mb[1]:.0f} MB | "
+              f"{mb[1] / mb[0]:.2f} |")
 
 
 # --- behaviour: each function returns what one side does, in a few words ------------------------------------
@@ -496,12 +502,12 @@ def main():
                    help="where speed is measured (default cpu)")
     p.add_argument("--behaviour", action="store_true",
                    help="what each does where users of such code get hurt")
-    p.add_argument("--growth", nargs=3, metavar=("CELL", "PEER", "SIDE"), help=argparse.SUPPRESS)
+    p.add_argument("--growth", nargs=4, metavar=("CELL", "PEER", "WHAT", "SIDE"), help=argparse.SUPPRESS)
     p.add_argument("--ask", nargs=2, metavar=("QUESTION", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.growth:
-        name, peer, side = args.growth
-        return print(growth(name, peer, int(side), args.forward, torch.device("cpu")))
+        name, peer, what, side = args.growth
+        return print(growth(name, peer, what, int(side), args.forward, torch.device("cpu")))
     if args.ask:
         return print(globals()[args.ask[0]](args.ask[1]))
     if args.device == "cuda" and not torch.cuda.is_available():
