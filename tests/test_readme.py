@@ -1,6 +1,8 @@
 """The README: its example runs, and its commands parse."""
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,19 @@ def test_every_command_of_the_readme_and_the_headers_parses(tmp_path, monkeypatc
     assert len(commands) >= 32 and {script for script, _ in commands} == set(SCRIPTS)
     for script, flags in commands:
         SCRIPTS[script].parse_args(shlex.split(flags))
+
+
+@pytest.mark.parametrize("dry, count", [("", 29), ("1", 18)])
+def test_every_command_of_the_list_for_a_GPU_parses(tmp_path, monkeypatch, dry, count):
+    """None twice; those of the dry run without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not dry)
+    (tmp_path / "row6").mkdir()
+    torch.save({}, tmp_path / "row6" / "checkpoint.pt")
+    said = subprocess.run(["bash", ROOT / "tests" / "gpu_list.sh", tmp_path, tmp_path / "data"], text=True, check=True,
+                          env={"PATH": os.environ["PATH"], "SHOW": "1", "DRY": dry, "DATA2": "other"}, capture_output=True).stdout
+    commands = re.findall(rf"^(?:profile: )?({'|'.join(SCRIPTS)})\.py (.*)", said, re.MULTILINE)
+    parsed = [(script, str(SCRIPTS[script].parse_args(shlex.split(flags)))) for script, flags in commands]
+    assert len(parsed) == len(set(parsed)) == count and len({script for script, _ in parsed}) == 3
 
 
 @pytest.mark.parametrize("script, row, count", [(mdeq_cifar, r"^ +\d  .*?\+- \S+ +(.*)$", 8),
