@@ -17,7 +17,7 @@ OUT=$(realpath -m "$1") DATA=${2:+$(realpath -m "$2")} DATA2=${DATA2:+$(realpath
 LIMIT=${LIMIT:-540} DRY=${DRY:+1} SHOW=${SHOW:-} PYTHON=${PYTHON:-python3} ROW_FLAGS=${ROW_FLAGS---cuda-graph}
 declare -A model=([tiny]="mdeq_cifar.py --batch-size 128" [transformer]="deq_wikitext.py --batch-size 14"
                   [small]="mdeq_imagenet.py --batch-size 16" [small128]="mdeq_imagenet.py --batch-size 128")
-if [ -n "$DRY" ]; then
+if [ "$DRY" ]; then
     few="--max-iter 2 --backward-max-iter 2 --k 1" DATA=toy DATA2=${DATA2:+toy}
     ROW_FLAGS="--epochs 20 --train-size 40 --test-size 20 --batch-size 8 $few"
     model=([tiny]="mdeq_cifar.py --data toy --batch-size 8 $few"
@@ -25,8 +25,8 @@ if [ -n "$DRY" ]; then
            [small]="mdeq_imagenet.py --data toy --crop 32 --channels 8 8 --head-channels 2 2 --batch-size 4 $few")
 fi
 cd "$(dirname "$0")/.." && mkdir -p "$OUT" || exit 2
-log=$OUT/log.txt child='' label='' PYTHONUNBUFFERED=1
-export PYTHONUNBUFFERED
+log=$OUT/log.txt child='' exact="--grad implicit --dropout 0.25 --backward-solver"
+export PYTHONUNBUFFERED=1
 trap 'kill $child 2> /dev/null; wait $child; echo "stopped: call again to go on" | tee -a "$log"; exit 143' TERM INT
 
 finished() { grep -qsx "finished: $1" "$log"; }
@@ -35,7 +35,8 @@ line() { echo "| \`$label\` | $(tr '|' '/' <<< "$1") | $where |" | tee -a "$OUT/
 # How the figures are found in what a command has printed, one a line.
 last() { grep . | tail -n 1; }
 marked() { sed -n 's/^figure: //p'; }
-upg() { sed -En 's/^(.*upg|.*UPG(, 20)?)  .* ([0-9.]+) +([0-9.]+) +[0-9.]+ +[0-9.]+x +[0-9.]+x$/\1: \3 ms per step, peak \4 GB/p'; }
+upg() { awk '/^upg|^P.* UPG/ {name = $0; sub(/  +.*/, "", name)
+                              print name ": " $(NF - 4) " ms per step, peak " $(NF - 3) " GB"}'; }
 accuracy() {    # the latest one, and the median of the log's times of a step
     local text=$(cat) ms
     ms=$(grep -o 'ms per step [0-9.]*' <<< "$text" | sort -n -k 4 | awk '{x[NR] = $4} END {print x[int((NR + 1) / 2)]}')
@@ -46,7 +47,7 @@ run() {         # NAME SECONDS READ COMMAND...: READ is one of the above; 9999 s
     local name=$1 own=$2 read=$3 seconds=$((LIMIT - SECONDS - 25)) begin said code figure
     shift 3
     case $1 in -c) label="profile: ${*:3}" ;; -m) label="python $*" ;; *) label=$* ;; esac
-    [ -z "$SHOW" ] || { echo "$label"; return; }
+    [ ! "$SHOW" ] || { echo "$label"; return; }
     ! finished "$name" || return 0
     [ $seconds -ge 15 ] || { echo "no time is left for $name"; return; }
     [ $seconds -lt "$own" ] || seconds=$own
@@ -57,11 +58,11 @@ run() {         # NAME SECONDS READ COMMAND...: READ is one of the above; 9999 s
     wait $child
     code=$? said=$(tail -c +$((begin + 1)) "$log" | tr -d '\0')
     rm -f "$OUT"/*/.lock "$OUT"/*/*.previous                    # as only a few files come back
-    grep -q '^done: ' <<< "$said" && code=0                      # even if the limit came then
+    grep -q '^done: ' <<< "$said" && code=0                     # even if the limit came at that moment
     case $code in
-        0) while read -r figure; do line "$figure"; done < <($read <<< "$said") ;;
+        0) while read -r figure; do line "$figure"; done < <($read <<< "$said" | grep . || echo "no figure") ;;
         124 | 137) line "not finished in $seconds s: $($read <<< "$said" | last || last <<< "$said")"
-                   [ $seconds = "$own" ] || return ;;           # it was the end of the call
+                   [ $seconds = "$own" ] || return ;;           # it was the end of the call: next time again
         *) line "failed with exit code $code: $(last <<< "$said")"
            [ "$own" != 9999 ] || return ;;
     esac
@@ -69,27 +70,18 @@ run() {         # NAME SECONDS READ COMMAND...: READ is one of the above; 9999 s
 }
 
 row() {         # NAME FLAGS...: a row of Table 1; when it is done, only its metrics are kept, but all of row 6
-    [ -n "$DATA" ] || { echo "$1 needs DATA"; return; }
+    [ "$DATA" ] || { echo "$1 needs DATA"; return; }
     run "$1" 9999 accuracy mdeq_cifar.py --data "$DATA" --out "$OUT/$1" --resume auto "${@:2}" $ROW_FLAGS
     if [ "$1" != row6 ] && [ -d "$OUT/$1" ] && finished "$1"; then
         cat "$OUT/$1/metrics.jsonl" >> "$OUT/metrics.jsonl" && rm -r "${OUT:?}/$1"
     fi
 }
 
-bench() {       # FLAGS: of the models whose script has them
-    local name
-    for name in tiny transformer small small128; do
-        case $DRY$name$1 in transformer*graph* | 1*graph* | 1small--compile) continue ;; esac
-        [ -z "${model[$name]:-}" ] || run "bench $name$1" 150 upg ${model[$name]} --benchmark $1
-    done
-}
-
 # The script's own --benchmark, but for `benchmark` itself: what is here takes the UPG row alone.
 PROFILE=$(cat <<'END_OF_PYTHON'
 import importlib, json, statistics, sys, tempfile, torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from common import clock
+from torch.utils.flop_counter import FlopCounterMode
 module, flags, gpu, flops = importlib.import_module(sys.argv[1][:-3]), sys.argv[2:], torch.cuda.is_available(), 0
 def measure(rows, finish, process, **_):
     global flops
@@ -104,7 +96,7 @@ def measure(rows, finish, process, **_):
             step()
         flops = counter.get_total_flops()
     seconds = statistics.median([step() for _ in range(8)][3:])
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as profiler:
+    with torch.profiler.profile() as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(folder + "/trace.json")
@@ -113,40 +105,47 @@ def measure(rows, finish, process, **_):
     busy = end = 0.0                                # microseconds in which at least one kernel runs
     for a, b in kernels:
         busy, end = busy + max(0.0, b - max(a, end)), max(end, b)
-    print(f"figure: UPG{' as CUDA graphs' * ('--cuda-graph' in args)}: {1e3 * seconds:.1f} ms per step, of which the "
-          f"profiler saw {busy / 1e3:.1f} ms ({busy / seconds / 1e4:.0f} %) in {len(kernels)} "
-          f"{'kernels' if gpu else 'operators'}; {flops / 1e12:.4g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s", flush=True)
+    print(f"figure: UPG{' as CUDA graphs' * ('--cuda-graph' in args)}: {1e3 * seconds:.1f} ms per step, of which "
+          f"{busy / 1e3:.1f} ({busy / seconds / 1e4:.0f} %) in {len(kernels)} {'kernels' if gpu else 'operators'} of the "
+          f"{process.device.type}; {flops / 1e12:.4g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s", flush=True)
 module.benchmark = measure
 for args in ([f for f in flags if f != "--cuda-graph"], flags)[:1 + ("--cuda-graph" in flags)]:
     module.main(module.parse_args([*args, "--benchmark"]))
 END_OF_PYTHON
 )
 
-if [ -z "$SHOW" ]; then
-    where=$("$PYTHON" -c 'from common import *; print("{device}, torch {torch}, commit {commit}".format(**describe_run(init_process())))')
+if [ ! "$SHOW" ]; then
+    where=$("$PYTHON" -c 'from common import *
+print("{device}, torch {torch}, commit {commit}".format(**describe_run(init_process())))')
     where=${where% *}\ ${COMMIT:-${where##* }}
-    case $DRY$where in "" | CPU*) echo "there is no GPU: $where; DRY=1 needs none" >&2; exit 2 ;; esac
-    [ -e "$OUT/results.md" ] || printf '| command | figure | device, torch, commit |\n|---|---|---|\n' > "$OUT/results.md"
+    case $DRY$where in " "* | CPU*) echo "there is no GPU, and DRY=1 is not set: $where" >&2; exit 2 ;; esac
+    head='| command | figure | device, torch, commit |\n|---|---|---|\n'
+    [ -e "$OUT/results.md" ] || printf "$head" > "$OUT/results.md"
 fi
-graph=--cuda-graph exact="--grad implicit --backward-solver"
-[ -z "$DRY" ] || graph=
 for item in ${ITEMS:-tests row6 eval bench profile row7 row5 row5-gmres row2 row2-gmres}; do
     case $item in
         tests) run tests 120 last -m pytest tests/test_gpu.py -x -q ;;
         row6) row row6 ;;
-        eval) [ -z "${DATA2:-}" ] || { [ -z "$SHOW" ] && ! finished row6; } ||
-              run eval 120 accuracy mdeq_cifar.py --eval --resume "$OUT/row6/checkpoint.pt" --data "$DATA2" ;;
-        bench) for flags in "" --cuda-graph "--cuda-graph --compile" --amp --compile; do bench "$flags"; done ;;
+        eval) if [ "${DATA2:-}" ] && { [ "$SHOW" ] || finished row6; }; then
+                  run eval 120 accuracy mdeq_cifar.py --eval --resume "$OUT/row6/checkpoint.pt" --data "$DATA2"
+              fi ;;
+        bench) for flags in "" --cuda-graph "--cuda-graph --compile" --amp --compile; do
+                   for name in tiny transformer small small128; do
+                       case $DRY$name$flags in transformer*graph* | 1*graph* | 1small*compile | 1small128*)
+                           continue ;; esac         # there is no such flag; needs a GPU, or minutes
+                       run "bench $name$flags" 150 upg ${model[$name]} --benchmark $flags
+                   done
+               done ;;
         profile) for name in tiny small small128 transformer; do
-                     [ $name != transformer ] || graph=
-                     [ -z "${model[$name]:-}" ] || run "profile $name" 100 marked -c "$PROFILE" ${model[$name]} $graph
+                     case $DRY$name in 1small128) continue ;; transformer | 1*) flags= ;; *) flags=--cuda-graph ;; esac
+                     run "profile $name" 100 marked -c "$PROFILE" ${model[$name]} $flags
                  done ;;
         row7) row row7 --grad npg ;;
-        row5) row row5 $exact broyden --dropout 0.25 ;;
-        row5-gmres) row row5-gmres $exact gmres --dropout 0.25 ;;
-        row2) row row2 $exact broyden --optimizer adam --dropout 0.25 ;;
-        row2-gmres) row row2-gmres $exact gmres --optimizer adam --dropout 0.25 ;;
+        row5) row row5 $exact broyden ;;
+        row5-gmres) row row5-gmres $exact gmres ;;
+        row2) row row2 $exact broyden --optimizer adam ;;
+        row2-gmres) row row2-gmres $exact gmres --optimizer adam ;;
         *) echo "ITEMS: there is no $item" >&2 ;;
     esac
 done
-echo "the list ends at second $SECONDS; results are in $OUT/results.md"
+echo "the list ends at second $SECONDS; the results are in $OUT/results.md"

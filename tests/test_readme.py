@@ -102,8 +102,9 @@ def test_every_command_of_the_list_for_a_GPU_parses(tmp_path, monkeypatch, dry, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: not dry)
     (tmp_path / "row6").mkdir()
     torch.save({}, tmp_path / "row6" / "checkpoint.pt")
-    said = subprocess.run(["bash", ROOT / "tests" / "gpu_list.sh", tmp_path, tmp_path / "data"], text=True, check=True,
-                          env={"PATH": os.environ["PATH"], "SHOW": "1", "DRY": dry, "DATA2": "other"}, capture_output=True).stdout
+    said = subprocess.run(["bash", ROOT / "tests" / "gpu_list.sh", tmp_path, tmp_path / "data"], check=True,
+                          env={"PATH": os.environ["PATH"], "SHOW": "1", "DRY": dry, "DATA2": "other"},
+                          capture_output=True, text=True).stdout
     commands = re.findall(rf"^(?:profile: )?({'|'.join(SCRIPTS)})\.py (.*)", said, re.MULTILINE)
     parsed = [(script, str(SCRIPTS[script].parse_args(shlex.split(flags)))) for script, flags in commands]
     assert len(parsed) == len(set(parsed)) == count and len({script for script, _ in parsed}) == 3
