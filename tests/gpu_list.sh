@@ -109,7 +109,8 @@ def measure(rows, finish, process, **_):
           f"{busy / 1e3:.1f} ({busy / seconds / 1e4:.0f} %) in {len(kernels)} {'kernels' if gpu else 'operators'} of the "
           f"{process.device.type}; {flops / 1e12:.4g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s", flush=True)
 module.benchmark = measure
-for args in ([f for f in flags if f != "--cuda-graph"], flags)[:1 + ("--cuda-graph" in flags)]:
+eager = [flag.replace("--cuda-graph", "--no-cuda-graph") for flag in flags]
+for args in (eager, flags)[:1 + (eager != flags)]:
     module.main(module.parse_args([*args, "--benchmark"]))
 END_OF_PYTHON
 )
@@ -129,10 +130,12 @@ for item in ${ITEMS:-tests row6 eval bench profile row7 row5 row5-gmres row2 row
         eval) if [ "${DATA2:-}" ] && { [ "$SHOW" ] || finished row6; }; then
                   run eval 120 accuracy mdeq_cifar.py --eval --resume "$OUT/row6/checkpoint.pt" --data "$DATA2"
               fi ;;
-        bench) for flags in "" --cuda-graph "--cuda-graph --compile" --amp --compile; do
+        bench) for more in no-cuda-graph cuda-graph "cuda-graph --compile" "cuda-graph --amp" "cuda-graph --recompute"; do
                    for name in tiny transformer small small128; do
-                       case $DRY$name$flags in transformer*graph* | 1*graph* | 1small*compile | 1small128*)
-                           continue ;; esac         # there is no such flag; needs a GPU, or minutes
+                       flags=--$more
+                       case $DRY$name in transformer | 1*) flags=${more/#*cuda-graph/} ;; esac    # it has no graphs
+                       case $DRY$name$flags in 1small*compile | 1small128*) continue ;; esac      # takes minutes
+                       [ "$flags$more" != cuda-graph ] || continue                                # done already
                        run "bench $name$flags" 150 upg ${model[$name]} --benchmark $flags
                    done
                done ;;
