@@ -341,6 +341,8 @@ class _Progress:
         self.lowest = self.x0.new_full((layout.N,), math.inf)
         self.moving = torch.ones(layout.N, dtype=torch.bool, device=layout.device)
         self.coupled = torch.zeros((), dtype=torch.bool, device=layout.device)
+        self.apart = True                                   # surely not coupled.  False also if nobody knows
+        self.zero = self.x0.new_zeros(())   # a number in torch.where would be sent to the device at each call
         self.evals, self.check_every = 0, 1 if layout.device.type == "cpu" else 8
         self.nobody_stands = self.on_cpu                    # False also if nobody knows
 
@@ -393,35 +395,33 @@ class _Progress:
         if self.limit is None:
             limit = torch.maximum(1e6 * norm, 1e3 * self.norms(x))
             self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=self.finfo.max)
-        fine = norm <= self.limit                               # False for NaN
-        moving = fine & (residual > self.tol)
-        if self.nobody_stands and bool(moving.all()):           # the common case, on a CPU
-            self.moving = moving
-        else:
-            self.stop_and_restart(norm, residual, fine)
+        fine, unsolved = norm <= self.limit, residual > self.tol        # False for NaN
+        if not (self.nobody_stands and bool((fine & unsolved).all())):  # not the common case, on a CPU
+            self.stop_and_restart(norm, residual, fine, unsolved)
         self.record(self.joint(residual))
         return norm
 
-    def stop_and_restart(self, norm, residual, fine):
+    def stop_and_restart(self, norm, residual, fine, unsolved):
         """Sets who moves: a sample stops when it is solved or lost, and moves again if it is disturbed."""
-        self.limit = torch.where(self.moving > fine, -1, self.limit)                # lost, for ever
+        self.limit.masked_fill_(self.moving > fine, -1)                             # lost, for ever
         if self.on_cpu or (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter:
             disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= self.far)
             grown = torch.maximum(self.limit, 1e6 * norm).clamp(max=self.finfo.max)
             self.limit = torch.where(disturbed, grown, self.limit)
             fine, self.moving = norm <= self.limit, self.moving | disturbed
             self.couple(disturbed.any())
-        self.moving = fine & (residual > self.tol) & (self.moving | self.coupled)
+        self.moving = fine & unsolved & (self.moving if self.apart else self.moving | self.coupled)
         self.nobody_stands = self.on_cpu and bool(self.moving.all())
 
     def couple(self, found):
         """If `found` (0-dim.), f couples samples: one that stood has another residual than before."""
         self.lowest = torch.where(found & ~self.coupled, math.inf, self.lowest)
         self.coupled = self.coupled | found
+        self.apart = self.on_cpu and not bool(self.coupled)
 
     def joint(self, residual):
         """The residual (N,), if f couples samples that of the worst for all."""
-        if residual.numel() == 0 or self.on_cpu and not bool(self.coupled):
+        if residual.numel() == 0 or self.apart:
             return residual
         return torch.where(self.coupled, residual.amax(0), residual)
 
@@ -450,13 +450,16 @@ class _Progress:
     def hold(self, g, moving):
         """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
         if not (self.on_cpu and bool(moving.all())):
-            g.masked_fill_(self.per_row(~moving)[:, None], 0)
+            torch.where(self.per_row(moving)[:, None], g, self.zero, out=g)
 
     def finished(self):
         if self.evals > self.max_iter:
             return True
-        looks = self.tol > 0 and self.evals % self.check_every == 0
-        return looks and not bool(self.moving.any())                                            # host sync
+        if self.tol == 0 or self.evals % self.check_every:
+            return False
+        found = int(self.moving.any() + 2 * self.coupled)               # host sync: two answers in one number
+        self.apart = found < 2
+        return found % 2 == 0
 
     def result(self, x_best, g, residual=None):
         residual = self.lowest if residual is None else residual
