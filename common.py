@@ -590,8 +590,8 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     x, x_best = run.x0.clone(), run.x0
     m, N = min(m, run.max_iter), run.layout.N
     fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # overwritten in turn, in any order
-    gram = x.new_zeros(N, m, m)                                     # gram[i, j] = g_i . g_j
-    ones = x.new_ones(N, m)
+    gram = x.new_zeros(N, m, m)                     # gram[i, j] = g_i . g_j, with the ridge on the diagonal
+    ones, newest = x.new_ones(N, m), torch.eye(m, dtype=x.dtype, device=x.device)
     while True:
         i = run.evals % m
         run.evaluate(x, gs[i], f_out=fs[i])
@@ -600,16 +600,14 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
             return run.result(x_best, gs[i])
         n = min(run.evals, m)
         row = run.products(gs[i:i + 1], gs[:n])[:, 0]                   # (N, n): the one new row
+        row[:, i].mul_(1 + ridge)
         gram[:, i, :n] = row
         gram[:, :n, i] = row
-        system = gram[:, :n, :n].clone()
-        system.diagonal(dim1=1, dim2=2).mul_(1 + ridge)
-        alpha, info = torch.linalg.solve_ex(system, ones[:, :n])    # the checked variant would synchronise
+        # The checked variant would synchronise.
+        alpha, info = torch.linalg.solve_ex(gram[:, :n, :n], ones[:, :n])
         alpha = alpha / alpha.sum(dim=1, keepdim=True)
-        plain = (info != 0) | ~alpha.isfinite().all(dim=1)
-        alpha = alpha.masked_fill(plain[:, None], 0)
-        alpha[:, i] = torch.where(plain, 1.0, alpha[:, i])
-        alpha = run.per_row(alpha)[:, None]
+        ok = (info == 0) & (torch.linalg.vector_norm(alpha, math.inf, dim=1) < math.inf)    # False for NaN
+        alpha = run.per_row(torch.where(ok[:, None], alpha, newest[i, :n]))[:, None]
         x_new = torch.bmm(alpha, fs[:n].transpose(0, 1))
         if beta < 1:
             x_new.baddbmm_(alpha, gs[:n].transpose(0, 1), alpha=beta - 1)
