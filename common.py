@@ -185,26 +185,31 @@ def _largest(x):
     return torch.linalg.vector_norm(x, math.inf, dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
 
 
-def _norms(x, dtype):
-    """||x_i|| (N,) for x (N, ...), also if its square under- or overflows: a 0 would look like a solution.
+def _norms(xs, dtype):
+    """For each x (N, ...) of a list, ||x_i|| (N,), also if its square under- or overflows: a 0 would look
+    like a solution.
 
     On a CPU such a norm is that of x / max |x|, in float64.  Elsewhere the largest number stands in for it,
     since looking at the norms would wait for the GPU.
     """
-    dims = tuple(range(1, x.dim()))
-    if not dims:
-        return x.to(dtype).abs()
-    norms = torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
-    low, high = (1e-15, 1e18) if dtype == torch.float32 else (1e-150, 1e150)
-    safe = (norms > low) & (norms < high)                   # False for NaN
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.where(safe, norms, _largest(x).to(dtype))
+    xs = [x[:, None] if x.dim() == 1 else x for x in xs]
+    norms, largest = xs[0].new_empty(2, len(xs), len(xs[0]), dtype=dtype)
+    for x, out in zip(xs, norms):
+        torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype, out=out)
+    # All of them at once: to a GPU many such small operations cost more than the numbers in them.
+    safe = norms.clamp(*((1e-15, 1e18) if dtype == torch.float32 else (1e-150, 1e150))) == norms    # no NaN
+    if xs[0].device.type != "cpu" or torch.compiler.is_compiling():
+        for x, out in zip(xs, largest):
+            order = math.inf if math.prod(x.shape[1:]) else 2           # there is no largest of nothing
+            torch.linalg.vector_norm(x, order, dim=tuple(range(1, x.dim())), dtype=dtype, out=out)
+        return list(torch.where(safe, norms, largest))
     if not bool(safe.all()):
-        rows = x[~safe].double().flatten(1)
-        largest = _largest(rows).clamp_min(torch.finfo(rows.dtype).tiny)
-        scaled = torch.linalg.vector_norm(rows / largest[:, None], dim=1) * largest
-        norms[~safe] = torch.where(largest.isinf(), largest, scaled).to(dtype)
-    return norms
+        for x, norm, ok in zip(xs, norms, safe):
+            rows = x[~ok].double().flatten(1)
+            largest = _largest(rows).clamp_min(torch.finfo(rows.dtype).tiny)
+            scaled = torch.linalg.vector_norm(rows / largest[:, None], dim=1) * largest
+            norm[~ok] = torch.where(largest.isinf(), largest, scaled).to(dtype)
+    return list(norms)
 
 
 def _together(norms):
@@ -273,12 +278,16 @@ class _Layout:
         # unsafe: without a check of the offsets that would wait for the GPU
         return torch.segment_reduce(x, how, offsets=self.offsets, initial=0, unsafe=True)
 
-    def norms(self, x, dtype=None):
-        """||x|| of each sample (N,), for x (rows, ...), summed in `dtype`."""
-        norms = _norms(x, dtype or torch.promote_types(x.dtype, self.dtype))
+    def norms_of(self, xs, dtype=None):
+        """For each x (rows, ...) of a list, ||x|| of each sample (N,), summed in `dtype`."""
+        norms = _norms(xs, dtype or functools.reduce(torch.promote_types, [x.dtype for x in xs], self.dtype))
         if self.offsets is not None:
-            norms = self.per_sample(norms.to(_wide(x)).square(), "sum").sqrt()
-        return norms.to(self.dtype)
+            norms = [self.per_sample(norm.to(_wide(norm)).square(), "sum").sqrt() for norm in norms]
+        return [norm.to(self.dtype) for norm in norms]
+
+    def norms(self, x, dtype=None):
+        """||x|| of each sample (N,), for x (rows, ...)."""
+        return self.norms_of([x], dtype)[0]
 
     def products(self, a, b):
         """(N, i, j): per sample, the inner products of the states a (i, rows, D) with b (j, rows, D)."""
@@ -329,7 +338,7 @@ class _Progress:
             self.b, self.stop_mode = layout.pack(b), "b"
             size = self.norms(self.b)
             # A sample with b = 0 is measured by the batch's b and by itself: f may couple it with the others.
-            self.zero_b, self.size = size == 0, torch.where(size > 0, size, _norms(size[None], size.dtype))
+            self.zero_b, self.size = size == 0, torch.where(size > 0, size, *_norms([size[None]], size.dtype))
             self.some_b_is_zero = not self.on_cpu or bool(self.zero_b.any())        # or may be
         self.by_part = len(layout.shapes) > 1 and self.stop_mode in ("rel", "b")
         # A sample that has stopped is disturbed if its residual is above this.  Rounding may lift a solved
@@ -357,28 +366,31 @@ class _Progress:
                 out.copy_(f_part)
         return f_parts
 
-    def part_norms(self, x):
-        """[||x_p|| (N,) for each part p of x (rows, D)] if the parts count by themselves, else [||x||]."""
-        columns = x.split_with_sizes(self.layout.sizes, dim=1) if self.by_part else (x,)
-        return [self.norms(column) for column in columns]
+    def columns(self, x):
+        """[x_p for each part p of x (rows, D)] if the parts count by themselves, else [x]."""
+        return list(x.split_with_sizes(self.layout.sizes, dim=1)) if self.by_part else [x]
 
     def measure(self, x, g, f_parts):
         """(||g||, residual at x), both (N,), for g = f(x) - x and the parts of f(x).  See `fixed_point`."""
-        norms = self.part_norms(g)
+        others, parts = [], self.columns(g)
+        if self.b is not None:
+            others = self.columns(x)
+        elif self.stop_mode in ("rel", "rel_joint"):
+            others = f_parts
+        norms = self.layout.norms_of(parts + others)
+        norms, sizes = norms[:len(parts)], norms[len(parts):]
         norm, eps = _together(norms), self.finfo.eps
         if self.b is not None:  # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
-            sizes = self.part_norms(x)
             x_norm = _together(sizes)
             norm = torch.maximum(norm, eps * x_norm)
-        elif self.stop_mode in ("rel", "rel_joint"):
-            sizes = [self.norms(p) for p in f_parts]
+        elif sizes:
             self.size = _together(sizes)
         if self.stop_mode == "max":
             residual = self.layout.per_sample(_largest(g), "max")
         else:
             residual = self.relative(norm)
         if self.b is not None and self.some_b_is_zero:
-            own = _ratio(norm, torch.maximum(x_norm, eps * _norms(x_norm[None], x_norm.dtype)))
+            own = _ratio(norm, torch.maximum(x_norm, eps * _norms([x_norm[None]], x_norm.dtype)[0]))
             residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
         if self.by_part:            # a small part would hide behind a large one
             least = eps * (self.size if self.b is None else x_norm)

@@ -1333,7 +1333,7 @@ def test_gmres_without_b_stops_when_it_is_done_and_leaves_a_solved_sample_alone(
 def test_an_infinite_norm_is_infinite():
     x = torch.tensor([[1.0, math.inf], [1.0, 2.0], [math.nan, 1.0], [1e30, 1e30], [0.0, 0.0]])
     for dtype in (torch.float32, torch.float64):
-        norms = common._norms(x.to(dtype), dtype)
+        norms, = common._norms([x.to(dtype)], dtype)
         torch.testing.assert_close(norms, torch.tensor([math.inf, 5 ** 0.5, math.nan, 2 ** 0.5 * 1e30, 0]).to(dtype),
                                    equal_nan=True)
 
