@@ -652,8 +652,9 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     rows = x.new_empty(m + 1, *x.shape)             # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
     lengths = x.new_zeros(N, m + 1)                 # of the rows
-    T = x.new_zeros(N, m + 1, m)
-    plain = torch.eye(1, m + 1, dtype=x.dtype, device=x.device)     # the coefficients of s = g
+    # The coefficients of the rows in s_n, and T: one tensor, since a restart sets both, to that of s = g and 0.
+    table, fresh = x.new_zeros(N, m + 1, m), x.new_zeros(m + 1, m)
+    coefficients, T, fresh[0, 0] = table[:, 0], table[:, 1:], 1
     n = 0                                           # steps taken since the last restart
     while True:
         norm = run.evaluate(x, g)
@@ -673,16 +674,16 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])
             torch.sqrt(square, out=lengths[:, n:n + 1])
             alpha = torch.bmm(T[:, :n + 1, :n], products[:, 0, :, None])[:, :, 0]               # (N, n + 1)
-        c = (1 - alpha[:, n:]).reciprocal()
-        coefficients = torch.cat([c, c * alpha[:, :n]], dim=1)              # of the rows, in s_n
+        c = torch.reciprocal(1 - alpha[:, n:], out=coefficients[:, :1])
+        torch.mul(alpha[:, :n], c, out=coefficients[:, 1:n + 1])
         # The bound is on the sum of the parts: if they are long and cancel, what is left is as uncertain.
-        lengths[:, 0] = norm
-        bound = torch.linalg.vector_norm(coefficients * lengths[:, :n + 1], 1, dim=1, keepdim=True)
-        ok = (c.abs() < 1e5) & (bound < 1e15)           # False for NaN; the square of 1e15 is within float32
-        coefficients = torch.where(ok, coefficients, plain[:, :n + 1])
-        T[:, :n + 1].masked_fill_(~ok[:, :, None], 0)
+        # As ||g|| counts with at least 1e10, c is below 1e5.  The square of 1e15 is within float32.
+        torch.clamp(norm, min=1e10, out=lengths[:, 0])
+        bound = torch.linalg.vector_norm(coefficients[:, :n + 1] * lengths[:, :n + 1], 1, dim=1)
+        used = table[:, :n + 2, :n + 1]
+        torch.where(bound[:, None, None] < 1e15, used, fresh[:n + 2, :n + 1], out=used)     # not if it is NaN
         s = rows[n + 1]
-        torch.bmm(run.per_row(coefficients)[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
+        torch.bmm(run.per_row(used[:, 0])[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
         x = torch.add(x, s, out=out)
         n += 1
 
