@@ -221,7 +221,7 @@ def _together(norms):
 
 def _ratio(norm, size):
     """norm / size.  If both are 0, so is the residual; norm / inf would be 0 and look solved."""
-    return torch.where(norm == 0, 0, norm / size.clamp(max=torch.finfo(norm.dtype).max))
+    return (norm / size.clamp(max=torch.finfo(norm.dtype).max)).masked_fill_(norm == 0, 0)
 
 
 class _Layout:
@@ -652,7 +652,7 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     rows = x.new_empty(m + 1, *x.shape)             # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
     lengths = x.new_zeros(N, m + 1)                 # of the rows
-    # The coefficients of the rows in s_n, and T: one tensor, since a restart sets both, to that of s = g and 0.
+    # The coefficients of the rows in s_n, and T: one tensor, since a restart sets both, to s = g and to 0.
     table, fresh = x.new_zeros(N, m + 1, m), x.new_zeros(m + 1, m)
     coefficients, T, fresh[0, 0] = table[:, 0], table[:, 1:], 1
     n = 0                                           # steps taken since the last restart
