@@ -246,3 +246,38 @@ def test_a_step_of_ignn(solver, grad, monkeypatch):
         with torch.no_grad():
             assert model.eval()(batch).device == META
     assert all_have_gradients(model)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel on a GPU: not those that only view or allocate a tensor."""
+
+    FREE = {f"aten::{name}" for name in ("detach", "empty", "new_empty", "empty_like", "_unsafe_view",
+                                         "promote_types")}
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += not (func.is_view or func._schema.name in self.FREE)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tol", [0, 1e-4])
+@pytest.mark.parametrize("solver, most, late", [(fixed_point, 26, 29), (anderson, 38, 41), (broyden, 41, 44)])
+def test_an_iteration_launches_few_kernels_beside_f(solver, most, late, tol):
+    """A small step is as long as they are many.  At tol = 0, after the first look for samples that f couples,
+    the host no longer knows of none."""
+    marks = []
+
+    def f(h):
+        marks.append(launches.n)
+        h = torch.tanh(h)
+        marks.append(launches.n)
+        return h
+
+    for evaluation, most in [(5, most)] if tol else [(5, most), (12, late)]:
+        marks.clear()
+        with Launches() as launches:
+            solver(f, torch.empty(3, 8, device=META), max_iter=7 if tol else 20, tol=tol)
+        assert marks[2 * evaluation] - marks[2 * evaluation - 1] <= most
