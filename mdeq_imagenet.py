@@ -57,10 +57,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 from common import (Meter, Run, TrainingPass, add_run_flags, anderson, benchmark, broyden, captured,
-                    compiled, die, equilibrium, existing_file, fixed_point, gmres, health, init_process,
-                    is_ours, keep_freed_memory, launched, load_checkpoint, load_weights, make_parser,
-                    note_differences, parse_flags, recomputed, rng_state, seed_everything, set_rng_state,
-                    spectral_radius, spell, upg, within)
+                    compiled, die, equilibrium, existing_file, fixed_point, gmres, health, image_folders,
+                    init_process, is_ours, keep_freed_memory, launched, load_checkpoint, load_weights,
+                    make_parser, note_differences, parse_flags, read_image, recomputed, rng_state,
+                    seed_everything, set_rng_state, spectral_radius, spell, upg, within)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
 # Defaults of options, from the official recipes.
@@ -214,82 +214,6 @@ def toy_image(name):
     noise = 10 * torch.randn(3, height, width, generator=rng)
     image = uniform(90, 160, 3, 1, 1) + 60 * wave * colour[:, None, None] + noise           # (3, H, W)
     return to_pil_image(image.round().clamp(0, 255).to(torch.uint8))
-
-
-def read_image(path):
-    """An RGB image.  Of 16-bit grey the high byte is taken, as PIL itself does with 16-bit colour."""
-    from PIL import Image
-    with Image.open(path) as image:
-        if image.mode[0] in "IF" and image.format not in ("PNG", "PPM"):
-            raise ValueError(f"what is white is not known in a {image.format} of mode {image.mode}: save it "
-                             "as PNG, or with 8 bits")
-        if image.mode[0] == "I":            # 0 to 65535, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-
-
-def image_folders(root, process, *splits):
-    """[(classes, [(path, label)])] of ROOT/SPLIT/CLASS/* for each split, in torchvision's order.
-
-    Folders that are numbers are the classes of these numbers: 2 comes before 10.  Hidden files and folders do
-    not count.  What else is no image, or in no class folder, is left out with a note.
-    """
-    from PIL import Image
-    known, left_out, folders = Image.registered_extensions(), [], []
-
-    def is_image(path):
-        if os.path.splitext(path)[1].lower() in known:
-            return True
-        try:
-            if os.path.isfile(path):
-                Image.open(path).close()
-                return True
-        except PermissionError:
-            raise
-        except Exception:           # PIL raises half a dozen types
-            pass
-        left_out.append(path)
-        return False
-
-    def images(folder):
-        """Also in folders below, but not through links, which may lead back here."""
-        def stop(error):
-            raise error
-
-        for place, inner, files in sorted(os.walk(folder, onerror=stop)):
-            if os.sep + "." not in place[len(folder):]:
-                left_out.extend(path for path in (os.path.join(place, name) for name in inner)
-                                if os.path.islink(path))
-                yield from (path for path in (os.path.join(place, name) for name in sorted(files)
-                                              if not name.startswith(".")) if is_image(path))
-
-    try:
-        for split in (os.path.join(root, split) for split in splits):
-            there = os.scandir(split) if os.path.isdir(split) else ()
-            entries = [entry for entry in there if not entry.name.startswith(".")]
-            left_out.extend(entry.path for entry in entries if not entry.is_dir())
-            classes = [entry.name for entry in entries if entry.is_dir()]
-            classes.sort(key=(lambda n: (int(n), n)) if all(map(str.isdecimal, classes)) else None)
-            samples = []
-            for name in sorted(classes):
-                before = len(samples)
-                samples += [(path, classes.index(name)) for path in images(os.path.join(split, name))]
-                if len(samples) == before:
-                    raise OSError(f"there is no image in {os.path.join(split, name)}")
-            if not classes:
-                raise OSError(f"{split} holds no class folders")
-            folders.append((classes, samples))
-    except OSError as error:
-        die(f"--data {root}: {str(error)[:200]}; it must hold {'/CLASS/*, '.join(splits)}/CLASS/* "
-            "(--data toy needs none)")
-    if left_out and process.rank == 0:
-        print(f"note: {len(left_out)} file(s) of --data that are no images, or in no class folder, are left "
-              f"out, as {left_out[0]}", flush=True)
-    a, b = set(folders[0][0]), set(folders[-1][0])
-    if a != b:
-        die(f"--data {root}: {splits[0]}/ and {splits[-1]}/ must hold the same class folders; only in "
-            f"{splits[0]}: {sorted(a - b)[:5]}, only in {splits[-1]}: {sorted(b - a)[:5]}")
-    return folders
 
 
 def load_images(args, process):

@@ -114,7 +114,7 @@ def assert_same_end(a, b):
 # --- the model ----------------------------------------------------------------------------------------------
 
 TWINS = ("conv", "ResidualBlock", "Bottleneck", "fusion", "load_official", "autocast", "memory_format",
-         "read_image", "image_folders", "training_pass", "MDEQ.inject", "MDEQ.zeros", "MDEQ.weights",
+         "training_pass", "MDEQ.inject", "MDEQ.zeros", "MDEQ.weights",
          "MDEQ.masks", "MDEQ.f", "MDEQ.head", "MDEQ.problem", "MDEQ.forward")
 
 
