@@ -975,8 +975,7 @@ def train(args, process, model, text):
         if run.state["score"]["measured_on"] == score["measured_on"]:
             score = run.state["score"]
         elif process.rank == 0:
-            print("note: the validation text is another one than before: the best perplexity starts anew",
-                  flush=True)
+            print("note: the validation text is another one: the best perplexity starts anew", flush=True)
     elif args.init:
         load_init(args, process, model, run)
     # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
@@ -990,9 +989,8 @@ def train(args, process, model, text):
                   "evaluated": evaluated, "score": score})
 
     # One round per evaluation: the steps up to it, then the validation text.
-    for end in [*range(args.eval_every, args.steps, args.eval_every), args.steps]:
-        if end <= evaluated:                    # done before the run was continued
-            continue
+    ends = [*range(args.eval_every, args.steps, args.eval_every), args.steps]
+    for end in (end for end in ends if end > evaluated):        # a run that is continued has done some
         for done in process.bar(range(step, end), f"to step {end}"):
             start = done % segments * T
             stop_at = min(start + T, tokens.shape[1] - 1)
@@ -1007,8 +1005,7 @@ def train(args, process, model, text):
             settings = step_settings(args, model, done)
             means = collections.defaultdict(float)          # over the micro-batches
             for i in range(n):
-                # The target of a token is the next one.
-                ids, targets = own[i][:, start:stop_at], own[i][:, start + 1:stop_at + 1]
+                ids, targets = own[i][:, start:stop_at], own[i][:, start + 1:stop_at + 1]   # the next tokens
                 # DDP averages gradients once per step, in the last micro-batch.
                 with contextlib.nullcontext() if world == 1 or i == n - 1 else net.no_sync():
                     with autocast(args, device):
@@ -1029,7 +1026,6 @@ def train(args, process, model, text):
             lr = scheduler.get_last_lr()[0]                 # of this step
             scheduler.step()
             step = done + 1
-
             # --- the step ends here; what follows is diagnostics, logging and saving ---
             meter.add(n * ids.numel(), **means)     # tokens of this process
             if args.radius_every and step % args.radius_every == 0:
@@ -1061,7 +1057,6 @@ def train(args, process, model, text):
                    **run.health(args.tol))
         save(step)
         meter.reset()
-
     test_the_best(args, process, run, model, text, score)
 
 
