@@ -193,7 +193,8 @@ def _norms(xs, dtype):
     since looking at the norms would wait for the GPU.
     """
     xs = [x[:, None] if x.dim() == 1 else x for x in xs]
-    norms, largest = xs[0].new_empty(2, len(xs), len(xs[0]), dtype=dtype)
+    N = xs[0].shape[0]          # len(xs[0]) would be a constant to torch.export
+    norms, largest = xs[0].new_empty(2, len(xs), N, dtype=dtype)
     for x, out in zip(xs, norms):
         torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype, out=out)
     # All of them at once: to a GPU many such small operations cost more than the numbers in them.
