@@ -1634,8 +1634,8 @@ class Process(NamedTuple):
 def keep_freed_memory():
     """Lets glibc keep freed memory.  Else the kernel zeroes each step's tensors of 1 MB anew, page by page.
 
-    That was 40 % of a UPG step of IGNN on a CPU (COX2, batch 128), and 20 % of one of MDEQ.  Without mallopt
-    in the C library nothing happens.
+    A UPG step of MDEQ-Tiny at batch 32 is 1.08 times as fast with it (one thread), and the peak of memory up
+    to 12 % higher.  Without mallopt in the C library nothing happens.
     """
     call_libc("mallopt", -1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
     call_libc("mallopt", -4, 0)                 # M_MMAP_MAX

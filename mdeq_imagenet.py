@@ -114,8 +114,8 @@ def parse_args(argv=None):
     add = p.add_argument_group("speed").add_argument
     add("--amp", action="store_true", help="bf16 autocast: other results; the solver's vectors stay float32")
     add("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
-    add("--recompute", action="store_true", help="compute F again in the backward pass of UPG, a half of the "
-        "memory for a sixth more time; equal results")
+    add("--recompute", action="store_true", help="compute F again in the backward pass of UPG: less memory, "
+        "more time, equal results; --benchmark has a row of it")
     add("--compile", action="store_true", help="torch.compile F and the head: results differ by rounding")
     add("--cuda-graph", action=argparse.BooleanOptionalAction,
         help="launch a training step as two CUDA graphs: equal results, up to 2.8 times as fast, not in "
@@ -567,7 +567,7 @@ def build_model(args, classes, process):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.f, model.head = compiled(model.f), compiled(model.head)
-    if args.recompute:
+    if args.recompute and not args.benchmark:           # which has a row of its own for it
         model.f = recomputed(model.f)
     return model
 
@@ -612,7 +612,7 @@ def train(args, process, train_set, eval_set):
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
     first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
-    score = {"last": math.nan, "best": -1.0, "best_epoch": 0, 
+    score = {"last": math.nan, "best": -1.0, "best_epoch": 0,
              "measured_on": eval_set.fingerprint(sizes=args.data != "toy")}
     if run.state:
         model.load_state_dict(run.state["model"])

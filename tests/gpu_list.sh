@@ -130,7 +130,7 @@ for item in ${ITEMS:-tests row6 eval bench profile row7 row5 row5-gmres row2 row
         eval) if [ "${DATA2:-}" ] && { [ "$SHOW" ] || finished row6; }; then
                   run eval 120 accuracy mdeq_cifar.py --eval --resume "$OUT/row6/checkpoint.pt" --data "$DATA2"
               fi ;;
-        bench) for more in no-cuda-graph cuda-graph "cuda-graph --compile" "cuda-graph --amp" "cuda-graph --recompute"; do
+        bench) for more in no-cuda-graph cuda-graph "cuda-graph --compile" "cuda-graph --amp"; do
                    for name in tiny transformer small small128; do
                        flags=--$more
                        case $DRY$name in transformer | 1*) flags=${more/#*cuda-graph/} ;; esac    # it has no graphs
