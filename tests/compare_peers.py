@@ -4,10 +4,11 @@
     peers/bin/pip install torch "numpy<2" silva-networks==1.2.2
     peers/bin/pip install --no-deps torchdeq==0.1.0
     OMP_NUM_THREADS=2 peers/bin/python tests/compare_peers.py                 # 18 iterations,
-    OMP_NUM_THREADS=2 peers/bin/python tests/compare_peers.py --forward 26    # MDEQ's on ImageNet
+    OMP_NUM_THREADS=2 peers/bin/python tests/compare_peers.py --forward 26    # as MDEQ's on ImageNet
     OMP_NUM_THREADS=2 peers/bin/python tests/compare_peers.py --forward 40    # torchdeq's default
     peers/bin/python tests/compare_peers.py --device cuda
     peers/bin/python tests/compare_peers.py --behaviour
+    peers/bin/python tests/compare_peers.py --mdeq                            # steps of the MDEQs of our scripts
 
 Either package may be missing: its part is left out.  What is used of them here runs with numpy 2, too.  So
 where torch and numpy are installed, a folder and PYTHONPATH=both do as well:
@@ -105,6 +106,29 @@ class TwoBranches(nn.Module):
                 self.norm[1](F.relu(0.5 * self.low(low) + self.to_low(high) + self.u[1])))
 
 
+class Equilibrium(nn.Module):
+    """F of an MDEQ of our scripts, with plain weights and the injection of noise images.
+
+    The scripts compute g v / ||v|| of weight_norm once per forward pass, which nobody else's solver does.
+    """
+
+    def __init__(self, script, *size):
+        super().__init__()
+        mdeq = importlib.import_module(script).MDEQ().to(memory_format=torch.channels_last)
+        for module in list(mdeq.modules()):
+            if nn.utils.parametrize.is_parametrized(module):
+                nn.utils.parametrize.remove_parametrizations(module, "weight")
+        with torch.no_grad():
+            self.u = tuple(u.contiguous(memory_format=torch.channels_last)
+                           for u in mdeq.inject(torch.randn(*size).to(memory_format=torch.channels_last)))
+        self.mdeq = mdeq
+
+    def forward(self, *h):
+        return self.mdeq.f(h, self.u)
+
+
+MDEQS = {"MDEQ-Tiny, N 32": partial(Equilibrium, "mdeq_cifar", 32, 3, 32, 32),
+         "MDEQ-Small (ImageNet), N 16": partial(Equilibrium, "mdeq_imagenet", 16, 3, 224, 224)}
 CELLS = {"tanh-linear": TanhLinear, "transformer": Transformer, "two-branch conv": TwoBranches,
          "two-branch conv, N 128": partial(TwoBranches, 128)}
 OURS_ALONE = "two-branch conv, N 128"           # batch and state of MDEQ-Tiny
@@ -113,7 +137,7 @@ OURS_ALONE = "two-branch conv, N 128"           # batch and state of MDEQ-Tiny
 def make(name, device):
     torch.manual_seed(0)
     with device:
-        return CELLS[name]()
+        return {**CELLS, **MDEQS}[name]()
 
 
 def start(cell):
@@ -121,7 +145,7 @@ def start(cell):
 
 
 def package(side, grad="implicit", max_iter=60, tol=1e-12, backward_max_iter=60, backward_solver="gmres",
-            method="broyden", damping=1.0, train=True):
+            method="broyden", damping=1.0, train=True, k=K):
     """solve(f, h0, needed): this package's equilibrium, with the gradient `grad` of the tensors `needed`.
 
     Tolerances are relative.  The backward solver of torchdeq is always Broyden's.
@@ -130,7 +154,7 @@ def package(side, grad="implicit", max_iter=60, tol=1e-12, backward_max_iter=60,
         solvers = {"broyden": broyden, "gmres": gmres, "anderson": anderson,
                    "picard": partial(fixed_point, lam=damping)}
         return lambda f, h0, _: equilibrium(
-            f, h0, grad=grad, k=K, lam=LAM, solver=solvers[method], max_iter=max_iter, tol=tol,
+            f, h0, grad=grad, k=k, lam=LAM, solver=solvers[method], max_iter=max_iter, tol=tol,
             backward_solver=solvers[backward_solver], backward_max_iter=backward_max_iter,
             backward_tol=tol)[0]
     if side == "silva":
@@ -141,12 +165,12 @@ def package(side, grad="implicit", max_iter=60, tol=1e-12, backward_max_iter=60,
             solver=method, max_iter=max_iter, tol=max(tol, TINY), stop_mode="relative", alpha=damping,
             history=max_iter if method == "broyden" else 5, return_best=True,
             backward_mode={"upg": "phantom", "npg": "neumann", "bptt": "unrolled"}.get(grad, grad),
-            phantom_steps=K, phantom_tau=LAM, neumann_terms=K, backward_solver=backward_solver,
+            phantom_steps=k, phantom_tau=LAM, neumann_terms=k, backward_solver=backward_solver,
             backward_max_iter=backward_max_iter,
             backward_tol=max(tol, TINY), backward_stop_mode="relative")).train(train)
         return lambda f, h0, needed: engine(f, h0, params=needed)
     from torchdeq import get_deq
-    kind = {"grad": K, "tau": LAM} if grad == "upg" else {"hook_ift" if "hook_ift" in side else "ift": True}
+    kind = {"grad": k, "tau": LAM} if grad == "upg" else {"hook_ift" if "hook_ift" in side else "ift": True}
     deq = get_deq(f_solver=method.replace("picard", "fixed_point_iter"), b_solver="broyden",
                   f_max_iter=max_iter,
                   b_max_iter=backward_max_iter, f_tol=tol, b_tol=tol, f_stop_mode="rel", b_stop_mode="rel",
@@ -178,41 +202,49 @@ class Counted:
         self.vjps += 1
 
 
+def step(f, side, grad, forward, backward_max_iter=BACKWARD, backward_solver="broyden", train=True, k=K,
+         recompute=False):
+    """A function that runs a training step of f (a Counted), or a solve, and returns its calls and VJPs."""
+    h0, weights = start(f.cell), list(f.cell.parameters())
+    solver = package(side, grad, forward, 0.0, backward_max_iter, backward_solver, train=train, k=k)
+    call = recomputed(f) if recompute else f
+
+    def run():
+        f.calls = f.vjps = 0
+        with torch.set_grad_enabled(train):
+            h = solver(call, h0, weights)
+            if train:
+                sum(part.square().mean() for part in parts(h)).backward()
+                f.cell.zero_grad()
+        return f.calls, f.vjps
+    return run
+
+
 def steps(cell, forward, peer):
     """{what: (ours, the peer's)}: functions that run it and return how many calls of f and VJPs it took.
 
     The third function of "solve" is its calls of f alone: for their time a state is as good as another.
     """
-    f, h0, weights = Counted(cell), start(cell), list(cell.parameters())
+    f, h0 = Counted(cell), start(cell)
 
-    def step(side, grad, backward_max_iter=BACKWARD, backward_solver="broyden", train=True, call=f):
-        solver = package(side, grad, forward, 0.0, backward_max_iter, backward_solver, train=train)
-
-        def run():
-            f.calls = f.vjps = 0
-            with torch.set_grad_enabled(train):
-                h = solver(call, h0, weights)
-                if train:
-                    sum(part.square().mean() for part in parts(h)).backward()
-                    cell.zero_grad()
-            return f.calls, f.vjps
-        return run
+    def both(grad, **options):
+        return tuple(step(f, side, grad, forward, **options) for side in ("ours", peer))
 
     @torch.no_grad()
     def f_alone():
         for _ in range(forward + 1):
             cell(*parts(h0))
 
-    rows = {"solve": (step("ours", "implicit", train=False), step(peer, "implicit", train=False), f_alone),
-            f"step, UPG {K}": (step("ours", "upg"), step(peer, "upg")),
-            f"step, UPG {K}, ours recomputed": (step("ours", "upg", call=recomputed(f)), step(peer, "upg"))}
+    theirs = step(f, peer, "upg", forward)
+    rows = {"solve": (*both("implicit", train=False), f_alone), f"step, UPG {K}": both("upg"),
+            f"step, UPG {K}, ours recomputed": (step(f, "ours", "upg", forward, recompute=True), theirs)}
     if peer == "torchdeq":
-        exact = step(peer, "implicit")
-        return {**rows, "step, implicit": (step("ours", "implicit"), exact),
-                f"step, our NPG {K}, its implicit": (step("ours", "npg"), exact)}
-    return {**rows, f"step, NPG {K}": (step("ours", "npg"), step(peer, "npg")),
-            "step, implicit by GMRES": (step("ours", "implicit", BACKWARD, "gmres"),
-                                        step(peer, "implicit", BACKWARD // 2, "gmres"))}
+        ours, exact = both("implicit")
+        return {**rows, "step, implicit": (ours, exact),
+                f"step, our NPG {K}, its implicit": (step(f, "ours", "npg", forward), exact)}
+    return {**rows, f"step, NPG {K}": both("npg"),
+            "step, implicit by GMRES": (step(f, "ours", "implicit", forward, BACKWARD, "gmres"),
+                                        step(f, peer, "implicit", forward, BACKWARD // 2, "gmres"))}
 
 
 @torch.no_grad()
@@ -259,15 +291,28 @@ def backward_solves(cell, forward, with_silva):
     return rows, work
 
 
-def growth(name, peer, what, side, forward, device):
-    """MB by which the peak of a row of `steps` exceeds the memory in use before; side: 0 ours, 1 theirs."""
-    run = steps(make(name, device), forward, peer)[what][side]
+def growth(run, device):
+    """MB by which the peak of a run exceeds the memory in use before."""
     run()                               # torch imports some parts of itself when they are first needed
     call_libc("malloc_trim", 0)
     reset_peak_memory(device)
     before = peak_memory(device)
     run()
     return 1e3 * (peak_memory(device) - before)
+
+
+def grows(device, *what):
+    """growth of what `growing` makes of these words; on a CPU in a process of its own."""
+    if device.type == "cuda":
+        return growth(growing(device, *what), device)
+    return float(subprocess.run([sys.executable, __file__, "--growth", *map(str, what)], check=True, text=True,
+                                stdout=subprocess.PIPE).stdout)
+
+
+def growing(device, name, forward, side, grad, k=K, recompute=0, backward=BACKWARD):
+    solver, train = "broyden" if side == "torchdeq" else "gmres", grad != "solve"
+    return step(Counted(make(name, device)), side, grad if train else "implicit", int(forward), int(backward), solver,
+                train, int(k), bool(int(recompute)))
 
 
 def race(name, what, runs, work, args, device):
@@ -296,13 +341,22 @@ def compare_steps(name, cell, peer, args, device):
                         for taken, (calls, _) in zip(times, counts)]
             print(f"| {name} | {peer}: solve / (calls of f x time of f) | {overhead[0]:.2f} | "
                   f"{overhead[1]:.2f} | |")
-    for what in ("solve", f"step, UPG {K}", f"step, UPG {K}, ours recomputed"):
-        mb = [growth(name, peer, what, side, args.forward, device) if args.device == "cuda" else
-              float(subprocess.run([sys.executable, __file__, "--growth", name, peer, what, str(side),
-                                    "--forward", str(args.forward)], check=True, text=True,
-                                   stdout=subprocess.PIPE).stdout) for side in (0, 1)]
+    for what, grad, ours in (("solve", "solve", ()), (f"step, UPG {K}", "upg", ()),
+                             (f"step, UPG {K}, ours recomputed", "upg", (K, 1))):
+        mb = grows(device, name, args.forward, "ours", grad, *ours), grows(device, name, args.forward, peer, grad)
         print(f"| {name} | {peer}: memory of a {what} | {mb[0]:.0f} MB | {mb[1]:.0f} MB | "
-              f"{mb[1] / mb[0]:.2f} |")
+              f"{mb[1] / mb[0]:.2f} |", flush=True)
+
+
+def mdeq_memory(name, peers, forward, device):
+    """A table: by how many MB the peak of a step exceeds the memory in use before."""
+    print(f"\n| {name}: memory of a step | k = 1 | k = 5 | k = 20 |\n|{'---|' * 4}")
+    rows = {"UPG": ("ours", "upg", 0), "UPG, recomputed": ("ours", "upg", 1), "NPG": ("ours", "npg", 0),
+            "implicit, GMRES 5": ("ours", "implicit", 0, 5), "implicit, GMRES 24": ("ours", "implicit", 0, 24),
+            **{f"{peer}: UPG": (peer, "upg", 0) for peer in peers}}
+    for what, (side, grad, *rest) in rows.items():
+        mb = [grows(device, name, forward, side, grad, k, *rest) for k in ((1, 5, 20) if grad != "implicit" else (1,))]
+        print(f"| {what} | " + " | ".join(f"{x:.0f} MB" for x in mb) + " | " * (3 - len(mb)) + " |", flush=True)
 
 
 # --- behaviour: each function returns what one side does, in a few words ------------------------------------
@@ -502,12 +556,14 @@ def main():
                    help="where speed is measured (default cpu)")
     p.add_argument("--behaviour", action="store_true",
                    help="what each does where users of such code get hurt")
-    p.add_argument("--growth", nargs=4, metavar=("CELL", "PEER", "WHAT", "SIDE"), help=argparse.SUPPRESS)
+    p.add_argument("--mdeq", action="store_true",
+                   help="speed and memory of the F of mdeq_cifar.py and mdeq_imagenet.py, their iterations")
+    p.add_argument("--growth", nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--ask", nargs=2, metavar=("QUESTION", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.growth:
-        name, peer, what, side = args.growth
-        return print(growth(name, peer, what, int(side), args.forward, torch.device("cpu")))
+        cpu = torch.device("cpu")
+        return print(growth(growing(cpu, *args.growth), cpu))
     if args.ask:
         return print(globals()[args.ask[0]](args.ask[1]))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -531,6 +587,13 @@ def main():
     print(f"torch {torch.__version__}, {hardware}; {args.forward} forward and {BACKWARD} backward "
           f"iterations, k = {K}; milliseconds, work, MB\n\n"
           f"| cell | what | ours | the other | the other / ours |\n|{'---|' * 5}")
+    if args.mdeq:
+        for name in MDEQS:
+            for peer in peers:
+                compare_steps(name, make(name, device), peer, args, device)
+        for name in MDEQS:
+            mdeq_memory(name, peers, args.forward, device)
+        return
     for name in CELLS:
         cell = make(name, device)
         for peer in peers if name != OURS_ALONE else ():
