@@ -1,7 +1,7 @@
 """Our solvers and gradients beside torchdeq 0.1.0's and silva-networks 1.2.2's: speed, memory and behaviour.
 
     python3 -m venv peers                      # an environment of its own: silva-networks asks for numpy < 2
-    peers/bin/pip install torch "numpy<2" silva-networks==1.2.2
+    peers/bin/pip install torch "numpy<2" tqdm silva-networks==1.2.2
     peers/bin/pip install --no-deps torchdeq==0.1.0
     OMP_NUM_THREADS=2 peers/bin/python tests/compare_peers.py                 # 18 iterations,
     OMP_NUM_THREADS=2 peers/bin/python tests/compare_peers.py --forward 26    # as MDEQ's on ImageNet
