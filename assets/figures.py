@@ -1,6 +1,7 @@
 """Draws the figures of this repository, and the learning curves of any training run.  Needs matplotlib.
 
     python assets/figures.py curves runs/A runs/B curves.png     # loss, scores, residuals, ... of these runs
+    python assets/figures.py curves runs/A cosine.png --only cosine training
     python assets/figures.py fig3 runs/fig3 assets/fig3.png      # Fig. 3, after assets/fig3.sh runs/fig3
     python deq_synthetic.py --plot assets                        # Figs. 1 and 4, by `fig1` and `fig4` below
 
@@ -86,8 +87,8 @@ def series(log, name):
 
 # --- learning curves ----------------------------------------------------------------------------------------
 
-def curves(runs, picture):
-    """A panel per kind of value; in it a colour per run and a line style per value."""
+def curves(runs, picture, only=None):
+    """A panel per kind of value; in it a colour per run and a line style per value.  only: words of titles."""
     logs, present = {str(run): records(run) for run in runs}, set()
     for run, log in logs.items():
         own = {name.removesuffix("_p50") for record in log for name in record}
@@ -96,7 +97,9 @@ def curves(runs, picture):
             die(f"{run}: nothing to draw, no record has a loss, a score, a residual, a cosine or a radius")
         present |= own
     panels = [(title, scale, [name for name in names if name in present]) for title, scale, names in PANELS]
-    panels = [panel for panel in panels if panel[2]]
+    panels = [panel for panel in panels if panel[2] and (not only or any(word in panel[0] for word in only))]
+    if not panels:
+        die(f"--only {' '.join(only)}: these runs have no such panel")
     plt = prepare(picture)
     rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
     fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows + 0.4), squeeze=False,
@@ -234,12 +237,13 @@ def main(argv=None):
     one = commands.add_parser("curves", help="draw the learning curves of one or more runs")
     one.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or its metrics.jsonl")
     one.add_argument("picture", metavar="PICTURE.png", type=picture, help="the file to draw into")
+    one.add_argument("--only", nargs="+", metavar="WORD", help="only the panels with these words in their titles")
     one = commands.add_parser("fig3", help="print the table of Fig. 3 and draw it")
     one.add_argument("out", metavar="OUT", help="folder of the runs, as given to assets/fig3.sh")
     one.add_argument("picture", metavar="PICTURE.png", type=picture, help="the file to draw into")
     args = p.parse_args(argv)
     if args.command == "curves":
-        curves(args.runs, args.picture)
+        curves(args.runs, args.picture, args.only)
     else:
         fig3(args.out, args.picture)
 

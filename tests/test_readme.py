@@ -1,4 +1,4 @@
-"""The README: its example runs, and its commands parse."""
+"""README.md and what it links to: examples run, commands parse, links lead somewhere, the length is bounded."""
 import os
 import re
 import shlex
@@ -16,6 +16,10 @@ import mdeq_imagenet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README, **{f"assets/{name}": (ROOT / "assets" / name).read_text()
+                                 for name in ("results.md", "porting.md")}}
+if (ROOT / "findings").is_dir():
+    PAGES["findings/README.md"] = (ROOT / "findings" / "README.md").read_text()
 
 
 def test_the_example_runs_as_printed(capsys):
@@ -36,7 +40,7 @@ def test_the_example_runs_as_printed(capsys):
     assert (got - expected).norm() < 1e-3 * expected.norm()
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 
 
 @pytest.mark.parametrize("i", range(1, len(BLOCKS)))
@@ -89,7 +93,7 @@ def test_every_command_of_the_readme_and_the_headers_parses(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)              # for --cuda-graph
     torch.save({}, "FILE")                      # --eval reads what --resume names: here an official checkpoint
-    text = (README + "".join(module.__doc__ for module in SCRIPTS.values())).replace("\\\n", " ")
+    text = "".join([*PAGES.values(), *(module.__doc__ for module in SCRIPTS.values())]).replace("\\\n", " ")
     commands = re.findall(rf"(?:python|torchrun(?: +--\S+)+) +({'|'.join(SCRIPTS)})\.py((?: +-[^`#\n;(]*)?)", text)
     assert len(commands) >= 32 and {script for script, _ in commands} == set(SCRIPTS)
     for script, flags in commands:
@@ -123,8 +127,45 @@ def test_the_rows_of_a_headers_table_parse_and_differ(script, row, count):
     assert exact and all("--backward-solver broyden" in row for row in exact)
 
 
-def test_no_placeholder_is_left():
-    assert not re.search(r"@[A-Z]+@", README)
+def prose(text):
+    """Without blocks and snippets of code."""
+    return re.sub(r"`[^`]*`", "code", re.sub(r"```.*?```|^ {4}.*?$", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_placeholder_is_left_and_few_sentences_are_packed(page):
+    assert not re.search(r"@[A-Z_]+@", PAGES[page])
+    words = prose(PAGES[page])
+    assert words.count(";") <= 5 * len(words.split()) / 1000
+
+
+def test_the_readme_is_short_and_its_first_command_stands_on_the_first_screen():
+    assert len(README.split()) <= 4500
+    assert README[:README.index("```bash")].count("\n") < 30
+
+
+def anchors(text):
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose(PAGES[page]))
+    assert links
+    for path, anchor in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target.read_text()), (path, anchor)
+
+
+def test_every_file_that_the_text_names_is_there():
+    """As `tests/gpu_list.sh` or `common.py`; what a run writes, and files of other projects, are no such names."""
+    for page, text in PAGES.items():
+        for name in re.findall(r"`((?:tests|assets|findings)/[\w./-]+\.(?:py|sh|md|png))`", text):
+            assert (ROOT / name).exists(), (page, name)
 
 
 def pieces(*names_and_ranges):
