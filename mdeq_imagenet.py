@@ -46,12 +46,12 @@ import re
 import signal
 import time
 
-# Large CPU tensors get pages of 2 MB: MDEQ.f of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
+# Gives large CPU tensors pages of 2 MB.  MDEQ.f of Tiny at batch 128 is 1.05 to 1.4 times as fast on 2 cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it at its first allocation
 
 import numpy as np
 import torch
-import torch.nn.functional as F         # in comments F is the equilibrium module, MDEQ.f
+import torch.nn.functional as F         # in comments, F is the equilibrium module MDEQ.f
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
@@ -94,36 +94,36 @@ def parse_args(argv=None):
     add("--init", metavar="FILE", type=existing_file, help="begin with the weights of this checkpoint, ours "
         "or an official one; the classifier is new if the classes are others")
     add("--dropout", type=within(float, "[0, 1)"), default=0.0, help="probability of dropout in F")
-    add("--pretrain-steps", type=natural, default=0, help="first steps, which unroll F instead of solving")
-    add("--pretrain-layers", type=count, default=5, help="evaluations of F in a step of pretraining")
+    add("--pretrain-steps", type=natural, default=0, help="initial steps that unroll F instead of solving")
+    add("--pretrain-layers", type=count, default=5, help="evaluations of F in each pretraining step")
     add("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg", help="how h* is differentiated")
     add("--k", type=count, default=5, help="steps of the phantom gradient")
     add("--lam", type=within(float, "(0, 1]"), default=0.6, help="damping of the phantom gradient")
     add("--solver", choices=["broyden", "anderson", "fixed-point"], default="broyden", help="solver for h*")
-    add("--max-iter", type=count, help="iterations of the solver")
+    add("--max-iter", type=count, help="maximum iterations of the solver")
     add("--tol", type=within(float, "[0, inf)"), default=0.0,
-        help="relative residual at which an image counts as solved; 0: use all iterations")
-    add("--backward-solver", choices=list(SOLVERS), default="gmres", help="solver of --grad implicit")
-    add("--backward-max-iter", type=count, help="iterations of the backward solver")
+        help="relative residual at which an image counts as solved, or 0 to use all iterations")
+    add("--backward-solver", choices=list(SOLVERS), default="gmres", help="solver for --grad implicit")
+    add("--backward-max-iter", type=count, help="maximum iterations of the backward solver")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, help="passes over the training images")
     add("--batch-size", type=count, default=128, help="images per step over all processes")
     add("--accumulate", type=count, default=1, help="micro-batches per step: less memory, not less time")
-    add("--lr", type=within(float, "(0, inf)"), help="first learning rate, lowered to 1e-6 along a cosine")
+    add("--lr", type=within(float, "(0, inf)"), help="initial learning rate, lowered to 1e-6 along a cosine")
     add("--weight-decay", type=within(float, "[0, inf)"), help="L2 penalty on every parameter")
     add = p.add_argument_group("speed").add_argument
-    add("--amp", action="store_true", help="bf16 autocast: other results; the solver's vectors stay float32")
-    add("--no-tf32", action="store_true", help="GPU convolutions in full float32; TF32 is torch's default")
+    add("--amp", action="store_true", help="bf16 autocast: changes results (solver vectors stay float32)")
+    add("--no-tf32", action="store_true", help="GPU convolutions in full float32 (torch's default is TF32)")
     add("--recompute", action="store_true", help="compute F again in the backward pass of UPG: less memory, "
-        "more time, equal results; --benchmark has a row of it")
+        "more time, equal results (--benchmark has a row for it)")
     add("--compile", action="store_true", help="torch.compile F and the head: results differ by rounding")
     add("--cuda-graph", action=argparse.BooleanOptionalAction,
-        help="launch a training step as two CUDA graphs: equal results, up to 2.8 times as fast, not in "
-        "pretraining, and not for batches of another size (default: for one process on a GPU, "
+        help="launch a training step as two CUDA graphs: equal results, up to 2.8 times as fast.  "
+        "Pretraining and batches of another size use no graphs (default: for one process on a GPU, "
         "with --tol 0 and --accumulate 1 and without anderson)")
     add("--memory-format", choices=["contiguous", "channels-last"], help="layout of images and weights",
         default="contiguous" if torch.cuda.is_available() else "channels-last")
-    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes; needs GPUs")
+    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (needs GPUs)")
     add = p.add_argument_group("diagnostics").add_argument
     add("--radius-every", type=natural, default=0,
         help="steps between spectral radii of J = dF/dh and lam J + (1 - lam) I, App. D.3; 0: never")
@@ -179,7 +179,7 @@ class Images(torch.utils.data.Dataset):
             with torch.random.fork_rng(devices=[]):     # puts back the generator that dropout uses
                 torch.default_generator.manual_seed(seed)
                 return self.transform(image), int(self.y[index])
-        except Exception as error:          # PIL raises half a dozen types for a broken file
+        except Exception as error:          # PIL raises half a dozen exception types for broken files
             raise OSError(f"cannot read the image {path} ({' '.join(str(error).split())}); "
                           "replace or remove it")
 
@@ -246,7 +246,7 @@ def memory_format(args):
 
 @functools.cache
 def normalisation(device):
-    """Channel means and standard deviations, sent to the device once."""
+    """The channels' means and standard deviations.  They are sent to the device only once."""
     values = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
     return values[0, :, None, None], values[1, :, None, None]   # (3, 1, 1) each
 
@@ -313,8 +313,8 @@ def training_batches(images, args, process, epoch, first):
 
 
 def evaluation_batches(images, args, process, some=None):
-    """(x, y) of all images, or of `some` from all classes; each image goes to one of the processes."""
-    # With `some`, images at equal distances are chosen, as files may be sorted by class.
+    """Yields (x, y) of all images, or of `some` from all classes.  Each image goes to exactly one process."""
+    # `some` images are taken at equal distances, because files may be sorted by class.
     n, size = len(images.y), max(1, args.batch_size // process.world_size // args.accumulate)
     own = range(n)[::max(1, n // (some or n))][:some][process.rank::process.world_size]     # [:None]: all
     keys = [[(j, 0) for j in own[i:i + size]] for i in range(0, len(own), size)]  # central crops need no seed
@@ -329,7 +329,7 @@ def conv(c_in, c_out, size=3, stride=1, bias=False):
 
 
 class ResidualBlock(nn.Module):
-    """y = GN(ReLU(GN(drop(conv(ReLU(GN(conv(h))))) + u) + h)), GN being GroupNorm and u the injection."""
+    """y = GN(ReLU(GN(drop(conv(ReLU(GN(conv(h))))) + u) + h)), with GroupNorm GN and injection u."""
 
     def __init__(self, c, groups, expansion):
         super().__init__()
@@ -338,7 +338,7 @@ class ResidualBlock(nn.Module):
         self.gn3 = nn.GroupNorm(groups, c)
 
     def forward(self, h, u, w1, w2, mask):
-        # w1, w2: the weights of conv1 and conv2 as MDEQ.weights has computed them, once for all evaluations.
+        # w1, w2: the weights of conv1 and conv2, which MDEQ.weights computes once for all evaluations of F.
         a = F.relu(self.gn1(F.conv2d(h, w1, padding=1)), inplace=True)          # (N, 5 c, H, W)
         b = F.conv2d(a, w2, padding=1)                                          # (N, c, H, W)
         if mask is not None:
@@ -351,7 +351,7 @@ class Bottleneck(nn.Module):
     """The head's residual block from c to 4 p channels: 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     def __init__(self, c, p):
-        super().__init__()          # the inner norms have no affine parameters, as in the official code
+        super().__init__()          # bn1, bn2 and bn3 have no affine parameters, as in the official code
         self.conv1, self.bn1 = conv(c, p, 1), nn.BatchNorm2d(p, affine=False)
         self.conv2, self.bn2 = conv(p, p), nn.BatchNorm2d(p, affine=False)
         self.conv3, self.bn3 = conv(p, 4 * p, 1), nn.BatchNorm2d(4 * p, affine=False)
@@ -368,7 +368,7 @@ class Bottleneck(nn.Module):
 def fusion(c_from, c_to, groups, steps_down):
     """The path between two branches: stride-2 convolutions down, or a 1 x 1 convolution up.
 
-    The caller upsamples, last because that is cheaper: nearest neighbours commute with both layers.
+    The caller upsamples last.  This is cheaper and exact, as nearest neighbours commute with both layers.
     """
     if steps_down < 0:
         return nn.Sequential(conv(c_from, c_to, 1), nn.GroupNorm(groups, c_to))
@@ -376,15 +376,15 @@ def fusion(c_from, c_to, groups, steps_down):
     for stage in range(steps_down):
         c = c_to if stage == steps_down - 1 else c_from  # the last one changes the channels
         layers += [conv(c_from, c, stride=2), nn.GroupNorm(groups, c), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])          # no ReLU after the last: all paths are summed first
+    return nn.Sequential(*layers[:-1])          # no ReLU after the last, as all paths are summed first
 
 
 class MDEQ(nn.Module):
     """Multiscale deep equilibrium classifier: logits = G(h*), h* = F(h*, u), u = M(x), Eq. (1).
 
-    The state h is a tuple; branch i has shape (N, channels[i], S / 2^i, S / 2^i), with S the image side after
-    the stem.  head_channels are the p of the Bottlenecks.  solve(f, h0) -> (h*, result) is common.equilibrium
-    with its settings.
+    The state h is a tuple.  Branch i has shape (N, channels[i], S / 2^i, S / 2^i), and S is the image side
+    after the stem.  head_channels are the p of the Bottlenecks.  solve(f, h0) is common.equilibrium with its
+    settings and returns (state, the solver's result).
     """
 
     def __init__(self, channels=(32, 64, 128, 256), head_channels=(24, 48, 96, 192), final_channels=2048,
@@ -392,7 +392,7 @@ class MDEQ(nn.Module):
                  solve=functools.partial(equilibrium, max_iter=26, tol=0.0, stop_mode="rel_joint", lam=0.6,
                                          backward_max_iter=27, backward_tol=0.0)):
         super().__init__()
-        n, c0, wide = len(channels), channels[0], [4 * p for p in head_channels]    # wide: in the head
+        n, c0, wide = len(channels), channels[0], [4 * p for p in head_channels]  # wide: the head's
         self.channels, self.dropout, self.solve = tuple(channels), dropout, solve
         self.stem_strides = stem_strides        # how many of the stem's two convolutions halve the image
 
@@ -401,9 +401,9 @@ class MDEQ(nn.Module):
             conv(3, c0, stride=1 + (stem_strides > 0)), nn.BatchNorm2d(c0), nn.ReLU(inplace=True),
             conv(c0, c0, stride=1 + (stem_strides > 1)), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
         self.injection = nn.Identity()
-        if stem_strides or n > 2:   # else, as in the official code, the stem alone is M
+        if stem_strides or n > 2:   # otherwise the stem alone is M, as in the official code
             self.injection = nn.Sequential(conv(c0, c0, 1), nn.BatchNorm2d(c0), nn.ReLU(inplace=True))
-        # F(h, u): no BatchNorm, so that it is the same function for every image of a batch
+        # F(h, u) has no BatchNorm, so that the images of a batch do not affect each other
         self.blocks = nn.ModuleList(ResidualBlock(c, groups, expansion) for c in channels)
         self.fuse = nn.ModuleList(nn.ModuleList(    # fuse[i][j] leads from branch j to branch i
             nn.Identity() if i == j else fusion(channels[j], channels[i], groups, i - j) for j in range(n))
@@ -420,7 +420,7 @@ class MDEQ(nn.Module):
         self.classifier = nn.Linear(final_channels, num_classes)
 
     def inject(self, x):
-        """u = M(x): the stem's output for the finest branch, zeros that take no memory for the others."""
+        """u = M(x): the stem's output for the finest branch, and zeros that take no memory for the others."""
         divisor = 2 ** (self.stem_strides + len(self.channels) - 1)
         if x.shape[-1] % divisor or x.shape[-2] % divisor:
             raise ValueError(f"image sides must be divisible by {divisor} for {len(self.channels)} branches, "
@@ -430,16 +430,16 @@ class MDEQ(nn.Module):
         return u, *(u.new_zeros(1).expand(N, c, H >> i, W >> i) for i, c in enumerate(self.channels) if i > 0)
 
     def zeros(self, u, dtype=torch.float32):
-        """The initial state, in u's shapes and layout; not in its dtype, which is bf16 under autocast."""
+        """The initial state: zeros in u's shapes and layout, but not in u's dtype (bf16 under autocast)."""
         layout = torch.channels_last if u[0].stride(1) == 1 else torch.contiguous_format
         return tuple(torch.zeros_like(ui, dtype=dtype, memory_format=layout) for ui in u)
 
     def weights(self):
-        """Weights g v / ||v|| of weight_norm, with graph, per branch: two of the block, one after fusion."""
+        """The weights g v / ||v||, with a graph: for each branch, two of the block and one after fusion."""
         weights = [[block.conv1.weight, block.conv2.weight, post.weight]
                    for block, post in zip(self.blocks, self.post)]
         device = weights[0][0].device.type
-        if torch.is_autocast_enabled(device):       # which would cast them at every evaluation
+        if torch.is_autocast_enabled(device):       # autocast would cast them at every evaluation
             weights = [[w.to(torch.get_autocast_dtype(device)) for w in branch] for branch in weights]
         if self.stem[0].weight.is_contiguous(memory_format=torch.channels_last):    # g v / ||v|| may lose it
             weights = [[w.contiguous(memory_format=torch.channels_last) for w in branch]
@@ -449,7 +449,7 @@ class MDEQ(nn.Module):
     def masks(self, h):
         """Variational dropout: a mask (N, C_i, 1, 1) per branch, the same for all evaluations of F.
 
-        With a mask per evaluation, F would be another function each time and have no fixed point.
+        With a new mask for each evaluation, F would change every time and have no fixed point.
         """
         if not self.training or self.dropout == 0:
             return [None] * len(h)
@@ -466,32 +466,32 @@ class MDEQ(nn.Module):
             return tuple(y)
         out = []
         for i, (post_gn, w) in enumerate(zip(self.post_gn, weights)):
-            s = y[i]                                # (N, C_i, S / 2^i, S / 2^i), as all that is added to it
+            s = y[i]                                # (N, C_i, S / 2^i, S / 2^i), like all terms added to it
             for j, yj in enumerate(y):
                 if j < i:
-                    s = s + self.fuse[i][j](yj)  # from a finer branch, by strides
+                    s = s + self.fuse[i][j](yj)     # from a finer branch, by strided convolutions
                 elif j > i:                         # from a coarser branch, enlarged 2^(j - i) times
                     s = s + F.interpolate(self.fuse[i][j](yj), scale_factor=2.0 ** (j - i), mode="nearest")
             out.append(post_gn(F.conv2d(F.relu(s, inplace=True), w[2])))
         return tuple(out)
 
     def head(self, h):
-        """G(h): from fine to coarse, then pooling and the linear classifier."""
+        """G(h): adds the branches from fine to coarse, then pools and applies the linear classifier."""
         y = self.bottlenecks[0](h[0])   # (N, 4 p_0, S, S)
         for i, down in enumerate(self.down):
             y = self.bottlenecks[i + 1](h[i + 1]) + down(y)
         return self.classifier(self.final(y).mean(dim=(2, 3)))  # (N, classes)
 
     def problem(self, x):
-        """(f, h0) of the images x (N, 3, ., .): h* solves h = f(h).  Weights and masks are computed once."""
+        """(f, h0) for images x (N, 3, ., .), so that h* = f(h*).  Weights and masks are computed once."""
         u = self.inject(x)
         h0 = self.zeros(u, x.dtype)
         return functools.partial(self.f, u=u, weights=self.weights(), masks=self.masks(h0)), h0
 
     def forward(self, x, unroll=0, with_result=False, on_backward=None):
-        """Logits (N, classes) of x (N, 3, ., .); with_result: (logits, the solver's result or None).
+        """Logits (N, classes) of images x (N, 3, ., .).  with_result: (logits, the solver's result or None).
 
-        unroll: evaluate F this many times in place of the solver.  on_backward: as in common.equilibrium.
+        unroll: evaluate F this many times instead of solving.  on_backward: as in common.equilibrium.
         """
         f, h0 = self.problem(x)
         if unroll:
@@ -505,13 +505,13 @@ class MDEQ(nn.Module):
 def load_official(model, state_dict):
     """Loads a state dict of phantom_grad, locuslab/mdeq, locuslab/deq (MDEQ-Vision) or torchdeq's zoo.
 
-    Strict: RuntimeError names keys that are unknown, missing or of another shape.
+    If keys are unknown, missing or of another shape, a RuntimeError names them.
     """
-    renames = [(r"^module\.", ""), (r"^full_stage\.", "fullstage."),    # module.: DistributedDataParallel
+    renames = [(r"^module\.", ""), (r"^full_stage\.", "fullstage."),  # module.: by DistributedDataParallel
                (r"^downsample\.", "stem."), (r"^stage0\.", "injection."),
                (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"blocks.\1."),    # F
                (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(?:(\d+)\.)?(conv|gnorm)\.",
-                # A step of a path is three modules here: convolution, GroupNorm, ReLU.
+                # Here a step of a path is three modules: convolution, GroupNorm, ReLU.
                 lambda m: f"fuse.{m[1]}.{m[2]}.{3 * int(m[3] or 0) + (m[4] == 'gnorm')}."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.conv\.", r"post.\1."),
                (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm\.", r"post_gn.\1."),
@@ -528,16 +528,16 @@ def load_official(model, state_dict):
     def norm(v):
         return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
 
-    # weight_norm stores g as original0 and v as original1; older files have weight_g and weight_v.
+    # weight_norm stores g as original0 and v as original1.  Older files call them weight_g and weight_v.
     own, affine = model.state_dict(), any(name.startswith("post_gn.") for name in found)
     for name in own:
         plain = name.replace("parametrizations.weight.original1", "weight")
-        if plain != name and plain in found:            # normalised only here: v = W, g = ||W||
+        if plain != name and plain in found:            # normalised only in this model: v = W, g = ||W||
             found[plain + "_g"], found[plain + "_v"] = norm(found[plain]), found.pop(plain)
-        elif plain == name and name + "_g" in found:    # normalised only there: W = g v / ||v||
+        elif plain == name and name + "_g" in found:    # normalised only in the file: W = g v / ||v||
             v = found.pop(name + "_v")
             found[name] = found.pop(name + "_g") * v / norm(v)
-        elif name.startswith("post_gn.") and not affine:        # locuslab/deq's: weight 1, bias 0
+        elif name.startswith("post_gn.") and not affine:        # locuslab/deq has none: weight 1, bias 0
             found[name] = torch.full_like(own[name], name.endswith("weight"))
     model.load_state_dict(found)        # weight_norm's own hook renames the other pairs (g, v)
 
@@ -559,21 +559,21 @@ def build_model(args, classes, process):
     model = model.to(process.device, memory_format=memory_format(args))
     for p in model.parameters():
         if p.dim() == 4 and p[0, 0].numel() == 1:
-            # A 1 x 1 kernel is in both memory formats, so its strides need not be those of its gradient:
-            # DistributedDataParallel would warn of that.  Both become contiguous, at no cost.
+            # A 1 x 1 kernel fits both memory formats, so its strides may differ from its gradient's, and
+            # DistributedDataParallel would warn of that.  Both are made contiguous here, at no cost.
             p.data = p.data.flatten().view(p.shape)
             p.register_hook(lambda g: g.flatten().view(g.shape))
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.f, model.head = compiled(model.f), compiled(model.head)
-    if args.recompute and not args.benchmark:           # which has a row of its own for it
+    if args.recompute and not args.benchmark:           # --benchmark has its own row for it
         model.f = recomputed(model.f)
     return model
 
 
 def training_pass(args, model, batch, side, process):
-    """(the model's TrainingPass for batches of `batch` images, what to call: itself, or its CUDA graphs)."""
+    """(the model's TrainingPass for `batch` images, the module to call: the same, or its CUDA graphs)."""
     training = TrainingPass(model, batch, process.device)
     if not args.cuda_graph:
         return training, training
@@ -600,7 +600,7 @@ def initialise(args, model, classes, process):
 
 
 def train(args, process, train_set, eval_set):
-    """Trains, evaluates after each epoch, and leaves the run in --out."""
+    """Trains, evaluates after each epoch, and saves the run in --out."""
     world, N = process.world_size, len(train_set.y)
     steps_per_epoch = N // args.batch_size                  # the last, incomplete batch is dropped
     steps = args.epochs * steps_per_epoch
@@ -611,7 +611,7 @@ def train(args, process, train_set, eval_set):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=1e-6)
-    first_epoch, first_batch = 0, 0     # what a checkpoint says to do next
+    first_epoch, first_batch = 0, 0     # where training begins, or continues from a checkpoint
     score = {"last": math.nan, "best": -1.0, "best_epoch": 0,
              "measured_on": eval_set.fingerprint(sizes=args.data != "toy")}
     if run.state:
@@ -620,23 +620,24 @@ def train(args, process, train_set, eval_set):
         scheduler.load_state_dict(run.state["scheduler"])
         first_epoch, first_batch = run.state["epoch"], run.state["batch"]
         if run.state["score"]["measured_on"] == score["measured_on"]:
-            score = run.state["score"]          # else the best epoch was found with other images
+            score = run.state["score"]          # otherwise the best epoch was found with other images
     elif args.init:
         initialise(args, model, train_set.classes, process)
-    # Before DistributedDataParallel, as the bare model is captured.  Before run.start seeds, as this draws.
+    # This comes before DistributedDataParallel, because CUDA graphs capture the bare model.  It draws random
+    # numbers, so it also comes before run.start, which seeds the generators.
     size = args.batch_size // world // args.accumulate
     training, net = training_pass(args, model, size, args.crop, process)
     if world > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True,    # saves a copy of the gradients
                                       device_ids=[process.device] if torch.cuda.is_available() else None)
     parameters = sum(p.numel() for p in model.parameters())
-    note = "; all are pretraining, without a solver: lower --pretrain-steps" * (args.pretrain_steps >= steps)
+    note = " (all are pretraining, without a solver: lower --pretrain-steps)" * (args.pretrain_steps >= steps)
     run.start(f"{parameters:,} parameters; {N} images to train on, {len(eval_set.y)} to evaluate on; "
               f"{args.epochs} epochs of {steps_per_epoch} steps{note}", parameters=parameters)
     meter, waited = Meter(process), 0.0
 
     def save(epoch, batch):
-        """So many batches of this epoch are done."""
+        """Saves the state after the first `batch` batches of this epoch."""
         run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "score": score,
                   "scheduler": scheduler.state_dict(), "epoch": epoch, "batch": batch,
                   "step": epoch * steps_per_epoch + batch})
@@ -651,7 +652,7 @@ def train(args, process, train_set, eval_set):
                 meet = world == 1 or i == args.accumulate - 1       # average gradients once per step
                 with contextlib.nullcontext() if meet else net.no_sync():
                     with autocast(args, process.device):
-                        logits, residual = net(x, unroll=unroll) if unroll else net(x)  # graphs take x alone
+                        logits, residual = net(x, unroll=unroll) if unroll else net(x)  # graphs take only x
                     loss = F.cross_entropy(logits.float(), y)   # with --amp the logits are bf16
                     (loss / args.accumulate).backward()
                 waited += seconds
@@ -665,7 +666,7 @@ def train(args, process, train_set, eval_set):
             lr = scheduler.get_last_lr()[0]                 # of this step
             scheduler.step()
 
-            # --- the step ends here; what follows is diagnostics, logging and saving ---
+            # --- The step ends here.  Diagnostics, logging and saving follow. ---
             if args.radius_every and step % args.radius_every == 0:
                 with meter.paused():
                     run.report("radius", step=step, **radii(model, eval_set, args, process))
@@ -684,7 +685,7 @@ def train(args, process, train_set, eval_set):
 
         record = evaluate(model, eval_set, args, process)
         score["last"] = record["val_top1"]
-        if score["last"] > score["best"]:   # the first of equals
+        if score["last"] > score["best"]:   # the first of equal scores stays
             score["best"], score["best_epoch"] = score["last"], epoch + 1
         run.report("epoch", step=(epoch + 1) * steps_per_epoch, epoch=epoch + 1, **record,
                    best_top1=score["best"], best_epoch=score["best_epoch"], **run.health(args.tol))
@@ -699,8 +700,8 @@ def train(args, process, train_set, eval_set):
 
 @torch.no_grad()
 def evaluate(model, images, args, process):
-    """Accuracy (%), loss and the solver's health over all images, each counted once; always by the solver."""
-    process.broadcast_buffers(model)        # BatchNorm's statistics are those of the first process
+    """Accuracy (%), loss and the solver's health.  Each image counts once.  Always uses the solver."""
+    process.broadcast_buffers(model)        # all use the first process's BatchNorm statistics
     model.eval()
     sums, residuals = torch.zeros(5, dtype=torch.float64, device=process.device), []
     for x, y in evaluation_batches(images, args, process):
@@ -722,7 +723,7 @@ def evaluate(model, images, args, process):
 
 
 def evaluate_checkpoint(args, process, images):
-    """--eval: prints what is measured with the weights of --resume."""
+    """--eval: evaluates the weights of --resume and prints the results."""
     state = load_checkpoint(args.resume)
     if is_ours(state):
         note_differences(state["args"], args, "solver max_iter tol crop resize", process)
@@ -741,9 +742,9 @@ def evaluate_checkpoint(args, process, images):
 
 @torch.no_grad()
 def radii(model, images, args, process):
-    """App. D: spectral radii of J and of lam J + (1 - lam) I at h*, evaluation mode; leaves no trace.
+    """App. D: spectral radii of J and of lam J + (1 - lam) I at h*, in evaluation mode.  Leaves no trace.
 
-    Means over some images of all classes, and the share of these images with a radius of J above 1.
+    Returns means over some images of all classes, and the share of these with a radius of J above 1.
     """
     rng = rng_state()
     process.broadcast_buffers(model)
@@ -752,7 +753,7 @@ def radii(model, images, args, process):
     for x, _ in evaluation_batches(images, args, process, some=args.radius_images):
         with autocast(args, x.device):
             f, h0 = model.problem(x)
-            h, _ = model.solve(f, h0)   # without grad: the solver alone
+            h, _ = model.solve(f, h0)   # only solves, as grad is off
             rho, rho_lam = (spectral_radius(f, h, lam=lam, n_iter=50) for lam in (1.0, args.lam))
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     model.train()
@@ -764,12 +765,12 @@ def radii(model, images, args, process):
 # --- benchmark ----------------------------------------------------------------------------------------------
 
 def run_benchmark(args, process):
-    """--benchmark: training steps on noise images by implicit, UPG and NPG; NPG's memory at k = 1 and 20."""
+    """--benchmark: training steps by implicit, UPG and NPG on noise images, NPG's memory at k = 1 and 20."""
     side, classes = args.crop, 1000
     x = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=process.device)
     y = torch.arange(args.batch_size, device=process.device) % classes
     x, model = prepare(x, args, process.device), build_model(args, classes, process)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)     # every step is the same
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)     # all steps are the same
 
     def row(grad, k, f=model.f):
         solve, net = functools.partial(model.solve, grad=grad, k=k, tol=0.0, backward_tol=0.0), None
@@ -777,7 +778,7 @@ def run_benchmark(args, process):
         def forward():
             nonlocal net
             model.solve, model.f = solve, f
-            if net is None:         # at the first turn, as CUDA graphs are captured with this solve
+            if net is None:         # in the first turn, because CUDA graphs capture this solve
                 _, net = training_pass(args, model, len(x), side, process)
             with autocast(args, process.device):
                 return F.cross_entropy(net(x)[0].float(), y)
@@ -812,8 +813,8 @@ def main(args):
     if args.batch_size == process.world_size * args.accumulate and coarsest == 1:
         process.die(f"--batch-size {args.batch_size}: with --crop {args.crop} the coarsest branch is 1 x 1, "
                     "and BatchNorm then needs two images in each process and micro-batch")
-    torch.backends.cudnn.allow_tf32 = not args.no_tf32      # convolutions; the solver's products are float32
-    torch.backends.cudnn.benchmark = True   # shapes repeat: the fastest kernels are found once
+    torch.backends.cudnn.allow_tf32 = not args.no_tf32      # only for convolutions: the solver uses float32
+    torch.backends.cudnn.benchmark = True   # finds the fastest kernels once, as shapes repeat
     if args.benchmark:
         return run_benchmark(args, process)
     train_set, eval_set = process.first(lambda: load_images(args, process))
