@@ -1,16 +1,16 @@
 """MDEQ on CIFAR-10 with phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
-MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates k steps from the solution h*,
-damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  Implicit differentiation is exact.
+MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates through k steps from the solution
+h*, damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  The implicit gradient is exact.
 
-    python mdeq_cifar.py                                     # Tiny, UPG A_{5,0.5}; into data/cifar-10
+    python mdeq_cifar.py                                     # Tiny, UPG A_{5,0.5}, downloads to data/cifar-10
     python mdeq_cifar.py --data toy                          # generated images: minutes on two CPU cores
     torchrun --nproc_per_node=4 mdeq_cifar.py --model large  # Large, UPG A_{5,0.5}: augmentation, 220 epochs
     python mdeq_cifar.py --benchmark                         # step time and memory of implicit, UPG and NPG
-    python mdeq_cifar.py --eval --resume FILE                # our checkpoints and the official ones
+    python mdeq_cifar.py --eval --resume FILE                # evaluates our checkpoints and official ones
 
-Table 1 (Tiny, 50 epochs, batch 128, no augmentation): python mdeq_cifar.py with the flags of a row, after the
-paper's accuracy in %.  The paper solves backwards by Broyden's method; the default here is GMRES.
+For Table 1 (Tiny, 50 epochs, batch 128, no augmentation), run python mdeq_cifar.py with the flags of a row.
+The accuracies in % are the paper's.  Its backward solver is Broyden's method.  The default here is GMRES.
     1  85.0 +- 0.2  --grad implicit --backward-solver broyden --optimizer adam --dropout 0.25
                     --pretrain-steps 3000
     2  82.3 +- 1.3  --grad implicit --backward-solver broyden --optimizer adam --dropout 0.25
@@ -24,13 +24,14 @@ Table 3 (Large, 220 epochs, batch 128, augmentation):
        93.8 +- 0.17  --model large --grad implicit --backward-solver broyden --optimizer adam --weight-decay 0
                      --dropout 0.3 --pretrain-steps 20000
        95.0 +- 0.16  --model large
-Fig. 2: row 1 with --cosine-every 500.  Fig. 3: assets/fig3.sh.  App. D.2: --radius-every 500.
-These rows are not run yet; README.md has what was measured.
+For Fig. 2, add --cosine-every 500 to row 1.  For Fig. 3, run assets/fig3.sh.  For the spectral radii of
+App. D.2, add --radius-every 500.  The table rows have not been run yet.  README.md has the measured results.
 
-Differences from the paper and its release: residuals and the choice of the best iterate are per image, not
-for the whole batch.  Broyden's first step has the right sign; theirs is inverted.  NPG follows Eq. (17), not
-Algorithms 2 and 3.  BatchNorm sees a process's whole batch; there it sees 64 images per GPU (Large: 32).
-Weights begin as in the official CIFAR-10 code: Normal(0, 0.01), or PyTorch's default if weight-normalised.
+Differences from the paper and its release: The solver measures the residual and keeps the best iterate for
+each image, not for the whole batch.  The first step of Broyden's method has the right sign, which the release
+inverts.  NPG follows Eq. (17), not Algorithms 2 and 3.  BatchNorm sees all images of a process.  In the
+official runs it sees 64 images per GPU (Large: 32).  As in the official CIFAR-10 code, weight-normalised
+convolutions start from PyTorch's default, and all others from Normal(0, 0.01).
 """
 import argparse
 import functools
@@ -59,7 +60,7 @@ from common import (Meter, Run, TrainingPass, add_run_flags, anderson, benchmark
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
 MODELS = {"tiny": dict(channels=(24, 24), head_channels=(8, 16), final_channels=200),
           "large": dict(channels=(32, 64, 128, 256), head_channels=(14, 28, 56, 112), final_channels=1680)}
-# Defaults of options, from the official recipes.
+# Defaults of options.  All but "toy" are from the official recipes.
 PRESETS = {"tiny": dict(max_iter=22, backward_max_iter=24, epochs=50, augment="no"),
            "large": dict(max_iter=18, backward_max_iter=20, epochs=220, augment="yes"),
            "sgd": dict(lr=0.1, weight_decay=1e-4), "adam": dict(lr=0.001, weight_decay=2.5e-6),
@@ -72,16 +73,16 @@ def presets(args):
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains an MDEQ on CIFAR-10.  Without options: Tiny with UPG A_{5,0.5} and SGD.")
+    p = make_parser("Trains an MDEQ on CIFAR-10.  Without options, it is Tiny with UPG A_{5,0.5} and SGD.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
-    add("--data", default="data/cifar-10", type=os.path.expanduser, help="folder for CIFAR-10, downloaded if "
-        "it is empty, or of images as train/CLASS/* and test/CLASS/*; or 'toy': generated 16 x 16 images")
+    add("--data", default="data/cifar-10", type=os.path.expanduser, help="folder of CIFAR-10 (downloaded if "
+        "it is empty) or of images in train/CLASS/* and test/CLASS/*, or 'toy' for generated 16 x 16 images")
     add("--train-size", type=count, help="number of training images, equally many per class")
     add("--test-size", type=count, help="number of test images, equally many per class")
     add("--augment", choices=["yes", "no"], help="random crops after padding by 4, and horizontal flips")
     add = p.add_argument_group("model and equilibrium").add_argument
-    add("--model", choices=list(MODELS), default="tiny", help="158,986 or 11,098,398 parameters")
+    add("--model", choices=list(MODELS), default="tiny", help="tiny has 158,986 parameters, large 11,098,398")
     add("--dropout", type=within(float, "[0, 1)"), default=0.0, help="probability of dropout in F")
     add("--pretrain-steps", type=natural, default=0, help="initial steps that unroll F instead of solving")
     add("--pretrain-layers", type=count, default=10, help="evaluations of F in each pretraining step")
@@ -115,9 +116,9 @@ def parse_args(argv=None):
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (needs GPUs)")
     add = p.add_argument_group("diagnostics").add_argument
     add("--cosine-every", type=natural, default=0, help="steps between cosines of UPG, NPG and k steps of "
-        "GMRES to the exact gradient, Fig. 2; 0: never")
+        "GMRES to the exact gradient (Fig. 2), or 0 for none")
     add("--radius-every", type=natural, default=0, help="steps between spectral radii of J = dF/dh and of "
-        "lam J + (1 - lam) I on 64 test images, App. D.2; 0: never")
+        "lam J + (1 - lam) I on 64 test images (App. D.2), or 0 for none")
     add_run_flags(p, "MODEL-GRAD")
     args = parse_flags(p, argv, presets, "data train_size test_size model solver max_iter tol")  # for --eval
     if args.grad == "bptt" and args.solver != "fixed-point":
@@ -139,14 +140,14 @@ def parse_args(argv=None):
 class Images(NamedTuple):
     x: torch.Tensor         # (N, 3, S, S) uint8
     y: torch.Tensor         # (N,) int64
-    classes: list           # their names
+    classes: list           # class names
 
     def fingerprint(self):
         return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self[:2])).hexdigest()[:16]
 
 
 def toy_images(n, seed, size=16):
-    """Ten classes of gratings, 5 orientations x 2 frequencies, at a random place, phase and colour, in noise.
+    """Ten classes of noisy gratings: 5 orientations x 2 frequencies.  Place, phase and colour are random.
 
     The phase is uniform, so every class has the same mean image: a linear classifier stays near 10 %.
     """
@@ -171,7 +172,7 @@ def toy_images(n, seed, size=16):
 
 
 def decoded(classes, samples, process):
-    """The images of a folder.  They are decoded at each start: 60,000 take 10 to 15 s."""
+    """Decodes the images of a folder.  This happens at every start and takes 10 to 15 s for 60,000 images."""
     from torchvision.transforms.functional import pil_to_tensor
     if process.rank == 0:
         print(f"decoding {len(samples)} images", flush=True)
@@ -188,7 +189,7 @@ def decoded(classes, samples, process):
 
 
 def balanced(images, size, flag):
-    """The first size / classes images of each class."""
+    """The first size / C images of each of the C classes."""
     if size is None:
         return images
     C = len(images.classes)
@@ -245,12 +246,12 @@ def normalisation(device):
 
 
 def prepare(x, augment, memory_format):
-    """uint8 (N, 3, S, S) -> normalised float32; `augment` pads by 4 with black, crops and flips at random."""
+    """uint8 (N, 3, S, S) -> normalised float32.  `augment` pads by 4 (black), crops and flips at random."""
     if augment:
         N, _, S, _ = x.shape
         x = F.pad(x, (4, 4, 4, 4))                                                  # (N, 3, S + 8, S + 8)
         offset = torch.randint(0, 9, (2, N, 1), device=x.device) + torch.arange(S, device=x.device)
-        flip = torch.rand(N, 1, device=x.device) < 0.5  # (N, 1); a flip reads columns backwards
+        flip = torch.rand(N, 1, device=x.device) < 0.5  # (N, 1), a flip reads columns backwards
         rows, columns = offset[0], torch.where(flip, offset[1].flip(1), offset[1])  # (N, S) each
         n = torch.arange(N, device=x.device)[:, None, None]  # (N, 1, 1): one gather for all images
         x = x.permute(0, 2, 3, 1)[n, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -259,15 +260,15 @@ def prepare(x, augment, memory_format):
 
 
 def training_batches(images, args, process, epoch, first):
-    """(batch, x, y, share) of this process, from batch number `first` of the epoch on.
+    """Yields (batch number, x, y, share) for this process, from batch `first` of the epoch on.
 
-    The order depends on --seed and the epoch alone.  DistributedDataParallel averages gradients over
-    processes.  With each loss times its `share`, that is the mean over the batch, also for unequal parts.
+    The order depends only on --seed and the epoch.  DistributedDataParallel averages gradients over
+    processes.  If each loss is multiplied by its `share`, this is the batch mean, also for unequal parts.
     """
     order = torch.Generator().manual_seed(args.seed + 1_000_003 * (epoch + 1))  # --resume can repeat it
     batches = torch.randperm(len(images.y), generator=order).to(process.device).split(args.batch_size)
     for batch in process.bar(range(first, len(batches)), f"epoch {epoch + 1}"):
-        index = batches[batch].tensor_split(process.world_size)[process.rank]   # equal parts, or one less
+        index = batches[batch].tensor_split(process.world_size)[process.rank]   # sizes differ by at most 1
         x = prepare(images.x[index], args.augment == "yes", memory_format(args))
         yield batch, x, images.y[index], process.world_size * len(index) / len(batches[batch])
 
@@ -378,7 +379,7 @@ class MDEQ(nn.Module):
         self.final = nn.Sequential(conv(wide[-1], final_channels, 1, bias=True),
                                    nn.BatchNorm2d(final_channels), nn.ReLU(inplace=True))
         self.classifier = nn.Linear(final_channels, num_classes)
-        for module in self.modules():       # the official code does not reach weight-normalised convolutions
+        for module in self.modules():       # as in the official code, without weight-normalised convolutions
             if isinstance(module, nn.Conv2d) and not nn.utils.parametrize.is_parametrized(module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
@@ -677,10 +678,11 @@ def evaluate_checkpoint(args, process, images):
 
 
 def gradient_cosines(model, x, y, args):
-    """Fig. 2: cosines, over the parameters of F, of UPG, NPG and k steps of GMRES to the exact gradient.
+    """Fig. 2: cosines of UPG, NPG and k steps of GMRES to the exact gradient, over the parameters of F.
 
-    On this process's images, at one h*.  Exact is GMRES until 1e-3, at most 200 products with the Jacobian.
-    `cosine_verified`: share of images with both residuals, reported as medians, at most 1e-3.  No trace left.
+    All are taken at the same h* of this process's images.  GMRES solves for the exact gradient to 1e-3, with
+    at most 200 products with the Jacobian.  `cosine_verified` is the share of images whose forward and
+    backward residuals are at most 1e-3.  The medians of both are returned, too.  Leaves no trace.
     """
     buffers, rng = [b.clone() for b in model.buffers()], rng_state()
     of_f = [p for name, p in model.named_parameters() if name.startswith(("blocks", "fuse", "post"))]
@@ -691,7 +693,7 @@ def gradient_cosines(model, x, y, args):
             [(grad, args.k, args.lam) for grad in ("upg", "npg", "implicit")], radius_iter=0, tol=args.tol,
             max_iter=args.max_iter, solver=functools.partial(SOLVERS[args.solver], stop_mode="rel_joint"))
     set_rng_state(rng)
-    for buffer, old in zip(model.buffers(), buffers):       # BatchNorm has counted this batch more than once
+    for buffer, old in zip(model.buffers(), buffers):       # BatchNorm has counted this batch several times
         buffer.copy_(old)
     upg, npg, gmres = (row["cosine"] for row in found["rows"])
     return {"cosine_upg": upg, "cosine_npg": npg, "cosine_gmres": gmres, "cosine_verified": found["exact"],
