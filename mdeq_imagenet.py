@@ -1,37 +1,38 @@
 """MDEQ on ImageNet with phantom gradients: "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
-MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates k steps from the solution h*,
-damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  Implicit differentiation is exact.
+MDEQ is a multiscale deep equilibrium model.  UPG A_{k,lam} differentiates through k steps from the solution
+h*, damped by lam, Eq. (16).  NPG sums k terms of a Neumann series, Eq. (17).  The implicit gradient is exact.
 
     torchrun --nproc_per_node=8 mdeq_imagenet.py             # the paper's row: UPG A_{5,0.6}, 8 x 16 images
     python mdeq_imagenet.py --data toy                       # generated images: minutes on two CPU cores
     python mdeq_imagenet.py --accumulate 8                   # one GPU: a step in 8 micro-batches of 16
     python mdeq_imagenet.py --benchmark --batch-size 16      # step time and memory of implicit, UPG and NPG
-    python mdeq_imagenet.py --eval --resume FILE             # our checkpoints and the official ones
+    python mdeq_imagenet.py --eval --resume FILE             # evaluates our checkpoints and official ones
 
-On each of two machines, R being a folder that both see.  If a process is lost, all begin again from its last
-checkpoint, up to three times:
+For two machines, run this on each of them, with a folder R that both see.  If a process dies, all processes
+restart from the last checkpoint in R, up to three times:
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # torch's restarts fail without it, see init_process
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --max-restarts=3 \\
         mdeq_imagenet.py --out R --resume auto
-SIGTERM to all processes saves and ends them with code 0.  torchrun passes one on, ends with code 1, and kills
-what is left after 30 seconds.
+If all processes get SIGTERM, they save a checkpoint and end with code 0.  If torchrun gets it, torchrun
+passes it on, ends with code 1, and kills the processes that are left after 30 seconds.
 
-Table 3 (16,808,936 parameters, 100 epochs, batch 128): torchrun --nproc_per_node=8 mdeq_imagenet.py with the
-flags of a row.  The paper solves backwards by Broyden's method; the default here is GMRES.
+For Table 3 (16,808,936 parameters, 100 epochs, batch 128), run torchrun --nproc_per_node=8 mdeq_imagenet.py
+with the flags of a row.  The paper's backward solver is Broyden's method.  The default here is GMRES.
     paper 75.3 %   --grad implicit --backward-solver broyden --pretrain-steps 500000
           75.2 %   --pretrain-steps 500000          # App. D.3, setting 1: UPG after pretraining
           75.7 %   (none)                           # App. D.3, setting 2: UPG from the first step on
-App. D.3's spectral radii: --radius-every 10000, or --eval.
-These rows are not run yet; README.md has what was measured.
+For the spectral radii of App. D.3, add --radius-every 10000, or use --eval.
+The table rows have not been run yet.  README.md has the measured results.
 
-Differences from the paper and its release: residuals and the choice of the best iterate are per image, not
-for the whole batch.  Broyden's first step has the right sign; theirs is inverted.  NPG follows Eq. (17), not
-Algorithms 2 and 3.  BatchNorm is per GPU, as for UPG's numbers; the released script has SyncBN (--sync-bn).
-Weights begin with PyTorch's defaults, as there.  Random crops have the release's area and aspect, by
-torchvision in place of DALI.  The last, incomplete batch of an epoch is dropped: 10,009 steps.  The paper's
-75.3 comes from locuslab/mdeq, whose recipe differs in more than the gradient: 4 GPUs x 32 images, crops of 8
-to 100 % of the area, weights from Normal(0, 0.01).  Here all rows share UPG's.
+Differences from the paper and its release: The solver measures the residual and keeps the best iterate for
+each image, not for the whole batch.  The first step of Broyden's method has the right sign, which the release
+inverts.  NPG follows Eq. (17), not Algorithms 2 and 3.  BatchNorm is per GPU, as for the paper's UPG numbers.
+(The released script has SyncBN, here --sync-bn.)  Weights start from PyTorch's defaults, as in the release.
+Random crops have the release's area and aspect, but torchvision makes them, not DALI.  The last, incomplete
+batch of an epoch is dropped, which leaves 10,009 steps.  The paper's 75.3 comes from locuslab/mdeq.  Its
+recipe differs in more than the gradient: 4 GPUs x 32 images, crops of 8 to 100 % of the area, weights from
+Normal(0, 0.01).  Here all rows share UPG's recipe.
 """
 import atexit
 import contextlib
@@ -63,7 +64,7 @@ from common import (Meter, Run, TrainingPass, add_run_flags, anderson, benchmark
                     seed_everything, set_rng_state, spectral_radius, spell, upg, within)
 
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
-# Defaults of options, from the official recipes.
+# Defaults of options.  "small" is the official recipe.
 PRESETS = {"small": dict(channels=[32, 64, 128, 256], head_channels=[24, 48, 96, 192], final_channels=2048,
                          max_iter=26, backward_max_iter=27, epochs=100, augment="yes", crop=224, resize=256,
                          lr=0.05, weight_decay=5e-5),
@@ -76,23 +77,23 @@ def presets(args):
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains MDEQ-Small on ImageNet.  Without options: UPG A_{5,0.6}, the paper's row.")
+    p = make_parser("Trains MDEQ-Small on ImageNet.  Without options, it uses UPG A_{5,0.6} as in the paper.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
-    add("--data", default="data/imagenet", type=os.path.expanduser, help="folder of images as train/CLASS/* "
-        "and val/CLASS/*; or 'toy': generated images of 10 classes")
+    add("--data", default="data/imagenet", type=os.path.expanduser, help="folder of images in train/CLASS/* "
+        "and val/CLASS/*, or 'toy' for generated images of 10 classes")
     add("--augment", choices=["yes", "no"], help="random crops of 10 to 100 %% of the area, and flips")
     add("--crop", type=count, help="side of the model's input in pixels")
     add("--resize", type=count, help="shorter side of an image in pixels, before its central crop")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--workers", type=natural, default=min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="processes that read images for each training process; 0: it reads them itself")
+        help="processes that read images for each training process, or 0 if it reads them itself")
     add = p.add_argument_group("model and equilibrium").add_argument
     add("--channels", type=count, nargs="+", help="channels of each branch, multiples of 8")
     add("--head-channels", type=count, nargs="+", help="a quarter of the head's channels, for each branch")
     add("--final-channels", type=count, help="channels before the classifier")
-    add("--init", metavar="FILE", type=existing_file, help="begin with the weights of this checkpoint, ours "
-        "or an official one; the classifier is new if the classes are others")
+    add("--init", metavar="FILE", type=existing_file, help="start from the weights of this checkpoint, ours "
+        "or an official one, with a new classifier if its classes differ")
     add("--dropout", type=within(float, "[0, 1)"), default=0.0, help="probability of dropout in F")
     add("--pretrain-steps", type=natural, default=0, help="initial steps that unroll F instead of solving")
     add("--pretrain-layers", type=count, default=5, help="evaluations of F in each pretraining step")
@@ -126,8 +127,8 @@ def parse_args(argv=None):
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (needs GPUs)")
     add = p.add_argument_group("diagnostics").add_argument
     add("--radius-every", type=natural, default=0,
-        help="steps between spectral radii of J = dF/dh and lam J + (1 - lam) I, App. D.3; 0: never")
-    add("--radius-images", type=count, default=64, help="validation images for these, also in --eval")
+        help="steps between spectral radii of J = dF/dh and lam J + (1 - lam) I (App. D.3), or 0 for none")
+    add("--radius-images", type=count, default=64, help="validation images for the radii, also in --eval")
     add_run_flags(p, "imagenet-GRAD", save_every=15.0)
     args = parse_flags(p, argv, presets, "data channels head_channels final_channels crop resize lam solver "
                        "max_iter tol")
@@ -159,12 +160,12 @@ def parse_args(argv=None):
 class Images(torch.utils.data.Dataset):
     """(index, seed) -> (uint8 image (3, crop, crop), label).
 
-    The seed decides the random crop and flip: an image's augmentation depends on --seed, the epoch and the
-    image, not on which worker reads it.
+    The seed decides the random crop and flip.  So an image's augmentation depends on --seed, the epoch and
+    the image, but not on the worker that reads it.
     """
 
     def __init__(self, samples, classes, loader, transform):
-        # The workers share the memory of an array.  A list's reference counts change, which copies its pages.
+        # Workers share an array's memory.  A list's pages would be copied, as its reference counts change.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.y = np.array([label for _, label in samples])
         self.classes, self.loader, self.transform = classes, loader, transform
@@ -176,7 +177,7 @@ class Images(torch.utils.data.Dataset):
             image = self.loader(path)
             if max(image.size) > 100 * min(image.size):         # --resize would make gigabytes of it
                 raise ValueError(f"its sides are {image.size}")
-            with torch.random.fork_rng(devices=[]):     # puts back the generator that dropout uses
+            with torch.random.fork_rng(devices=[]):     # restores the generator that dropout uses
                 torch.default_generator.manual_seed(seed)
                 return self.transform(image), int(self.y[index])
         except Exception as error:          # PIL raises half a dozen exception types for broken files
@@ -184,17 +185,17 @@ class Images(torch.utils.data.Dataset):
                           "replace or remove it")
 
     def fingerprint(self, sizes=False):
-        """A hash of names and labels; sizes: also of the files' sizes, which takes a while for a million."""
+        """A hash of file names and labels.  `sizes` adds file sizes, which takes a while for a million."""
         facts = [os.path.basename(path) for path in self.paths.tolist()]
         facts += [os.path.getsize(path) for path in self.paths.tolist()] if sizes else []
         return hashlib.sha256(repr(facts).encode() + self.y.tobytes()).hexdigest()[:16]
 
 
 def toy_image(name):
-    """The image SPLIT/CLASS/NUMBER, always the same: two waves crossing at +angle and -angle, in noise.
+    """The image SPLIT/CLASS/NUMBER, always the same: two noisy waves that cross at +angle and -angle.
 
-    Ten classes, 5 angles x smooth or square.  Flips, crops and colours keep the class.  The phase is uniform,
-    so every class has the same mean image: a linear classifier stays near 32 % (guessing: 10 %).
+    The classes are 5 angles x smooth or square waves.  Flips, crops and colours keep the class.  The phase
+    is uniform, so all classes have the same mean image: a linear classifier stays near 32 % (guessing: 10 %).
     """
     from torchvision.transforms.functional import to_pil_image
     split, label, number = name.split("/")
@@ -217,7 +218,7 @@ def toy_image(name):
 
 
 def load_images(args, process):
-    """(training images, validation images); with --eval, which needs no train/, twice the latter."""
+    """(training images, validation images).  --eval needs no train/: both are validation images then."""
     from torchvision import transforms as T
     crop = T.Compose([T.Resize(args.resize), T.CenterCrop(args.crop), T.PILToTensor()])
     random_crop = T.Compose([T.RandomResizedCrop(args.crop, scale=(0.1, 1.0), ratio=(0.8, 1.25)),
@@ -253,7 +254,7 @@ def normalisation(device):
 
 def prepare(x, args, device):
     """uint8 (N, 3, S, S) -> normalised float32 on the device."""
-    x = x.to(device, non_blocking=True)     # from pinned memory, as uint8: a quarter of the bytes
+    x = x.to(device, non_blocking=True)     # from pinned memory, with a quarter of float32's bytes
     mean, std = normalisation(x.device)
     return ((x / 255.0 - mean) / std).contiguous(memory_format=memory_format(args))
 
@@ -264,37 +265,37 @@ def leave_signals_to_parent(_):
 
 
 def end_workers():
-    """Kills the workers at the end: Python would send SIGTERM, which they ignore, and wait for ever."""
+    """Kills the workers at exit.  Python would send SIGTERM, which they ignore, and wait for ever."""
     if hasattr(signal, "SIGCHLD"):                          # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler calls a worker's end an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would take this for an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def read(images, keys, args, process):
-    """(x, y, seconds waited) for each list of keys, on the device.  A broken image ends the run."""
+    """Yields (x, y, seconds waited) on the device for each list of keys.  A broken image ends the run."""
     atexit.register(end_workers)
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=keys, num_workers=args.workers, pin_memory=process.device.type == "cuda",
         worker_init_fn=leave_signals_to_parent, prefetch_factor=4 if args.workers else None,
-        generator=torch.Generator())        # else its seed would be drawn from the training's generator
+        generator=torch.Generator())        # otherwise the training's generator would draw its seed
     asked = time.perf_counter()
     try:
         for x, y in loader:
             waited = time.perf_counter() - asked
             yield prepare(x, args, process.device), y.to(process.device, non_blocking=True), waited
             asked = time.perf_counter()
-    except (OSError, RuntimeError) as error:        # RuntimeError: a worker was killed, or one of the GPU's
+    except (OSError, RuntimeError) as error:        # RuntimeError: a killed worker, or a GPU's error
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        what = str(error.with_traceback(None))          # a traceback is a cycle that keeps the workers
+        what = str(error.with_traceback(None))          # a traceback would keep the workers alive
         die(f"--data: {what.splitlines()[-1].removeprefix('OSError: ')}")       # below a worker's traceback
 
 
 def training_keys(n, args, process, epoch, first):
-    """The micro-batches of this process, as lists of keys of Images, from batch `first` of the epoch on.
+    """Yields this process's micro-batches, as lists of keys of Images, from batch `first` of the epoch on.
 
-    The order depends on --seed and the epoch alone: processes and micro-batches divide the same batches.
+    The order depends only on --seed and the epoch.  Processes and micro-batches divide the same batches.
     """
     N, seed = args.batch_size, args.seed * 1_000_003 + epoch
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))    # --resume can repeat it
@@ -305,7 +306,7 @@ def training_keys(n, args, process, epoch, first):
 
 
 def training_batches(images, args, process, epoch, first):
-    """(batch, its micro-batches as `read` gives them), from batch number `first` of the epoch on."""
+    """Yields (batch number, its micro-batches as from `read`), from batch `first` of the epoch on."""
     n = len(images.y)
     micro_batches = read(images, training_keys(n, args, process, epoch, first), args, process)
     for batch in process.bar(range(first, n // args.batch_size), f"epoch {epoch + 1}"):
@@ -583,7 +584,7 @@ def training_pass(args, model, batch, side, process):
 
 
 def initialise(args, model, classes, process):
-    """--init: the weights of a checkpoint, with a new classifier if its classes are others."""
+    """--init: loads the weights of a checkpoint, but not its classifier if its classes differ."""
     state, own = load_checkpoint(args.init, flag="--init"), model.state_dict()
     found = state.get("model" if is_ours(state) else "state_dict", state) if isinstance(state, dict) else {}
     same = not is_ours(state) or state.get("facts", {}).get("classes") == classes
