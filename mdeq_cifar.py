@@ -277,7 +277,8 @@ def evaluation_batches(images, args, process, some=None):
     """Yields (x, y) of all images, or of `some` from all classes.  Each image goes to exactly one process."""
     # `some` images are taken at equal distances, because files may be sorted by class.
     n = len(images.y)
-    chosen = torch.arange(n, device=process.device)[::max(1, n // (some or n))][:some]  # [:None]: all
+    m = min(some or n, n)
+    chosen = torch.arange(m, device=process.device) * n // m
     own = chosen[process.rank::process.world_size].split(max(1, args.batch_size // process.world_size))
     for index in process.bar(own, "evaluating"):
         yield prepare(images.x[index], False, memory_format(args)), images.y[index]

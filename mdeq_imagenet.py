@@ -317,7 +317,8 @@ def evaluation_batches(images, args, process, some=None):
     """Yields (x, y) of all images, or of `some` from all classes.  Each image goes to exactly one process."""
     # `some` images are taken at equal distances, because files may be sorted by class.
     n, size = len(images.y), max(1, args.batch_size // process.world_size // args.accumulate)
-    own = range(n)[::max(1, n // (some or n))][:some][process.rank::process.world_size]     # [:None]: all
+    m = min(some or n, n)
+    own = [i * n // m for i in range(m)][process.rank::process.world_size]
     keys = [[(j, 0) for j in own[i:i + size]] for i in range(0, len(own), size)]  # central crops need no seed
     for x, y, _ in process.bar(read(images, keys, args, process), "evaluating", total=len(keys)):
         yield x, y

@@ -58,6 +58,17 @@ def run(*flags):
     main(parse_args([str(flag) for flag in flags]))
 
 
+
+@pytest.mark.parametrize("some, last", [(None, 99), (64, 98), (10, 90)])
+def test_some_images_are_of_all_classes(some, last):
+    """As files may be sorted by class; 64 of 100 were the first 64 once."""
+    images = mdeq_cifar.Images(torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8),
+                               torch.arange(100), [])
+    batches = mdeq_cifar.evaluation_batches(images, parse_args([]), CPU, some)
+    y = torch.cat([y for _, y in batches])
+    assert len(y) == (some or 100) and y[-1] == last and y.unique().equal(y)
+
+
 def metrics(out, event):
     records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["event"] == event]
@@ -650,7 +661,7 @@ def test_radii_are_means_at_the_equilibria_of_images_of_all_classes(monkeypatch,
     assert mdeq_cifar.radii(model, images, args, CPU) == pytest.approx({
         "rho_J": 1 + 31.5, "rho_J_lam": 0.7 + 31.5, "rho_J_above_1": 63 / 64})
     with torch.no_grad():
-        _, result = model.eval()(prepare(images.x[:128:2], False, mdeq_cifar.memory_format(args)),
+        _, result = model.eval()(prepare(images.x[torch.arange(64) * 130 // 64], False, mdeq_cifar.memory_format(args)),
                                  with_result=True)
     assert (states[0] - result.h[0]).abs().max() < 1e-4 and torch.equal(states[0], states[1])
 
