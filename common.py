@@ -1,29 +1,29 @@
 """Solvers, gradients and training runs for "On Training Implicit Models" (NeurIPS 2021, arXiv:2111.05177).
 
-An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z) with the
-input u and the parameters theta closed over).  A solver finds h*.  Its gradient is a choice of its own:
+An implicit model outputs the fixed point h* = f(h*) of its equilibrium module f (the paper's F(h, z), where f
+closes over the input u and the parameters theta).  A solver finds h*.  The gradient is a separate choice:
 
     h, result = equilibrium(f, h0, grad="upg", k=5, lam=0.5, solver=broyden, max_iter=22, tol=1e-4)
-    loss(h).backward()                                   # reaches everything f closes over
+    loss(h).backward()                                   # gradients for everything that f closes over
 
     grad        backward pass, with J = df/dh at h*, B = lam J + (1 - lam) I, g = dL/dh   memory: graphs of f
     "upg"       autograd through k damped steps from h*, Eq. (16), Algorithm 1            k
     "npg"       g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g, Eq. (17)                     1
-    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient     1, and its states
+    "implicit"  g_hat = (I - J^T)^-1 g by a second solve, Eq. (4): the exact gradient     1 + solver states
     "bptt"      autograd through every iteration of the forward solve, Eq. (10)           max_iter
 
-A state h is a tensor whose first dimension is the batch N, or tuples, lists, dicts, ... of such tensors (any
-pytree of torch).  Every decision is taken per sample: if f treats samples independently, a batch gives the
-same answers as its samples one at a time.
+A state h is a tensor whose first dimension is the batch N, or a tuple, list, dict, ... of such tensors (any
+torch pytree).  The solvers take every decision per sample: if f treats its samples independently, a batch
+gives the same answers as its samples one at a time.
 The paper writes Jacobians transposed: its "Jacobian-vector product" is PyTorch's vector-Jacobian product.
 
-The mathematics ends at "Part 2" and needs torch 2.6 or newer only.  Copy this file into your project, or
-a part of it together with its first block of imports and the line `State = ...`:
+The mathematics ends at "Part 2" and needs nothing but torch 2.6 or newer.  Copy this file into your project,
+or copy the first block of imports, the line `State = ...` and one of these functions with what it needs:
 
-    a solver    the section before the solvers, and `_solver`
-    upg         from `_require` to `_explain`, `_check_phantom`
-    npg         the same, and from `_vjp` to `_Undifferentiable`
-    implicit    a solver (for `gmres` all up to it), and from `_vjp` to `_Undifferentiable`
+    a solver    the whole section before "Solvers", and `_solver`
+    upg         everything from `_require` to `_explain`, and `_check_phantom`
+    npg         the same as for upg, and everything from `_vjp` to `_Undifferentiable`
+    implicit    a solver (for `gmres`, everything up to it), and everything from `_vjp` to `_Undifferentiable`
 """
 import contextlib
 import functools
@@ -50,7 +50,7 @@ def _require(ok, message):
 
 
 def _whole(x, name):
-    """x, an int or an integer of numpy or torch, as an int >= 1."""
+    """Returns x, an int or an integer of numpy or torch, as an int >= 1."""
     try:
         n = x if type(x) is int else operator.index(x)
     except TypeError:
@@ -61,7 +61,7 @@ def _whole(x, name):
 
 
 def _fraction(x, name):
-    """x in (0, 1], of Python, numpy or torch, as a float; as it is if it is learned."""
+    """Returns x in (0, 1], a number of Python, numpy or torch, as a float, or unchanged if it is learned."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         learned = torch.is_tensor(x) and x.requires_grad
         if not isinstance(x, str) and 0 < float(x.detach() if learned else x) <= 1:
@@ -72,8 +72,8 @@ def _fraction(x, name):
 def _flatten(h):
     """The tensors of a state and the structure that holds them.
 
-    Half precision becomes float32 under autocast: a start like torch.zeros_like(u), for a u that autocast has
-    computed, should not cost precision.
+    Under autocast half precision becomes float32.  Otherwise a start like torch.zeros_like(u) would cost
+    precision if autocast has computed u.
     """
     parts, spec = tree_flatten(h)
     for p in parts or [h]:
@@ -84,8 +84,8 @@ def _flatten(h):
                 found = f"{type(p).__name__} {p.dtype} with {p.dim()} dimensions"
             raise ValueError(
                 "h0 must be a floating-point tensor with the batch as first dimension, or a tuple, list, "
-                f"dict, ... of them, got {found}.  Counters and flags stay outside of it; complex numbers go "
-                "as torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
+                f"dict, ... of them, got {found}.  Keep counters and flags outside of it.  Pass complex "
+                "numbers as torch.view_as_real(h), nested tensors padded, distributed ones as h.to_local()")
     _require(all(p.shape[0] == parts[0].shape[0] for p in parts),
              f"the parts of h0 differ in batch size: {[tuple(p.shape) for p in parts]}")
     if torch.is_autocast_enabled(parts[0].device.type):
@@ -95,9 +95,9 @@ def _flatten(h):
 
 def _returned(h, spec, shapes, name="f must return a state"):
     """The tensors of a state that f has returned, checked against the structure and the shapes of h0."""
-    if type(h) in (tuple, list) and spec.type in (tuple, list):        # one may stand for the other
+    if type(h) in (tuple, list) and spec.type in (tuple, list):        # either may stand for the other
         h = spec.type(h)
-    try:        # by the keys of a dict, not by their order; if h0 is a tensor, a tuple counts as one part
+    try:        # matches dicts by key, not by order.  If h0 is a tensor, a tuple counts as one part
         parts = [h] if spec.is_leaf() else spec.flatten_up_to(h)
     except ValueError as error:
         raise ValueError(f"{name} of the shape of h0: a tensor if h0 is one, else the same tuple, list, "
@@ -113,29 +113,29 @@ def _returned(h, spec, shapes, name="f must return a state"):
 
 
 def _call(f, h, spec, shapes):
-    """The parts of f(h), for the parts h of a state."""
+    """Calls f on the state with the parts h.  Returns the parts of f(h)."""
     copied = torch.compiler.is_compiling() or any(p.is_inference() for p in h)
-    if copied:                          # torch does not count there how often a tensor was changed in place
+    if copied:                          # torch does not count in-place changes (_version) in these cases
         h = [p.clone() for p in h]
     versions = None if copied else [p._version for p in h]
     f_parts = _returned(f(h[0] if spec.is_leaf() else tree_unflatten(h, spec)), spec, shapes)
     if versions and versions != [p._version for p in h]:
-        # It would look like a root to a solver, and change h* under a gradient.
+        # A solver would take a state changed by f for a root, and a gradient would be taken at a changed h*.
         raise ValueError("f must not change its argument in place: use inplace=False in its first operation")
     return f_parts
 
 
 def _forget_cached_weights():
-    """Those that autocast or parametrize.cached() hold from a solve without a graph would get no gradient."""
+    """Clears the caches of autocast and parametrize.cached(): a weight from a solve would have no graph."""
     if not torch.compiler.is_compiling():
         torch.clear_autocast_cache()
         torch.nn.utils.parametrize._cache.clear()
 
 
 def _explain(error):
-    """Raises what to do instead, if a transform of torch cannot pass a solver or a backward pass of ours.
+    """Raises an error that says what to use instead if a torch transform failed in a solver or its gradient.
 
-    torch has no exceptions of their own for these, so their texts are matched; an unknown one passes.
+    torch has no exception types for these failures, so their texts are matched.  Other errors are ignored.
     """
     text = str(error)
     if "forward AD" in text:
@@ -157,7 +157,7 @@ def _check_budget(max_iter, tol, stop_mode="rel", which=""):
     max_iter = _whole(max_iter, f"{which}max_iter")
     number = isinstance(tol, (int, float)) or hasattr(tol, "item")
     _require(number and float(tol) >= 0, f"{which}tol must be >= 0, got {tol!r}")
-    if not any(map(torch.is_tensor, tree_flatten(stop_mode)[0])):           # else a state
+    if not any(map(torch.is_tensor, tree_flatten(stop_mode)[0])):           # else it is a state
         _require(stop_mode in ("rel", "rel_joint", "abs", "max"),
                  f"stop_mode must be 'rel', 'rel_joint', 'abs' or 'max', got {stop_mode!r}")
     return max_iter
@@ -167,7 +167,7 @@ def _check_offsets(offsets, rows):
     if not (torch.is_tensor(offsets) and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
             and len(offsets) >= 1):
         raise ValueError(f"offsets must be an integer tensor (N + 1,), got {offsets!r}")
-    # On a GPU a look at the values would wait.  Not _require: it would write out all offsets at every call.
+    # Reading the values would wait for a GPU.  With _require all offsets would be written out at every call.
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and not (
             int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())):
         raise ValueError("offsets must go from 0 up to the number of rows of h0, "
@@ -175,33 +175,32 @@ def _check_offsets(offsets, rows):
 
 
 def _wide(x):
-    """float64, but for MPS, which has none."""
+    """float64, or float32 on MPS, which has no float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _largest(x):
-    """max |x_i| (N,) for x (N, ...); 0 if there is nothing."""
+    """max |x_i| (N,) for x (N, ...), or 0 if x_i is empty."""
     x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     return torch.linalg.vector_norm(x, math.inf, dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
 
 
 def _norms(xs, dtype):
-    """For each x (N, ...) of a list, ||x_i|| (N,), also if its square under- or overflows: a 0 would look
-    like a solution.
+    """For each x (N, ...) of a list, the norms ||x_i|| (N,), also if their squares under- or overflow.
 
-    On a CPU such a norm is that of x / max |x|, in float64.  Elsewhere the largest number stands in for it,
-    since looking at the norms would wait for the GPU.
+    A norm that underflows to 0 would look like a solution.  On a CPU such a norm is computed in float64 from
+    x / max |x|.  Elsewhere max |x| replaces it, since a look at the norms would wait for the GPU.
     """
     xs = [x[:, None] if x.dim() == 1 else x for x in xs]
-    N = xs[0].shape[0]          # len(xs[0]) would be a constant to torch.export
+    N = xs[0].shape[0]          # torch.export would take len(xs[0]) for a constant
     norms, largest = xs[0].new_empty(2, len(xs), N, dtype=dtype)
     for x, out in zip(xs, norms):
         torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype, out=out)
-    # All of them at once: to a GPU many such small operations cost more than the numbers in them.
+    # All norms at once, since on a GPU the launch of a small operation costs more than its arithmetic.
     safe = norms.clamp(*((1e-15, 1e18) if dtype == torch.float32 else (1e-150, 1e150))) == norms    # no NaN
     if xs[0].device.type != "cpu" or torch.compiler.is_compiling():
         for x, out in zip(xs, largest):
-            order = math.inf if math.prod(x.shape[1:]) else 2           # there is no largest of nothing
+            order = math.inf if math.prod(x.shape[1:]) else 2           # an empty x has no maximum
             torch.linalg.vector_norm(x, order, dim=tuple(range(1, x.dim())), dtype=dtype, out=out)
         return list(torch.where(safe, norms, largest))
     if not bool(safe.all()):
@@ -221,16 +220,16 @@ def _together(norms):
 
 
 def _ratio(norm, size):
-    """norm / size.  If both are 0, so is the residual; norm / inf would be 0 and look solved."""
+    """norm / size, or 0 if both are 0.  An infinite size is clamped: norm / inf = 0 would look solved."""
     return (norm / size.clamp(max=torch.finfo(norm.dtype).max)).masked_fill_(norm == 0, 0)
 
 
 class _Layout:
-    """How a state lies in one flat tensor (rows, D): its parts are columns, its samples are rows.
+    """The layout of a state in one flat tensor (rows, D): its parts are columns, its samples are rows.
 
-    A sample is a row, or with offsets (N + 1,) the rows offsets[i] to offsets[i + 1].  The flat tensor is
-    float32, or float64 if a part is.  A 4-dimensional part in channels-last memory stays so, since f's
-    convolutions were tuned for that format.
+    A sample is one row, or, with offsets (N + 1,), the rows offsets[i] to offsets[i + 1].  The flat tensor is
+    float32, or float64 if a part is float64.  A 4-dimensional part in channels-last memory keeps that format,
+    since f's convolutions were tuned for it.
     """
 
     def __init__(self, h, offsets=None):
@@ -259,7 +258,7 @@ class _Layout:
         return views
 
     def parts(self, x):
-        """The parts of x (rows, D) as f gets them, in their own dtypes.  No copy unless the dtype differs."""
+        """The parts of x (rows, D) as f gets them, in their own dtypes.  Copies only if the dtype differs."""
         return [view.to(dtype) for view, dtype in zip(self.split(x), self.dtypes)]
 
     def pack(self, parts):
@@ -269,14 +268,14 @@ class _Layout:
         return x
 
     def per_row(self, x):
-        """(rows, ...) from what belongs to the samples (N, ...)."""
+        """Repeats values per sample (N, ...) for each of its rows: (rows, ...)."""
         return x if self.offsets is None else x[self.sample_of]
 
     def per_sample(self, x, how):
-        """(N, ...) from what belongs to the rows (rows, ...), by how: "sum" or "max"."""
+        """Reduces values per row (rows, ...) to values per sample (N, ...).  how: "sum" or "max"."""
         if self.offsets is None:
             return x
-        # unsafe: without a check of the offsets that would wait for the GPU
+        # unsafe=True skips a check of the offsets that would wait for the GPU.
         return torch.segment_reduce(x, how, offsets=self.offsets, initial=0, unsafe=True)
 
     def norms_of(self, xs, dtype=None):
@@ -296,32 +295,32 @@ class _Layout:
 
 
 class SolverResult(NamedTuple):
-    """What a solver found.  `residual` and `trace` are in the units of its stop mode; N counts samples.
+    """What a solver found.  `residual` and `trace` are measured as its stop mode says.  N counts samples.
 
-    If f couples samples and offsets do not say so, `residual` is that of `h` itself only if all converged.
+    If f couples samples without offsets that say so, `residual` belongs to `h` only if all samples converged.
     """
-    h: State                # each sample at its lowest residual; h0 (gmres with b: zero) if none is finite
-    residual: Tensor        # (N,) its residual, inf where f was never finite
+    h: State                # each sample at its lowest residual, or h0 (gmres with b: zero) if none is finite
+    residual: Tensor        # (N,) the residual of h, inf for a sample for which f was never finite
     n_evals: int            # calls of f
-    trace: Tensor           # (n_evals, N) residual at every evaluation; a stopped sample repeats its last one
+    trace: Tensor           # (n_evals, N) residual at each evaluation.  Stopped samples repeat their last one
     converged: Tensor       # (N,) bool, residual <= tol
 
 
-torch.serialization.add_safe_globals([SolverResult])        # torch.load of a checkpoint with a result in it
+torch.serialization.add_safe_globals([SolverResult])        # torch.load accepts a checkpoint with a result
 
 
 class _Progress:
-    """Evaluates f and keeps, per sample, the trace of its residual, its lowest, and whether it still moves.
+    """Evaluates f.  Per sample, keeps the trace of its residual, the lowest one, and whether it still moves.
 
-    A sample stops when it has converged or is lost (see `fixed_point`; the official release has this
-    protective break for the whole batch).  If one that has stopped is later found above 10 tol, f couples
-    samples.  Then what was recorded before does not count, and all are one sample from there on, with the
-    residual of the worst: a state put together from several evaluations has none of their residuals.
+    A sample stops when it has converged or is lost (see `fixed_point`).  (The official release has this
+    protective break for the whole batch.)  If a stopped sample is later found above 10 tol, it was disturbed,
+    so f couples samples.  From then on all samples count as one with the residual of the worst, and earlier
+    records do not count: a state put together from several evaluations has none of their residuals.
 
-    Everything stays on the device.  `finished` is the only host synchronisation (gmres has one like it and
-    one at a restart, `result` one more): at every evaluation on a CPU, at every 8th on a GPU, and never with
-    tol = 0, where only the budget ends a solve.  Disturbed samples are looked for as often, and at the last
-    evaluation.
+    Everything stays on the device.  The host synchronises in `finished` alone: at every evaluation on a CPU,
+    at every 8th on a GPU, and never with tol = 0, since then only the budget ends a solve.  (`gmres` has a
+    check like it and one per restart, `result` has one more.)  Disturbed samples are looked for as often, and
+    at the last evaluation.
     """
 
     def __init__(self, f, h0, max_iter, tol, stop_mode, offsets=None):
@@ -330,20 +329,20 @@ class _Progress:
         self.layout = layout = _Layout(h0, offsets)
         self.per_row, self.norms, self.products = layout.per_row, layout.norms, layout.products
         self.finfo, self.x0 = torch.finfo(layout.dtype), layout.pack(tree_flatten(h0)[0])
-        # Where looking at a number costs nothing.
+        # True if a look at a number costs nothing.
         self.on_cpu = layout.device.type == "cpu" and not torch.compiler.is_compiling()
         self.b = self.limit = None
-        if not isinstance(stop_mode, str):                  # f(h) = J h + b, for this b
+        if not isinstance(stop_mode, str):                  # stop_mode is the b of f(h) = J h + b
             b = _flatten(stop_mode)[0]
             _require([p.shape for p in b] == layout.shapes, "stop_mode, a state, must be of the shape of h0")
             self.b, self.stop_mode = layout.pack(b), "b"
             size = self.norms(self.b)
-            # A sample with b = 0 is measured by the batch's b and by itself: f may couple it with the others.
+            # A sample with b = 0 is measured by the batch's ||b|| and its own ||h||, as f may couple samples.
             self.zero_b, self.size = size == 0, torch.where(size > 0, size, *_norms([size[None]], size.dtype))
-            self.some_b_is_zero = not self.on_cpu or bool(self.zero_b.any())        # or may be
+            self.some_b_is_zero = not self.on_cpu or bool(self.zero_b.any())        # True also if unknown
         self.by_part = len(layout.shapes) > 1 and self.stop_mode in ("rel", "b")
-        # A sample that has stopped is disturbed if its residual is above this.  Rounding may lift a solved
-        # one above tol.  A relative residual of 0.5 is far in any case.
+        # A stopped sample is disturbed if its residual is above `far`, not tol: rounding may lift a solved
+        # sample above tol.  A relative residual of 0.5 is far in any case.
         self.far = 10 * self.tol
         if self.stop_mode not in ("abs", "max"):
             self.far = max(self.tol, min(max(self.far, 10 * self.finfo.eps), 0.5))
@@ -351,13 +350,13 @@ class _Progress:
         self.lowest = self.x0.new_full((layout.N,), math.inf)
         self.moving = torch.ones(layout.N, dtype=torch.bool, device=layout.device)
         self.coupled = torch.zeros((), dtype=torch.bool, device=layout.device)
-        self.apart = True                                   # surely not coupled.  False also if nobody knows
-        self.zero = self.x0.new_zeros(())   # a number in torch.where would be sent to the device at each call
+        self.apart = True                                   # f does not couple samples.  False if unknown
+        self.zero = self.x0.new_zeros(())   # torch.where would send a number to the device at each call
         self.evals, self.check_every = 0, 1 if layout.device.type == "cpu" else 8
-        self.nobody_stands = self.on_cpu                    # False also if nobody knows
+        self.nobody_stands = self.on_cpu                    # all samples move.  False if unknown
 
     def call(self, x, g, f_out=None):
-        """g <- f(x) - x, all (rows, D); f_out <- f(x) if wanted.  Returns the parts of f(x)."""
+        """Writes f(x) - x to g, and f(x) to f_out if given, all (rows, D).  Returns the parts of f(x)."""
         x_parts = self.layout.parts(x)
         f_parts = _call(self.f, x_parts, self.layout.spec, self.layout.shapes)
         for f_part, x_part, g_part in zip(f_parts, x_parts, self.layout.split(g)):
@@ -368,7 +367,7 @@ class _Progress:
         return f_parts
 
     def columns(self, x):
-        """[x_p for each part p of x (rows, D)] if the parts count by themselves, else [x]."""
+        """[x_p for each part p of x (rows, D)] if each part is measured by itself, else [x]."""
         return list(x.split_with_sizes(self.layout.sizes, dim=1)) if self.by_part else [x]
 
     def measure(self, x, g, f_parts):
@@ -381,7 +380,7 @@ class _Progress:
         norms = self.layout.norms_of(parts + others)
         norms, sizes = norms[:len(parts)], norms[len(parts):]
         norm, eps = _together(norms), self.finfo.eps
-        if self.b is not None:  # f(x) - x is rounded to eps ||x||, which is all of it for an x that explodes
+        if self.b is not None:  # f(x) - x has a rounding error of eps ||x||.  If x explodes, it is all error
             x_norm = _together(sizes)
             norm = torch.maximum(norm, eps * x_norm)
         elif sizes:
@@ -393,30 +392,30 @@ class _Progress:
         if self.b is not None and self.some_b_is_zero:
             own = _ratio(norm, torch.maximum(x_norm, eps * _norms([x_norm[None]], x_norm.dtype)[0]))
             residual = torch.where(self.zero_b, torch.maximum(residual, own), residual)
-        if self.by_part:            # a small part would hide behind a large one
+        if self.by_part:            # else a small part would hide behind a large one
             least = eps * (self.size if self.b is None else x_norm)
             for part_norm, size in zip(norms, sizes):
                 residual = torch.maximum(residual, _ratio(part_norm, torch.maximum(size, least)))
         return norm, residual
 
     def evaluate(self, x, g, f_out=None):
-        """As `call`, and records the residual at x.  Returns ||g|| (N,), with a b at least its rounding."""
+        """Runs `call`, records the residual at x, returns ||g|| (N,), with b at least its rounding error."""
         norm, residual = self.measure(x, g, self.call(x, g, f_out))
-        # Above `limit` a sample is lost.  The first ||g|| says little where h0 happens to be a root (then
-        # ||h0|| does) and nothing where both are 0, as in rows that no neighbour has reached yet (then the
-        # batch does).
+        # A sample is lost if its ||g|| is above `limit`.  The first ||g|| is no scale if h0 happens to be a
+        # root: then ||h0|| sets the limit.  If both are 0, as in graph rows that no neighbour has reached
+        # yet, the batch sets it.
         if self.limit is None:
             limit = torch.maximum(1e6 * norm, 1e3 * self.norms(x))
             self.limit = torch.where(limit == 0, limit.nansum(), limit).clamp(max=self.finfo.max)
         fine, unsolved = norm <= self.limit, residual > self.tol        # False for NaN
-        if not (self.nobody_stands and bool((fine & unsolved).all())):  # not the common case, on a CPU
+        if not (self.nobody_stands and bool((fine & unsolved).all())):  # on a CPU this is rarely needed
             self.stop_and_restart(norm, residual, fine, unsolved)
         self.record(self.joint(residual))
         return norm
 
     def stop_and_restart(self, norm, residual, fine, unsolved):
-        """Sets who moves: a sample stops when it is solved or lost, and moves again if it is disturbed."""
-        self.limit.masked_fill_(self.moving > fine, -1)                             # lost, for ever
+        """Sets `moving`: a sample stops when it is solved or lost, and moves again if it is disturbed."""
+        self.limit.masked_fill_(self.moving > fine, -1)                             # lost for good
         if self.on_cpu or (self.evals + 1) % self.check_every == 0 or self.evals == self.max_iter:
             disturbed = ~self.moving & (self.limit >= 0) & ~(residual <= self.far)
             grown = torch.maximum(self.limit, 1e6 * norm).clamp(max=self.finfo.max)
@@ -427,19 +426,19 @@ class _Progress:
         self.nobody_stands = self.on_cpu and bool(self.moving.all())
 
     def couple(self, found):
-        """If `found` (0-dim.), f couples samples: one that stood has another residual than before."""
+        """If `found` (0-dim.), f couples samples: the residual of a stopped sample has changed."""
         self.lowest = torch.where(found & ~self.coupled, math.inf, self.lowest)
         self.coupled = self.coupled | found
         self.apart = self.on_cpu and not bool(self.coupled)
 
     def joint(self, residual):
-        """The residual (N,), if f couples samples that of the worst for all."""
+        """Returns the residual (N,).  If f couples samples, all get that of the worst."""
         if residual.numel() == 0 or self.apart:
             return residual
         return torch.where(self.coupled, residual.amax(0), residual)
 
     def relative(self, norm):
-        """The residual (N,) that belongs to ||f(h) - h|| = norm, all parts together."""
+        """The residual (N,) of all parts together, for ||f(h) - h|| = norm."""
         return norm if self.stop_mode == "abs" else _ratio(norm, self.size)
 
     def record(self, residual):
@@ -447,21 +446,21 @@ class _Progress:
         self.evals += 1
 
     def improved(self):
-        """Which samples (N,) the last evaluation found at their lowest residual."""
+        """Updates the lowest residuals.  Returns which samples (N,) have improved in the last evaluation."""
         residual = self.trace[self.evals - 1]
         better = residual < self.lowest         # False for NaN: a broken evaluation is never the best
         self.lowest = torch.where(better, residual, self.lowest)
         return better
 
     def keep(self, x, x_best):
-        """(the best state with x taken into account, where the next x may be written)."""
+        """Returns the best state so far, including x, and a buffer for the next x."""
         better = self.improved()
         if self.on_cpu and bool((better | (self.lowest <= self.tol)).all()):
-            return x, x_best    # no copy: each sample has improved at x, or is solved and has not moved since
+            return x, x_best    # needs no copy: each sample has improved at x, or has not moved since solved
         return torch.where(self.per_row(better)[:, None], x, x_best, out=x_best), x
 
     def hold(self, g, moving):
-        """g <- 0 for the samples that have stopped.  By a mask, never by a product: 0 x NaN is NaN."""
+        """Sets g to 0 for the samples that have stopped.  A product with 0 would leave NaN as NaN."""
         if not (self.on_cpu and bool(moving.all())):
             torch.where(self.per_row(moving)[:, None], g, self.zero, out=g)
 
@@ -477,7 +476,7 @@ class _Progress:
     def result(self, x_best, g, residual=None):
         residual = self.lowest if residual is None else residual
         converged = residual <= self.tol
-        # The best states of those that are lost may be older than what the others were measured with.
+        # Lost samples go back to their best states.  This changes other residuals if f couples samples.
         if (self.tol > 0 and self.check_every <= self.evals <= self.max_iter
                 and bool(converged.any() & ~converged.all())):                                  # host sync
             self.evaluate(x_best, g)
@@ -488,16 +487,16 @@ class _Progress:
 
 
 def _pieces(N, D, device):
-    """How many equal pieces to cut the D numbers of N samples into, for their inner products.
+    """Into how many equal pieces the D numbers of each of N samples are cut for inner products.
 
-    cuBLAS gives a product to one block of threads, and with a small N most of a GPU would idle.
+    cuBLAS computes a product in one block of threads, so with a small N most of a GPU would be idle.
     """
     most = 1 if device.type == "cpu" else min(1024 // max(N, 1), D // 4096)
     return next((i for i in range(most, 1, -1) if D % (4 * i) == 0), 1)
 
 
 def _products(a, b):
-    """(N, i, j): of each row, the inner products of a (i, N, D) with b (j, N, D)."""
+    """(N, i, j): for each row, the inner products of a (i, N, D) with b (j, N, D)."""
     (i, N, D), j = a.shape, len(b)
     pieces = _pieces(N, D, a.device)
     a, b = a.view(i, N * pieces, D // pieces), b.view(j, N * pieces, D // pieces)
@@ -510,9 +509,9 @@ def _products(a, b):
 # ------------------------------------------------------------------------------------------------------------
 
 def _solver(method):
-    """Runs a solver without a graph, and its own products in float32 also under autocast: only f sees that.
+    """Runs a solver without a graph.  Under autocast only f uses it, and the solver's products are float32.
 
-    On GPUs they are in TF32 where torch.set_float32_matmul_precision allows it.
+    On GPUs these products are in TF32 if torch.set_float32_matmul_precision allows it.
     """
     @functools.wraps(method)
     def solve(f, h0, **options):
@@ -537,37 +536,37 @@ def _solver(method):
 def fixed_point(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4,
                 stop_mode: str | State = "rel", lam: float = 1.0,
                 offsets: Tensor | None = None) -> SolverResult:
-    """Damped fixed-point iteration h <- (1 - lam) h + lam f(h), Eq. (12); lam = 1 is the plain one, Eq. (9).
+    """Fixed-point iteration, plain with lam = 1, Eq. (9), else damped: h <- (1 - lam) h + lam f(h), Eq. (12).
 
-    Converges at the rate rho(lam J + (1 - lam) I).  A sample stops when its residual, which is that of f and
-    not the length of the damped step, is at most tol.  stop_mode says what it is:
+    It converges at the rate rho(lam J + (1 - lam) I).  A sample stops when its residual is at most tol.  The
+    residual is that of f, not the length of the damped step.  stop_mode defines it:
 
         "rel"        ||f(h) - h|| / ||f(h)||, the largest over the parts of the state.  Cannot fall if h* = 0.
-                     (A part counts with at least eps times the norm of all parts.)
-        "rel_joint"  with one norm over all parts, as official releases measure: a small part can hide
+                     (The norm of a part counts as at least eps times the norm of all parts.)
+        "rel_joint"  the same with one norm over all parts, as in official releases: a small part can hide
         "abs"        ||f(h) - h||
         "max"        max |f(h) - h|
-        a state b    ||f(h) - h|| / ||b|| for an affine f(h) = J h + b, which no exploding h makes small.  A
-                     sample whose b is zero is measured by the batch's ||b|| and by its own ||h||.  Of
-                     several parts, each is also measured by its own ||h||.
+        a state b    ||f(h) - h|| / ||b|| for an affine f(h) = J h + b.  An exploding h cannot make it small.
+                     A sample whose b is zero is measured by the batch's ||b|| and by its own ||h||.  If there
+                     are several parts, each is also measured by its own ||h||.
 
-    A sample is lost, and stops, if ||f(h) - h|| is not finite, or above both a million times its first value
-    and 1000 ||h0||.  A map that does not converge raises nothing: look at `converged`.
+    A sample is lost, and stops, if ||f(h) - h|| is not finite, or is above both a million times its first
+    value and 1000 ||h0||.  A solve that does not converge raises no error: check `converged`.
 
-    max_iter counts steps: f is called at most max_iter + 1 times, as the last state's residual is known too.
-    (If some samples converge and the others are lost before that, the last call is at h.)  Memory 3 states,
-    and with every solver one more for b.
+    max_iter counts steps.  f is called at most max_iter + 1 times, as the residual of the last state is
+    computed, too.  (If some samples converge and the others are lost before that, the last call is at h.)
+    Memory: 3 states.  Every solver needs one more for b.
 
-    f gets every part in h0's own dtype, in which h comes back, and the residual is that of this h.  (Under
-    autocast float32 stands for half precision.)  The solver's own vectors are float32, or float64 if a part
-    is.  No residual falls much below the rounding of f: with tanh layers about 1e-3 in bfloat16, 1e-4 in
-    float16, 1e-7 in float32.  f must neither change its argument nor keep it: it may be a view of the
-    solver's vectors, which is not contiguous if h0 has several parts.
+    f gets each part in the dtype of h0.  h is returned in this dtype, and the residual is that of this h.
+    (Under autocast float32 replaces half precision.)  The solver's own vectors are float32, or float64 if a
+    part is.  No residual falls much below the rounding error of f: with tanh layers about 1e-3 in bfloat16,
+    1e-4 in float16, 1e-7 in float32.  f must neither change its argument nor keep it, since the argument may
+    be a view of the solver's vectors.  It is not contiguous if h0 has several parts.
 
-    offsets (N + 1,): for samples of different length, as graphs.  Sample i is the rows offsets[i] to
-    offsets[i + 1] of the state, whose first dimension is all their rows.  offsets[0] = 0; the last one is the
-    number of rows.  Raises ValueError for an impossible argument, and where f changes its argument or returns
-    another shape.
+    offsets (N + 1,): for samples of different length, such as graphs.  The first dimension of the state then
+    runs over the rows of all samples, and sample i is the rows offsets[i] to offsets[i + 1].  offsets[0] is
+    0, the last offset is the number of rows.  Raises ValueError for an invalid argument, and if f changes its
+    argument or returns another shape.
     """
     lam = float(_fraction(lam, "lam"))
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
@@ -590,11 +589,11 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         h <- beta sum_i alpha_i f(h_i) + (1 - beta) sum_i alpha_i h_i,
         alpha = argmin ||sum_i alpha_i g_i||^2 + ridge sum_i alpha_i^2 ||g_i||^2  with  sum_i alpha_i = 1.
 
-    Each pair has a ridge of its own size.  A common one would be set by the oldest, largest residuals of the
-    window, an absolute one stalls once the residuals have shrunk below it.  m above 6 saved at most one
-    evaluation on the F of MDEQ and of the Transformer.  A sample whose small system cannot be solved uses its
-    newest pair alone.  Stops, reports and costs as `fixed_point` does.  Memory 2 m + 5 states.  Walker and
-    Ni, "Anderson acceleration for fixed-point iterations", 2011.
+    The ridge of a pair is relative to its own residual.  A ridge common to all pairs would be set by the
+    oldest, largest residuals of the window, and an absolute one stalls once the residuals are below it.  On
+    the F of MDEQ and of the Transformer, m above 6 saved at most one evaluation.  If the small system of a
+    sample cannot be solved, its newest pair is used alone.  All else is as in `fixed_point`.  Memory: 2 m + 5
+    states.  Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     m = _whole(m, "m")
     beta = float(_fraction(beta, "beta"))
@@ -602,7 +601,7 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     x, x_best = run.x0.clone(), run.x0
     m, N = min(m, run.max_iter), run.layout.N
-    fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # overwritten in turn, in any order
+    fs, gs = x.new_empty(m, *x.shape), x.new_empty(m, *x.shape)     # rings: the order does not matter
     gram = x.new_zeros(N, m, m)                     # gram[i, j] = g_i . g_j, with the ridge on the diagonal
     ones, newest = x.new_ones(N, m), torch.eye(m, dtype=x.dtype, device=x.device)
     while True:
@@ -612,11 +611,11 @@ def anderson(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, s
         if run.finished():
             return run.result(x_best, gs[i])
         n = min(run.evals, m)
-        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                   # (N, n): the one new row
+        row = run.products(gs[i:i + 1], gs[:n])[:, 0]                   # (N, n), the only new row of gram
         row[:, i].mul_(1 + ridge)
         gram[:, i, :n] = row
         gram[:, :n, i] = row
-        # The checked variant would synchronise.
+        # torch.linalg.solve would synchronise with the host.
         alpha, info = torch.linalg.solve_ex(gram[:, :n, :n], ones[:, :n])
         alpha = alpha / alpha.sum(dim=1, keepdim=True)
         ok = (info == 0) & (torch.linalg.vector_norm(alpha, math.inf, dim=1) < math.inf)    # False for NaN
@@ -632,19 +631,19 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
             memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
     """Broyden's good method for g(h) = f(h) - h = 0, from the initial Jacobian -I, without line search.
 
-    The textbook keeps the inverse as -I + U V^T: two tall matrices, read three times per step.  Here only the
-    steps s_0 = g, s_1, ... are kept, and read twice (after Kelley, "Iterative Methods for Linear and
-    Nonlinear Equations", 1995, Sec. 7.3).  After step s_n, with g at the new state,
+    Textbooks keep the inverse as -I + U V^T, two tall matrices that are read three times per step.  Here only
+    the steps s_0 = g, s_1, ... are kept, and they are read twice (after Kelley, "Iterative Methods for Linear
+    and Nonlinear Equations", 1995, Sec. 7.3).  After step s_n, with g at the new state,
 
         alpha_0 = 0,  alpha_{j+1} = (s_j . g + sum_{i<=j} (s_j . s_i) alpha_i) / (s_j . s_j),  j = 0 .. n
         s_{n+1} = (g + sum_{i<=n} alpha_i s_i) / (1 - alpha_{n+1})
 
     alpha is linear in the products s_j . g: alpha = T (s_j . g)_j, and T grows by a row per step.
 
-    memory: steps kept (default max_iter).  When it is full the method restarts from the current state;
-    overwriting the oldest pairs, as public code does, stalls it.  A sample whose update would divide by
-    almost zero, or whose step might be longer than 1e15, restarts with the plain step.  Stops, reports and
-    costs as `fixed_point` does.  Memory `memory` + 4 states.
+    memory: the number of steps kept (default max_iter).  When it is full, the method restarts from the
+    current state.  Overwriting the oldest pairs, as public code does, stalls it.  A sample restarts with the
+    plain step if its update would divide by almost zero, or if its step might be longer than 1e15.  All else
+    is as in `fixed_point`.  Memory: `memory` + 4 states.
     """
     memory = math.inf if memory is None else _whole(memory, "memory")
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
@@ -652,8 +651,8 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
     m, N = min(memory, run.max_iter), run.layout.N
     rows = x.new_empty(m + 1, *x.shape)             # g, s_0, s_1, ...: the only large buffer, allocated once
     g = rows[0]
-    lengths = x.new_zeros(N, m + 1)                 # of the rows
-    # The coefficients of the rows in s_n, and T: one tensor, since a restart sets both, to s = g and to 0.
+    lengths = x.new_zeros(N, m + 1)                 # ||row|| of each row
+    # The coefficients of the rows in s_n, and T, in one tensor, as a restart sets both: s_n = g and T = 0.
     table, fresh = x.new_zeros(N, m + 1, m), x.new_zeros(m + 1, m)
     coefficients, T, fresh[0, 0] = table[:, 0], table[:, 1:], 1
     n = 0                                           # steps taken since the last restart
@@ -666,23 +665,23 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
         run.hold(g, run.moving)
         if n == 0:
             alpha = x.new_zeros(N, 1)
-        else:   # one read of the steps, for their products with g and with s_{n-1}, whose row T still lacks
-            # A view of g and s_{n-1}, unless its stride is beyond the int that cuBLAS takes.
+        else:   # reads the steps once: their products with g, and with s_{n-1} for its row of T
+            # A view of g and s_{n-1}, or a copy if the view's stride is beyond the int that cuBLAS takes.
             pair = rows[:n + 1:n] if n * x.numel() < 2 ** 31 else torch.stack([g, rows[n]])
             products = run.products(pair, rows[1:n + 1])                                        # (N, 2, n)
             square, inverse = products[:, 1, n - 1:], T[:, n, n - 1:n]
-            torch.reciprocal(square.clamp_min(run.finfo.tiny), out=inverse)     # a sample at rest: length 0
+            torch.reciprocal(square.clamp_min(run.finfo.tiny), out=inverse)     # square is 0 if stopped
             torch.mul(torch.bmm(products[:, 1:], T[:, :n, :n - 1])[:, 0], inverse, out=T[:, n, :n - 1])
             torch.sqrt(square, out=lengths[:, n:n + 1])
             alpha = torch.bmm(T[:, :n + 1, :n], products[:, 0, :, None])[:, :, 0]               # (N, n + 1)
         c = torch.reciprocal(1 - alpha[:, n:], out=coefficients[:, :1])
         torch.mul(alpha[:, :n], c, out=coefficients[:, 1:n + 1])
-        # The bound is on the sum of the parts: if they are long and cancel, what is left is as uncertain.
-        # As ||g|| counts with at least 1e10, c is below 1e5.  The square of 1e15 is within float32.
+        # The bound is on the sum of the parts' lengths: if long parts cancel, the rest is as uncertain.
+        # As ||g|| counts as at least 1e10, c is below 1e5.  The square of 1e15 is within float32.
         torch.clamp(norm, min=1e10, out=lengths[:, 0])
         bound = torch.linalg.vector_norm(coefficients[:, :n + 1] * lengths[:, :n + 1], 1, dim=1)
         used = table[:, :n + 2, :n + 1]
-        torch.where(bound[:, None, None] < 1e15, used, fresh[:n + 2, :n + 1], out=used)     # not if it is NaN
+        torch.where(bound[:, None, None] < 1e15, used, fresh[:n + 2, :n + 1], out=used)     # NaN restarts too
         s = rows[n + 1]
         torch.bmm(run.per_row(used[:, 0])[:, None], rows[:n + 1].transpose(0, 1), out=s[:, None])
         x = torch.add(x, s, out=out)
@@ -692,11 +691,11 @@ def broyden(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, st
 def _orthogonalize(run, rows, n, s, T, alive):
     """Subtracts from w = rows[n + 1] its part in the span of rows[:n + 1].  Fills row n of T = (I + L)^-1.
 
-    Returns that part's coefficients (N, n + 1) and the norm of what is left (N,), without the factor s.
+    Returns the coefficients of that part (N, n + 1) and the norm of the rest (N,), both without the factor s.
 
-    This is modified Gram-Schmidt (enough for GMRES: Paige, Rozloznik and Strakos, 2006) in the form that
-    reads the basis V twice, as `broyden` does: (I + L)^-1 V^T w, where L is the lower triangle of V^T V
-    (Swirydowicz et al., "Low synchronization Gram-Schmidt and generalized minimal residual algorithms").
+    This is modified Gram-Schmidt, which suffices for GMRES (Paige, Rozloznik and Strakos, 2006).  Computed as
+    (I + L)^-1 V^T w, where L is the lower triangle of V^T V, it reads the basis V only twice, as `broyden`
+    does (Swirydowicz et al., "Low synchronization Gram-Schmidt and generalized minimal residual algorithms").
     """
     w, basis = rows[n + 1], rows[:n + 1]
     products = run.products(rows[n:n + 2], basis) / s.square()[:, None, None]           # (N, 2, n + 1)
@@ -707,8 +706,8 @@ def _orthogonalize(run, rows, n, s, T, alive):
         more = torch.bmm(T[:, :n + 1, :n + 1], products[:, -1, :, None])[:, :, 0]
         w[:, None].baddbmm_(run.per_row(more)[:, None], basis.transpose(0, 1), alpha=-1)
         c = c + more
-        # If little is left of w, the rounding of the products is much of it: once more.  A GPU always does
-        # so, since to ask would be to wait.
+        # If little is left of w, much of that is rounding error, and w is orthogonalized once more.  On a
+        # GPU this is always done, since the check would wait.
         if last or run.on_cpu:
             norm = run.norms(w) / s
             if last or bool((~alive | (norm > 0.1 * torch.linalg.vector_norm(c, dim=1))).all()):
@@ -717,14 +716,14 @@ def _orthogonalize(run, rows, n, s, T, alive):
 
 
 def _best_coefficients(R, t, residuals):
-    """y (N, n, 1) with R y = t for the first 0, 1, ... or n directions, per sample as many as serve best.
+    """y (N, n, 1) with R y = t in the first 0, 1, ... or n directions, the best number for each sample.
 
-    Where I - J is nearly singular, the last of them may be rounding that is blown up, and cost more digits
-    than the residual gains.
+    If I - J is nearly singular, the last directions may be amplified rounding errors.  They then cost more
+    digits than the residual gains.
     """
     n = len(t)
     y = torch.stack(t, dim=1)[:, :, None].expand(-1, -1, n).triu()              # column j: the first j + 1
-    y = torch.nn.functional.pad(torch.linalg.solve_triangular(R, y, upper=True), (1, 0))    # and with none
+    y = torch.nn.functional.pad(torch.linalg.solve_triangular(R, y, upper=True), (1, 0))    # and with 0
     cost = torch.stack(residuals, dim=1) + 10 * torch.finfo(R.dtype).eps * torch.linalg.vector_norm(y, dim=1)
     best = cost.nan_to_num(nan=math.inf).argmin(dim=1)
     return y.gather(2, best[:, None, None].expand(-1, n, 1))
@@ -733,23 +732,23 @@ def _best_coefficients(R, t, residuals):
 @_solver
 def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop_mode: str | State = "rel",
           memory: int | None = None, offsets: Tensor | None = None) -> SolverResult:
-    """GMRES for an affine f(h) = J h + b, so for (I - J) h = b: the backward solve of "implicit".
+    """GMRES for an affine f(h) = J h + b, that is for (I - J) h = b, as in the backward solve of "implicit".
 
-    After j products with J the residual is, per sample, the smallest that any polynomial of J can reach with
-    them, so it never rises.  (The other solvers do not minimise: their residual may end larger than it
-    began.)  If f couples samples (BatchNorm, a graph without offsets), GMRES per sample is wrong: use
-    offsets, or another solver.  Saad and Schultz, "GMRES: A generalized minimal residual algorithm for
-    solving nonsymmetric linear systems", 1986.
+    After j products with J, each sample has the smallest residual that any polynomial of J can reach with
+    them, so its residual never rises.  (That of the other solvers may end larger than it began.)  If f
+    couples samples (BatchNorm, a graph without offsets), GMRES per sample is wrong: use offsets, or another
+    solver.  Source: Saad and Schultz, "GMRES: A generalized minimal residual algorithm for solving
+    nonsymmetric linear systems", 1986.
 
-    With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is after j + 1
-    products.  Without it b is not known: the first evaluation is at h0, and "rel" is relative to ||f(h)|| at
-    the last state that was evaluated.  Once rounding shows, the residual of the recurrence is not the true
-    one.  So the last evaluation is at the state found, and its residual decides.  If it is above tol, the
-    sample starts afresh from there as long as budget is left and the state improves.
+    With stop_mode = b the search starts from zero, h0 is not used, and row j of the trace is the residual
+    after j + 1 products.  Otherwise b is unknown: the first evaluation is at h0, and "rel" is relative to
+    ||f(h)|| at the last evaluated state.  Rounding errors make the residual of the recurrence differ from the
+    true one.  So the last evaluation is at the state found, and its residual decides.  If it is above tol,
+    the sample restarts from there as long as budget is left and the state improves.
 
-    memory: products before a restart (default max_iter).  Memory `memory` + 5 states, without b two more, and
-    up to 10 `memory`^2 numbers per sample.  Otherwise as `fixed_point`; ValueError also for stop_mode "max",
-    which a recurrence of 2-norms cannot know.
+    memory: the number of products before a restart (default max_iter).  Memory: `memory` + 5 states, two more
+    without b, and up to 10 `memory`^2 numbers per sample.  All else is as in `fixed_point`, but stop_mode
+    "max" raises ValueError, as a recurrence of 2-norms cannot measure it.
     """
     memory = math.inf if memory is None else _whole(memory, "memory")
     if isinstance(stop_mode, str) and stop_mode == "max":
@@ -757,8 +756,8 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
     max_iter, m, N = run.max_iter, min(memory, run.max_iter), run.layout.N
     x, x_best, r = run.x0.clone(), run.x0, torch.empty_like(run.x0)
-    # J v = (f(origin + s v) - f(origin)) / s with s about ||f(origin)||.  A much smaller s v would drown in
-    # the rounding of f(origin + s v), a much larger one would drown f(origin).
+    # J v = (f(origin + s v) - f(origin)) / s with s about ||f(origin)||.  A much smaller s v would be lost in
+    # the rounding of f(origin + s v).  With a much larger one f(origin) would be lost.
     if run.b is None:
         run.evaluate(x, r)
         origin, at_origin, size = x.clone(), r.clone(), run.norms(r + x)
@@ -777,18 +776,18 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
     rows = x.new_empty(m + 1, *x.shape)             # s times the basis
     eps, seen = run.finfo.eps, torch.zeros_like(going)
 
-    # Which samples (N,): going, its last true residual was the lowest; rest, it was solved before this cycle;
-    # alive, it gets directions; good, this product is finite; left, it has a part outside the basis; turns,
-    # its rotation is defined; seen, f was finite once.
-    while run.evals < max_iter:                     # a product, and the last evaluation
+    # Masks of samples (N,).  going: the last true residual was the lowest.  rest: solved before this cycle.
+    # alive: gets directions.  good: this product is finite.  left: the product has a part outside the basis.
+    # turns: the rotation is defined.  seen: f was finite once.
+    while run.evals < max_iter:                     # enough for a product and the last evaluation
         norm = run.norms(r)
         rest = ~(residual > tol)
         alive = going & ~rest & (norm > 0)
-        # t is the norm over all parts, the trace is of the worst one: their ratio now is assumed to last.
+        # t measures all parts together, the trace shows the worst one.  Their ratio is taken as constant.
         scale = torch.where(norm > 0, residual / run.relative(norm), 1)
         torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
         run.hold(rows[0], alive)
-        # (I + L)^-1; the product of the Givens rotations; R y = t.  They grow: m and N may be large.
+        # T = (I + L)^-1.  Q: the product of the Givens rotations.  R y = t.  They grow, as m N may be large.
         T, Q, R = x.new_zeros(3, N, min(m, 16) + 1, min(m, 16) + 1)
         Q[:, 0, 0], t, residuals = 1, [norm / s], [norm / s]
         for n in range(min(m, max_iter - run.evals)):
@@ -798,9 +797,9 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
             run.call(rows[n] if origin is None else origin + rows[n], w)
             torch.sub(at_origin, w, out=w)                                              # (I - J) v
             c, norm = _orthogonalize(run, rows, n, s, T, alive)
-            # If a product lies in the span of the basis, what is left of it is rounding: below 10 eps of its
-            # length it counts as zero.  A sample that has stopped, is lost or has no direction left gets
-            # directions of zero, which change nothing.
+            # If a product lies in the span of the basis, only rounding errors are left of it.  Below 10 eps
+            # of its length the rest counts as zero.  A sample that has stopped, is lost or has no direction
+            # left gets directions of zero, which change nothing.
             good = alive & norm.isfinite()
             seen = seen | good
             rounding = 10 * eps * torch.hypot(norm, torch.linalg.vector_norm(c, dim=1))
@@ -824,12 +823,12 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         y = _best_coefficients(R[:, :n + 1, :n + 1], t[:n + 1], residuals)
         x += torch.bmm(run.per_row(y).transpose(1, 2), rows[:n + 1].transpose(0, 1))[:, 0]
         run.evaluate(x, r)
-        residual = run.trace[run.evals - 1]         # a view: what is written to it is in the trace
+        residual = run.trace[run.evals - 1]         # a view: writing to it changes the trace
         run.couple((rest & (residual > 10 * tol)).any())
         residual[:] = run.joint(residual)
         going = run.improved()
         torch.where(run.per_row(going)[:, None], x, x_best, out=x_best)
-        if run.by_part:             # it may rise while the whole falls
+        if run.by_part:             # the worst part's residual may rise while that of all parts falls
             going = residual.isfinite()
         if tol > 0 and run.evals < max_iter and bool((~going | (run.lowest <= tol)).all()):     # host sync
             break
@@ -846,33 +845,32 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
                 backward_solver: Callable = gmres, backward_max_iter: int = 40, backward_tol: float = 1e-4,
                 on_backward: Callable | None = None,
                 offsets: Tensor | None = None) -> tuple[State, SolverResult]:
-    """Solve h* = f(h*) without a graph, then attach the gradient `grad` (table at the top of this file).
+    """Solves h* = f(h*) without a graph, then attaches the gradient `grad` (table at the top of this file).
 
-    Returns the state and the solver's result.  The state is h_k, the last unrolled one, for "upg".  It is h*
-    itself for "npg" and "implicit": the loss is taken where evaluation will take it.  (The official implicit
-    code returns f(h*).)  It is the last iterate for "bptt", which runs all max_iter steps.  Whether a
-    gradient is attached depends on grad mode alone (under `torch.no_grad()` it only solves), never on
-    `.training`, nor on whether the solve has converged: look at result.converged.  Only with "bptt" does a
-    gradient reach h0.
+    Returns the state and the solver's result.  For "upg" the state is h_k, the last unrolled one.  For "npg"
+    and "implicit" it is h* itself, at which evaluation takes the loss, too.  (The official implicit code
+    returns f(h*).)  For "bptt", which runs all max_iter steps, it is the last iterate.  In grad mode a
+    gradient is always attached, whatever `.training` is and even if the solve has not converged: check
+    result.converged.  Under `torch.no_grad()` the function only solves.  Only "bptt" sends a gradient to h0.
 
-    max_iter, tol, stop_mode, offsets, and what f gets and may do: as in `fixed_point`.
-    k, lam: phantom gradients only; k = 1, lam = 1 is the one-step gradient (JFB).
-    solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or
-    functools.partial of one, binding what is not passed here (m, beta, ridge, memory, lam).  One of your own
-    is called as solver(f, h0, max_iter=, tol=, stop_mode=), with offsets= if they are given, and returns a
-    SolverResult.
-    backward_max_iter, backward_tol, on_backward: only for "implicit"; see there.
+    max_iter, tol, stop_mode, offsets, and what f gets and may do: see `fixed_point`.
+    k, lam: for phantom gradients only.  k = 1, lam = 1 is the one-step gradient (JFB).
+    solver, backward_solver: fixed_point, anderson, broyden, for the backward solve also gmres, or a
+    functools.partial of one that binds what is not passed here (m, beta, ridge, memory, lam).  Your own
+    solver is called as solver(f, h0, max_iter=, tol=, stop_mode=), with offsets= if they are given, and must
+    return a SolverResult.
+    backward_max_iter, backward_tol, on_backward: for "implicit" only, see `implicit`.
 
-    Cost beyond the solve, in calls of f, where a VJP into h and one into the parameters count as one each:
-    "upg" 3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4; "bptt" 3 max_iter, its solve
-    included.  Under parametrize.cached() a weight is computed once for the solve, and once more with a graph.
+    Cost beyond the solve, if a call of f, a VJP into h and a VJP into the parameters count as one each: "upg"
+    3 k - 1, "npg" k + 2, "implicit" at most backward_max_iter + 4.  "bptt" costs 3 max_iter with its solve.
+    Under parametrize.cached() a weight is computed once for the solve, and once more with a graph.
 
     If f contains a collective (SyncBatchNorm), all processes must call it equally often: use tol = 0 and
-    backward_tol = 0, and, as it couples samples, another backward_solver than gmres.  A checkpoint inside f,
-    or with "upg" around `equilibrium`, needs use_reentrant=False: the other kind loses a part of "upg" in
-    silence, or returns h* without a graph, and cannot do "npg" and "implicit".  Do not change the returned
-    state in place.  Raises ValueError for an impossible argument, RuntimeError for a second derivative
-    through "npg" or "implicit".
+    backward_tol = 0.  As it also couples samples, use another backward_solver than gmres.  A checkpoint
+    inside f, or around `equilibrium` with "upg", needs use_reentrant=False.  The reentrant kind silently
+    loses a part of "upg" or returns h* without a graph, and it cannot do "npg" and "implicit".  Do not change
+    the returned state in place.  Raises ValueError for an invalid argument, and RuntimeError for a second
+    derivative through "npg" or "implicit".
     """
     _require(grad in ("upg", "npg", "implicit", "bptt"),
              f"grad must be 'upg', 'npg', 'implicit' or 'bptt', got {grad!r}")
@@ -905,9 +903,9 @@ def equilibrium(f: Callable, h0: State, *, grad: str = "upg", k: int = 5, lam: f
 
 
 def _check_solver(solver, name="solver"):
-    if not callable(solver):    # not _require: it would write out what a partial holds, and wait for a GPU
+    if not callable(solver):    # _require would write out the tensors of a partial, and wait for a GPU
         raise ValueError(f"{name} must be a function: fixed_point, anderson, broyden or one like them, "
-                         f"backwards also gmres, got {solver!r}")
+                         f"for the backward solve also gmres, got {solver!r}")
     if name == "solver" and getattr(solver, "func", solver) is gmres:
         raise ValueError("solver=gmres is for an affine f, as that of the backward solve: "
                          "use it as backward_solver")
@@ -922,10 +920,10 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
         h <- (1 - lam) h + lam f(h)
 
-    Exactly the gradient of that k-step graph, so also right away from a fixed point, where it acts as
+    The gradient is exactly that of the k-step graph, also if h* is no fixed point.  Then it acts as
     back-propagation through time (Sec. 3, "Trade-offs between Unrolling and Neumann").  From h* = 0 with lam
-    = 1 it is the unrolled pretraining network.  Calls f k times; memory: k graphs of f.  Raises ValueError
-    for an impossible k or lam, and where f(h) has another shape than h or f changes h in place.
+    = 1 it is the unrolled pretraining network.  Cost: k calls of f.  Memory: k graphs of f.  Raises
+    ValueError for an invalid k or lam, and if f(h) has another shape than h or f changes h in place.
     """
     k, lam = _check_phantom(k, lam)
     _forget_cached_weights()
@@ -933,7 +931,7 @@ def upg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
     h, shapes = [p.detach() for p in h], [p.shape for p in h]
     for _ in range(k):
         f_h = _call(f, h, spec, shapes)
-        h = [torch.lerp(a, b.to(a.dtype), lam) for a, b in zip(h, f_h)]     # saves nothing for its backward
+        h = [torch.lerp(a, b.to(a.dtype), lam) for a, b in zip(h, f_h)]     # saves no tensor for its backward
     return tree_unflatten(h, spec)
 
 
@@ -942,11 +940,11 @@ def npg(f: Callable, h_star: State, k: int = 5, lam: float = 0.5) -> State:
 
         g_hat = lam (I + B^T + ... + (B^T)^(k-1)) g,  B = lam J + (1 - lam) I,   dL/dz = (df/dz)^T g_hat.
 
-    One graph of f whatever k is; k + 2 calls of f and VJPs.  Tends to the exact gradient as k grows if rho(B)
-    < 1 (Theorem 2 has it for a contraction); at an exact fixed point it equals UPG.  Algorithms 2 and 3 of
-    the paper multiply by lam once more than Eq. (17), as their f already holds one; Theorem 2 holds for the
-    series of Eq. (17), which we follow.  Raises ValueError for an impossible k or lam and where f(h) has
-    another shape than h, RuntimeError for a second derivative.
+    Memory: one graph of f for any k.  Cost: k + 2 calls of f and VJPs.  If rho(B) < 1, it tends to the exact
+    gradient as k grows (Theorem 2 says so for a contraction).  At an exact fixed point it equals UPG.
+    Algorithms 2 and 3 of the paper multiply by lam once more than Eq. (17), since their f already contains
+    one lam.  We follow Eq. (17), for whose series Theorem 2 holds.  Raises ValueError for an invalid k or lam
+    and if f(h) has another shape than h, and RuntimeError for a second derivative.
     """
     k, lam = _check_phantom(k, lam)
 
@@ -963,22 +961,23 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
              on_backward: Callable | None = None, offsets: Tensor | None = None) -> State:
     """Implicit differentiation, Eq. (4): returns h* with the backward pass g_hat = J^T g_hat + g, g = dL/dh.
 
-    Exact at an exact fixed point with a converged backward solve.  `solver` is started at g (gmres at zero),
-    and stops, keeps its best state and reports by ||g + J^T g_hat - g_hat|| / ||g||: stop_mode = g, as in
-    `fixed_point`.  (Relative to ||g_hat|| a g_hat that explodes would look solved.)
-    on_backward(SolverResult) is the only sign of a solve that failed: its best g_hat is used.  A solver of
-    your own is called as solver(f, g, max_iter=, tol=, stop_mode=g), with g a list, and with offsets= if they
-    are given, and returns a SolverResult.
+    It is exact at an exact fixed point if the backward solve has converged.  `solver` starts at g (gmres at
+    zero).  Its residual is ||g + J^T g_hat - g_hat|| / ||g||, that is stop_mode = g of `fixed_point`.
+    (Relative to ||g_hat||, an exploding g_hat would look solved.)  If the solve fails, its best g_hat is
+    used, and only on_backward(SolverResult) shows the failure.  Your own solver is called as
+    solver(f, g, max_iter=, tol=, stop_mode=g), where g is a list, with offsets= if they are given, and must
+    return a SolverResult.
 
-    g is multiplied by a power of two before the solve, and g_hat divided by it, so that the scale of the loss
-    cannot under- or overflow it.  If g is not finite, neither is the sample's gradient (torch.amp.GradScaler
-    relies on that).  If f couples samples, use offsets (for BatchNorm [0, N]), or another solver than gmres.
+    g is multiplied by a power of two before the solve, and g_hat is divided by it afterwards, so that the
+    solve does not under- or overflow at any scale of the loss.  If the g of a sample is not finite, neither
+    is its gradient (torch.amp.GradScaler relies on that).  If f couples samples, use offsets (for BatchNorm
+    [0, N]), or another solver than gmres.
 
-    One graph of f; at most max_iter + 4 calls of f and VJPs.  offsets: as in `fixed_point`.  Raises
-    ValueError for an impossible argument and where f(h) has another shape than h, RuntimeError for a second
-    derivative.
+    Memory: one graph of f.  Cost: at most max_iter + 4 calls of f and VJPs.  offsets: see `fixed_point`.
+    Raises ValueError for an invalid argument and if f(h) has another shape than h, and RuntimeError for a
+    second derivative.
     """
-    if not callable(solver):            # not _require, as in `equilibrium`
+    if not callable(solver):            # without _require, as in `_check_solver`
         raise ValueError(f"solver must be a function, got {solver!r}")
     _check_budget(max_iter, tol)
     layout, samples = _Layout(h_star, offsets), {} if offsets is None else {"offsets": offsets}
@@ -990,8 +989,8 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
             return g
         largest = torch.stack(largest).amax(0)                                          # (rows,)
         bad_rows = layout.per_sample((~largest.isfinite()).float(), "sum")
-        finite = layout.per_row(bad_rows == 0)                      # of a sample all rows, or none
-        # One factor for the whole batch: if f couples samples, a system scaled per sample is another system.
+        finite = layout.per_row(bad_rows == 0)                      # the same for all rows of a sample
+        # One factor for the whole batch: if f couples samples, scaling per sample would change the system.
         exponent = torch.frexp(torch.where(finite, largest, 0).amax()).exponent
         most = 125 if largest.dtype == torch.float32 else 1000
         exponent = exponent.clamp(-most, most).to(largest.dtype)
@@ -1008,7 +1007,7 @@ def implicit(f: Callable, h_star: State, *, solver: Callable = gmres, max_iter: 
 
 
 def _vjp(outputs, inputs, v, create_graph=False):
-    """J^T v for lists of tensors; v in any precision, zeros where an output does not depend on an input."""
+    """J^T v for lists of tensors.  v may have any precision.  An input without influence gets zeros."""
     pairs = [(o, vi.to(o.dtype)) for o, vi in zip(outputs, v) if o.requires_grad]
     j = [None] * len(inputs)
     if pairs:
@@ -1022,7 +1021,7 @@ def _vjp(outputs, inputs, v, create_graph=False):
 
 
 def _open(f, h):
-    """(leaves with the values of h, the parts of f at them with a graph, the structure of h), for `_vjp`."""
+    """For `_vjp`: leaves with the values of h, the parts of f at them with a graph, the structure of h."""
     parts, spec = _flatten(h)
     _forget_cached_weights()
     try:
@@ -1030,16 +1029,16 @@ def _open(f, h):
     except RuntimeError as error:
         _explain(error)
         raise
-    # Views, not leaves: FlopCounterMode and its like put hooks on f's inputs, which a leaf may not have.
+    # f gets views, since FlopCounterMode and similar tools put hooks on f's inputs, which leaves refuse.
     return leaves, _call(f, [p.view_as(p) for p in leaves], spec, [p.shape for p in leaves]), spec
 
 
 def _attach(f, h_star, adjoint):
-    """h* with a gradient: f is evaluated once with a graph, into which adjoint(vjp, dL/dh) is sent.
+    """Returns h* with a gradient: f is evaluated once with a graph, and adjoint(vjp, dL/dh) is sent into it.
 
-    Parameters and u get their gradients through the ordinary graph of that evaluation, so
-    DistributedDataParallel, gradient accumulation and autocast work as ever.  No hook and no state on a
-    module: two calls per forward, two backward passes, or none, are all fine.
+    The parameters and u get their gradients through the ordinary graph of that evaluation, so
+    DistributedDataParallel, gradient accumulation and autocast work as usual.  No module gets a hook or a
+    state, so two calls per forward pass, two backward passes, or none, are all fine.
     """
     h, f_h, spec = _open(f, h_star)
     out = _Adjoint.apply(lambda g: adjoint(lambda v: _vjp(f_h, h, v), g), *(p.detach() for p in h), *f_h)
@@ -1066,9 +1065,9 @@ class _Adjoint(torch.autograd.Function):
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """g_hat as it is, but a second derivative through it raises: it would silently miss dJ/dh and dg/dh.
+    """Returns g_hat unchanged.  A second derivative, which would silently miss dJ/dh and dg/dh, raises.
 
-    once_differentiable is not enough: autograd.grad(..., u) does not come by its error node.
+    once_differentiable is not enough: autograd.grad(..., u) does not pass through its error node.
     """
 
     @staticmethod
@@ -1082,11 +1081,11 @@ class _Undifferentiable(torch.autograd.Function):
 
 
 def compiled(f: Callable) -> Callable:
-    """torch.compile(f), for an f inside `equilibrium`.  Its settings are torch's, for all compiled later.
+    """torch.compile(f), for an f inside `equilibrium`.  Sets torch's own options for all later compilation.
 
-    "npg" and "implicit" run f's backward pass several times on one graph: the first must not give its buffers
-    away, as it may by default.  And f meets more shapes and modes than torch compiles for by default: in the
-    solver, in the gradient, in evaluation, with a last, smaller batch.
+    "npg" and "implicit" run f's backward pass several times on one graph, so the first run must not give its
+    buffers away, as it may by default.  Also, f meets more shapes and modes than torch compiles for by
+    default: in the solver, in the gradient, in evaluation, and with a last, smaller batch.
     """
     from torch._functorch import config
     config.donated_buffer = False
@@ -1095,36 +1094,36 @@ def compiled(f: Callable) -> Callable:
 
 
 def recomputed(f: Callable) -> Callable:
-    """An f that is computed again in the backward pass, in place of keeping what it has computed.
+    """An f that is computed again in the backward pass instead of keeping its intermediate results.
 
-    For "upg" (and "bptt"), which keep a graph of f for each step: of a step only the state is left, and time
-    grows by a call of f.  f must draw no random numbers: its second run would draw others.
+    This is for "upg" (and "bptt"), which keep a graph of f for each step.  Here a step keeps only its state,
+    and costs one more call of f.  f must not draw random numbers, since its second run would draw others.
     """
     from torch.utils.checkpoint import checkpoint
     return functools.partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
 
 
 def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
-    """A new module that runs the model's training pass as two CUDA graphs, one forward and one backward.
+    """Returns a new module that runs the model's training pass as two CUDA graphs, one forward, one backward.
 
-    A step of an implicit model is thousands of kernels of some microseconds each: the host takes longer to
-    launch them than the GPU to run them.  A graph launches them all at once.
+    A training step of an implicit model has thousands of kernels of some microseconds each.  The host takes
+    longer to launch them than the GPU to run them.  A graph launches them all at once.
 
-    The new module shares the model's parameters and buffers.  It replays the graphs in training mode with
-    grad on, for tensors of the examples' shape, dtype and requires_grad and no further arguments.  Otherwise
-    it calls the model, as its copies always do.  The model, its buffers and the random numbers stay as they
-    were.
+    The new module shares the model's parameters and buffers.  It replays the graphs in training mode and grad
+    mode if its only arguments are tensors with the shape, dtype and requires_grad of the examples.  Otherwise
+    it calls the model.  Copies of it always do.  `captured` leaves the model, its buffers and the random
+    generators as they were.
 
-    The model must be in training mode, take and return tensors and never look at one on the host:
-    `equilibrium` with tol = 0 and backward_tol = 0, and any solver but anderson.  Its Python runs during
-    capture only: changing k or lam later has no effect, and on_backward is not called again.  An autocast
-    around `captured` is in both graphs.
+    The model must be in training mode, take and return tensors, and never read a tensor on the host: use
+    `equilibrium` with tol = 0 and backward_tol = 0, and any solver but anderson.  The model's Python code
+    runs during capture only.  Changing k or lam later has no effect, and on_backward is not called again.  An
+    autocast around `captured` is in both graphs.
 
-    One forward pass, then its backward pass, then optimizer.zero_grad(set_to_none=True): the next call
-    overwrites what this one returned and saved, and what was None in .grad.  Move the model to its GPU
-    before, and wrap the result in DistributedDataParallel.  Raises ValueError without a GPU, for a model in
-    evaluation mode or captured before, and torch's RuntimeError, "operation not permitted when stream is
-    capturing", for one that waits for its GPU.
+    After one forward pass run its backward pass and optimizer.zero_grad(set_to_none=True) before the next: a
+    call overwrites what the last one returned and saved, and each .grad that was None.  Move the model to its
+    GPU before, and wrap the result in DistributedDataParallel.  Raises ValueError without a GPU, and for a
+    model in evaluation mode or captured before.  For a model that waits for its GPU, torch raises
+    RuntimeError, "operation not permitted when stream is capturing".
     """
     _require(isinstance(model, torch.nn.Module), f"captured takes an nn.Module, got {type(model).__name__}")
     _require(torch.cuda.is_available(), "captured needs a GPU")
@@ -1132,21 +1131,21 @@ def captured(model: torch.nn.Module, *examples: Tensor) -> torch.nn.Module:
     _require(not isinstance(model, _Captured) and "forward" not in vars(model),
              "this model's forward pass has been replaced or captured before")
     buffers = [b.clone() for b in model.buffers()]
-    gc.collect()        # unused graphs are in a cycle of torch's, and still hold their memory
-    # It is captured on a stream of its own, which its gradients then arrive from; torch waits where it must.
+    gc.collect()        # torch keeps unused graphs in a reference cycle, and they still hold their memory
+    # The gradients arrive from the stream of the capture.  torch synchronises it by itself.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     with torch.random.fork_rng([torch.cuda.current_device()]), torch.autocast(
             "cuda", enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"),
-            cache_enabled=False):                       # a cached weight would be the one of this moment
+            cache_enabled=False):                       # a cached weight would keep its present value
         torch.cuda.make_graphed_callables(model, examples, allow_unused_input=True)
-    replay = vars(model).pop("forward")         # torch has put it there; the model gets its own back
+    replay = vars(model).pop("forward")         # torch has put it there.  The model gets its own back
     for buffer, old in zip(model.buffers(), buffers):
         buffer.copy_(old)
     return _Captured(model, replay, examples)
 
 
 class _Captured(torch.nn.Module):
-    """Replays graphs of the model where they fit, and calls the model elsewhere: see `captured`."""
+    """Replays the graphs of the model if they fit the call, else calls the model.  See `captured`."""
 
     def __init__(self, model, replay=None, examples=()):
         super().__init__()
@@ -1162,12 +1161,12 @@ class _Captured(torch.nn.Module):
                 and self.kind(inputs) == self.expected)
         return (self.replay if fits else self.model)(*inputs, **options)
 
-    def __reduce__(self):       # of copies and pickles: they have weights of their own, so no graphs
+    def __reduce__(self):       # a copy or pickle has weights of its own, so it gets no graphs
         return _Captured, (self.model,)
 
 
 def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
-    """Eq. (9) and (10): max_iter plain steps with a graph, then one call without for the last residual."""
+    """Eq. (9) and (10): max_iter plain steps with a graph, then one call without it for the last residual."""
     _forget_cached_weights()
     with torch.no_grad():
         run = _Progress(f, h0, max_iter, tol, stop_mode, offsets)
@@ -1176,7 +1175,7 @@ def _bptt(f, h0, max_iter, tol, stop_mode, offsets):
     for t in range(run.max_iter + 1):
         with torch.set_grad_enabled(t < run.max_iter):
             f_h = _call(f, [p.view_as(p) for p in h], spec, run.layout.shapes)
-            f_h = [b.to(a.dtype) for a, b in zip(h, f_h)]       # also where f returns a lower precision
+            f_h = [b.to(a.dtype) for a, b in zip(h, f_h)]       # even if f returns a lower precision
         with torch.no_grad():
             x, g = run.layout.pack(h), run.layout.pack([b - a for a, b in zip(h, f_h)])
             run.record(run.measure(x, g, f_h)[1])
@@ -1196,7 +1195,7 @@ def _check_mode():
 
 
 def _linearized(f, h):
-    """(leaves, outputs) as `_open` has them, in any grad mode; ValueError if there can be no derivative."""
+    """Leaves and outputs as from `_open`, in any grad mode.  Raises ValueError if f has no derivative."""
     _check_mode()
     with torch.enable_grad():
         inputs, outputs, _ = _open(f, h)
@@ -1209,11 +1208,11 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
                     offsets: Tensor | None = None) -> Tensor:
     """Spectral radius per sample (N,) of lam J + (1 - lam) I at h, J = df/dh, by the power method with VJPs.
 
-    It is the mean growth of log ||v|| over the last half of the iterations, weighted by a triangle, which
-    takes out what oscillates.  So it is right for a complex pair too, where a Rayleigh quotient gives rho
-    cos(angle).  Error O(1 / n_iter) for a J that is not normal, and while its largest eigenvalues are close:
-    some per cent at 50.  Costs one call of f and n_iter VJPs.  v is of torch's own random numbers.  offsets:
-    as in `fixed_point`.  Raises ValueError under torch.inference_mode(), and for an f without a graph.
+    Its log is the mean growth of log ||v|| over the last half of the iterations.  Triangular weights average
+    out oscillations, so it is also right for a complex pair, for which a Rayleigh quotient gives rho
+    cos(angle).  The error is O(1 / n_iter) if J is not normal or if its largest eigenvalues are close: some
+    per cent at 50.  Cost: one call of f and n_iter VJPs.  v is drawn from torch's own random numbers.
+    offsets: see `fixed_point`.  Raises ValueError under torch.inference_mode(), and for an f without a graph.
     """
     n_iter = _whole(n_iter, "n_iter")
     _require(n_iter >= 2, f"n_iter must be an integer >= 2, got {n_iter!r}")
@@ -1221,7 +1220,7 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     inputs, outputs = _linearized(f, h)
     layout = _Layout(inputs, offsets)
     v = torch.randn_like(layout.pack([p.detach() for p in inputs]))
-    # Summed in float64: the squares of a v that J has blown up are beyond float32, and v / inf would be 0.
+    # The squares are summed in float64: if J blows v up, they overflow float32, and v / inf would be 0.
     wide = _wide(v)
     size, growth = layout.norms(v, wide), []
     for _ in range(n_iter):
@@ -1238,8 +1237,8 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
 def adaptive_damping(rho: Tensor | float) -> float:
     """lam = 1 / rho(J) clipped to (0, 1] (App. D.3), for the largest of the rho given.  One host sync.
 
-    Helps where the largest eigenvalue is negative or complex; one above 1 stays above 1 under any damping.
-    Raises ValueError for a rho that is not finite.
+    Damping helps if the largest eigenvalue is negative or complex.  A real eigenvalue above 1 stays above 1
+    under any damping.  Raises ValueError for a rho that is not finite.
     """
     largest = float(torch.as_tensor(rho).max())
     _require(math.isfinite(largest), f"rho must be finite, got {largest}")
@@ -1249,11 +1248,11 @@ def adaptive_damping(rho: Tensor | float) -> float:
 def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Tensor:
     """Hutchinson estimate of ||J||_F^2 / (numbers in h), J = df/dh at the detached h.
 
-    A scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D) with v standard normal, of torch's
-    own random numbers.  Costs one call of f and n_vectors VJPs, and as much again in the backward pass.  Bai
-    et al., "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.  Raises ValueError for
-    n_vectors below 1, where f(h) has another shape than h, under torch.inference_mode(), and for an f without
-    a graph.
+    Returns a scalar, differentiable in what f closes over: E_v ||v^T J||^2 / (N D), with standard normal v
+    from torch's own random numbers.  Cost: one call of f and n_vectors VJPs, and as much again in the
+    backward pass.  Source: Bai et al., "Stabilizing Equilibrium Models by Jacobian Regularization", 2021.
+    Raises ValueError for n_vectors below 1, if f(h) has another shape than h, under torch.inference_mode(),
+    and for an f without a graph.
     """
     n_vectors = _whole(n_vectors, "n_vectors")
     inputs, outputs = _linearized(f, h)
@@ -1267,9 +1266,9 @@ def jacobian_regularization(f: Callable, h: State, *, n_vectors: int = 1) -> Ten
 
 
 def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
-    """Cosine of the angle between two gradients (Fig. 2), lists over the same parameters.  None is zero.
+    """Cosine of the angle between two gradients (Fig. 2), lists over the same parameters.  None means zero.
 
-    A float64 scalar; 0 if one of them is zero.  Raises ValueError for lists of different length.
+    Returns a float64 scalar, which is 0 if a gradient is zero.  Raises ValueError if the lengths differ.
     """
     _require(len(a) == len(b),
              f"two gradients over the same parameters are needed, got lists of {len(a)} and {len(b)}")
@@ -1282,7 +1281,7 @@ def cosine_similarity(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) ->
 
 @contextlib.contextmanager
 def _unchanged(module, buffers):
-    """Leaves the buffers of the module, if there is one, and those in `buffers` as they were."""
+    """On exit, restores the buffers of the module, if there is one, and those in `buffers`."""
     owned = [] if module is None else [(m._buffers, name, b) for m in module.modules()
                                        for name, b in m._buffers.items() if b is not None]
     before = [(b, b.clone()) for b in (*buffers, *(b for _, _, b in owned))]
@@ -1321,34 +1320,34 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
                       max_iter: int = 200, tol: float = 1e-4, exact_max_iter: int = 200,
                       exact_tol: float = 1e-3, radius_iter: int = 50, offsets: Tensor | None = None,
                       buffers: Sequence[Tensor] = ()) -> dict:
-    """Fig. 2 for a model of your own: how close cheaper gradients of loss(h) come to the exact one.
+    """Fig. 2 for your own model: how close cheaper gradients of loss(h) come to the exact one.
 
-    f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: of the state, a scalar.
-    parameters: a module, or the tensors to differentiate by.  Only those that f uses count: a head's gradient
-    at h* is the same in every row.
-    rows: a list of (grad, k, lam).  "implicit" is GMRES with k products, its lam is ignored.
-    h: the state the rows start from (default: h*), or a function of k that gives it.  For a truncated solve
-    that trains through its last k calls of f it is the state before them.
+    f, h0, solver, max_iter, tol, offsets: as in `equilibrium`.  loss: a scalar function of the state.
+    parameters: a module, or the tensors to differentiate by.  Only those that f uses are compared, since the
+    gradient of a head at h* is the same in every row.
+    rows: a list of (grad, k, lam).  "implicit" means GMRES with k products, and its lam is ignored.
+    h: the state that the rows start from (default: h*), or a function of k that returns it.  For a truncated
+    solve that trains through its last k calls of f, it is the state before these calls.
     bptt: also compare with back-propagation through this many plain steps from h0.
 
-    The exact gradient is implicit differentiation at h* by `gmres` until exact_tol, at most exact_max_iter
-    products (restarted after 50).  Believe the cosines only as far as `exact` says.  If rho is above 1, h* is
-    a root that your iteration leaves; solver=fixed_point finds none of these.  The samples with the largest
-    gradients decide the cosine of a batch.
+    The exact gradient is implicit differentiation at h*, by `gmres` to exact_tol with at most exact_max_iter
+    products (restarted after 50).  Trust the cosines only as far as `exact` allows.  If rho is above 1, h* is
+    a root that your iteration moves away from.  solver=fixed_point finds no such root.  The samples with the
+    largest gradients decide the cosine of a batch.
 
     Returns a dict:
-        rows                a dict per row: grad, k, lam; cosine, to the exact gradient; norm_ratio, its
-                            length over the exact one's; f_calls and vjps, the cost (a VJP into h and one into
-                            the parameters count as one each); rho_B, the largest spectral radius of
-                            lam J + (1 - lam) I at h*; with bptt: cosine_bptt
+        rows                a dict per row.  grad, k, lam: as given.  cosine: with the exact gradient.
+                            norm_ratio: length over that of the exact gradient.  f_calls, vjps: the cost (a
+                            VJP into h and one into the parameters count as one each).  rho_B: the largest
+                            spectral radius of lam J + (1 - lam) I at h*.  cosine_bptt: only with bptt
         exact               share of the samples whose forward and backward residual are at most exact_tol
         forward_residual    (N,), of h*
         backward_residual   (N,), of the exact gradient
-        rho                 (N,), spectral radius of J at h*; None with radius_iter = 0
-        bptt                cosine of back-propagation to the exact gradient, or None
+        rho                 (N,), spectral radius of J at h*, or None with radius_iter = 0
+        bptt                cosine of back-propagation with the exact gradient, or None
 
-    Every gradient sees the same random numbers.  Leaves no trace: random numbers, .grad, the buffers of the
-    module and those in `buffers` stay as they were.  Raises ValueError for an impossible argument, under
+    Every gradient sees the same random numbers.  The random generators, .grad, the buffers of the module and
+    those in `buffers` stay as they were.  Raises ValueError for an invalid argument, under
     torch.inference_mode(), and if f uses none of the parameters.
     """
     _check_mode()
@@ -1422,8 +1421,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
 
 
 # ============================================================================================================
-# Part 2, runs: what all scripts need beside the mathematics, and what loses somebody's work when it is wrong.
-# Nothing here calls a model.  Leave it out when you copy the mathematics.
+# Part 2, runs: what all scripts need beside the mathematics.  A mistake here can lose somebody's work.
+# Leave it out when you copy the mathematics.
 # ============================================================================================================
 
 import argparse
@@ -1447,7 +1446,7 @@ from tqdm import tqdm
 
 
 def die(message: str, code: int = 2):
-    """End the run with one clear line on stderr; exit code 2 is for wrong usage or input."""
+    """Ends the run with one clear line on stderr.  Exit code 2 is for wrong usage or input."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -1455,7 +1454,7 @@ def die(message: str, code: int = 2):
 # --- options ------------------------------------------------------------------------------------------------
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose help texts end with their default, and whose errors do not end a page of usage."""
+    """A parser whose help texts end with the default, and whose errors come without a page of usage."""
     class Help(argparse.HelpFormatter):
         def _get_help_string(self, action):
             shown = action.default is not None and action.default is not False and (
@@ -1485,7 +1484,7 @@ def within(kind: type, interval: str) -> Callable:
 
 
 def existing_file(text: str) -> str:
-    """An argparse type: "auto", or the path of a file, refused now and not when the data has been read."""
+    """An argparse type: "auto", or the path of a file.  Refuses a missing file before any data is read."""
     path = os.path.expanduser(text)         # a shell does so at the beginning of a word, not in --resume=~/x
     if text != "auto" and not os.path.exists(path):
         raise argparse.ArgumentTypeError(f"there is no file {text}")
@@ -1494,22 +1493,22 @@ def existing_file(text: str) -> str:
 
 def add_run_flags(parser: argparse.ArgumentParser, name: str, *, seed: int = 0, save_every: float = 5.0,
                   log_every: int = 50, log_unit: str = "steps"):
-    """Adds the options of a run's folder and log.  Returns the group of modes, of which one can be chosen."""
+    """Adds the options of a run's folder and log.  Returns the group of modes, which exclude each other."""
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=within(int, "[0, 4294967296)"), default=seed,
                      help="seed of weights, data order, augmentation and dropout")
     run.add_argument("--out", metavar="DIR", type=os.path.expanduser,
-                     help="folder of checkpoint.pt and metrics.jsonl; several "
-                     f"machines must share it (default: the folder of --resume, or runs/{name}-TIME-PID)")
+                     help="folder of checkpoint.pt and metrics.jsonl, which several "
+                     f"machines must share (default: the folder of --resume, or runs/{name}-TIME-PID)")
     run.add_argument("--resume", metavar="FILE", type=existing_file,
-                     help="continue from this checkpoint; 'auto': from the one in --out, if there is one")
+                     help="continue from this checkpoint, with 'auto' from the one in --out, if there is one")
     run.add_argument("--save-every", metavar="MINUTES", type=within(float, "[0, inf)"), default=save_every,
-                     help="minutes between checkpoints; SIGTERM and Ctrl-C save one, too")
+                     help="minutes between checkpoints (SIGTERM and Ctrl-C also save one)")
     run.add_argument("--log-every", metavar="N", type=within(int, "[1, inf)"), default=log_every,
                      help=f"{log_unit} between lines of the log")
     modes = run.add_mutually_exclusive_group()
     modes.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume, ours "
-                       "or an official one; ours brings its flags of data, model and solver")
+                       "or an official one (ours sets the flags of data, model and solver)")
     modes.add_argument("--benchmark", action="store_true",
                        help="only measure the time and memory of training steps, on random input")
     return modes
@@ -1517,11 +1516,11 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str, *, seed: int = 0, 
 
 def parse_flags(parser: argparse.ArgumentParser, argv, presets: Callable = lambda args: {},
                 from_checkpoint: str = ""):
-    """The options of a run: what is given wins, then what a checkpoint brings, then presets(args).
+    """The options of a run.  The command line wins over a checkpoint's flags, and these over presets(args).
 
-    from_checkpoint: the names that a checkpoint of ours brings in --eval, separated by blanks.  A training
-    that is continued has its `data` from there; other flags must be given again (`Run` compares them).
-    --help shows the presets of the parser's own defaults.
+    from_checkpoint: names of flags, separated by blanks, that --eval and --generate take from a checkpoint of
+    ours.  A continued training takes only `data` from it.  Its other flags must be given again (`Run`
+    compares them).  --help shows the presets for the parser's own defaults.
     """
     usual, brought = presets(parser.parse_args([])), {}
     parser.set_defaults(**usual)
@@ -1556,7 +1555,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv, presets: Callable = lambd
 
 
 def note_differences(saved: dict, args, names: str, process):
-    """Says which of these flags, separated by blanks, had another value in training."""
+    """Prints which of the flags in `names`, separated by blanks, had another value in training."""
     for name in names.split() if process.rank == 0 else ():
         if saved.get(name) != getattr(args, name):
             print(f"note: trained with --{name.replace('_', '-')} {saved.get(name)}, evaluated with "
@@ -1566,12 +1565,12 @@ def note_differences(saved: dict, args, names: str, process):
 # --- processes ----------------------------------------------------------------------------------------------
 
 def launched() -> bool:
-    """Whether torchrun has started this process, or its like.  RANK alone is what some platforms set."""
+    """Whether torchrun or a similar launcher has started this process.  Some platforms set RANK alone."""
     return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1")
 
 
 class Process(NamedTuple):
-    """This process's place in the run.  All processes must call the same of its methods."""
+    """This process's place in the run.  All processes must call the same methods."""
     rank: int
     world_size: int
     device: torch.device
@@ -1583,16 +1582,16 @@ class Process(NamedTuple):
         return x
 
     def gather(self, value) -> list:
-        """[the value of each process], by rank, of any picklable kind; its tensors must be on the CPU."""
+        """The list of all processes' values, by rank.  They must be picklable, with tensors on the CPU."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def first(self, make: Callable):
-        """make() on the first process of each machine, then on the others, which find its files on the disk.
+        """Runs make() on the first process of each machine, then on the others, which find its files on disk.
 
-        A `die` in one process ends all, with exit code 2 and that one message.
+        A `die` in one process ends all of them, with exit code 2 and that one message.
         """
         alone = self.world_size == 1
         for turn in (True,) if alone else (True, False):
@@ -1608,50 +1607,50 @@ class Process(NamedTuple):
         return result
 
     def die(self, message: str, code: int = 2):
-        """`die` on all processes at once, with one line for all of them."""
+        """Ends all processes at once, with one message for all of them."""
         if self.rank == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
-        self.sum(torch.zeros((), device=self.device))       # torchrun kills the rest when one ends
+        self.sum(torch.zeros((), device=self.device))       # torchrun kills the others when one ends
         self.end()
         raise SystemExit(code)
 
     def broadcast_buffers(self, model: torch.nn.Module):
-        """Gives all the first process's BatchNorm statistics, before the model is used in evaluation mode."""
+        """Sends the first process's BatchNorm statistics to all.  Call it before the model is evaluated."""
         for buffer in model.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
     def bar(self, items, what: str, **more):
-        """A progress bar over `items` on the first process's terminal; elsewhere nothing."""
+        """A progress bar over `items`, which only the first process shows, and only on a terminal."""
         return tqdm(items, desc=what, leave=False, disable=self.rank > 0 or not sys.stderr.isatty(), **more)
 
     def end(self):
-        """Leaves the process group: a process that ends while its gloo group exists may abort."""
+        """Leaves the process group, since a process that ends while its gloo group exists may abort."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-        forget_signals()        # a notebook's process lives on
+        forget_signals()        # the process of a notebook lives on
 
 
 def keep_freed_memory():
-    """Lets glibc keep freed memory.  Else the kernel zeroes each step's tensors of 1 MB anew, page by page.
+    """Lets glibc keep freed memory.  Else the kernel zeroes tensors of 1 MB again in each step, page by page.
 
-    A UPG step of MDEQ-Tiny at batch 32 is 1.08 times as fast with it (one thread), and the peak of memory up
-    to 12 % higher.  Without mallopt in the C library nothing happens.
+    With it a UPG step of MDEQ-Tiny at batch 32 is 1.08 times as fast (one thread), and peak memory is up to
+    12 % higher.  If the C library has no mallopt, nothing happens.
     """
     call_libc("mallopt", -1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
     call_libc("mallopt", -4, 0)                 # M_MMAP_MAX
 
 
 def call_libc(name: str, *values: int):
-    """A function of the C library, if there is one of this name.  Windows has no CDLL(None)."""
+    """Calls a function of the C library, if it has one of this name.  Windows has no CDLL(None)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         getattr(ctypes.CDLL(None), name)(*values)
 
 
 def init_process() -> Process:
-    """Process group from torchrun's environment: nccl on GPUs, gloo on CPUs, nothing for a single process."""
-    forget_signals()            # of a run in the same process that an exception has ended
+    """Joins torchrun's process group: nccl on GPUs, gloo on CPUs, no group for a single process."""
+    forget_signals()            # an earlier run in this process may have ended with an exception
     with contextlib.suppress(AttributeError):           # a notebook's stream has no reconfigure
-        # A log file gets each line when it is printed, in UTF-8; a terminal shows "?" for a letter it lacks.
+        # A log file gets each line when it is printed, in UTF-8.  A terminal shows "?" for unknown letters.
         sys.stdout.reconfigure(line_buffering=True, errors="replace",
                                encoding=None if sys.stdout.isatty() else "utf-8")
     needed = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -1673,7 +1672,7 @@ def init_process() -> Process:
     if not launched():
         return Process(0, 1, device)
     if device.type == "cuda":
-        # gloo's own timeout: in nccl's, 10 minutes, a download that the other processes wait for may not end
+        # As long as gloo's.  nccl's own 10 minutes are too short if the processes wait for a long download.
         dist.init_process_group("nccl", device_id=device, timeout=datetime.timedelta(minutes=30))
     else:
         dist.init_process_group("gloo")
@@ -1681,13 +1680,13 @@ def init_process() -> Process:
 
 
 def seed_everything(seed: int):
-    """Seeds torch and Python's random: alike before the model is built, then with seed + rank."""
+    """Seeds torch and Python's random: all processes alike for building the model, then with seed + rank."""
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 def rng_state() -> dict:
-    """The state of the generators that `seed_everything` seeds; of GPUs, of this process's alone."""
+    """The state of the generators that `seed_everything` seeds, including this process's GPU only."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -1695,7 +1694,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict):
-    """Puts back what `rng_state` has returned."""
+    """Restores what `rng_state` has returned."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
@@ -1705,22 +1704,22 @@ def set_rng_state(state: dict):
 # --- images -------------------------------------------------------------------------------------------------
 
 def read_image(path: str):
-    """An RGB image.  Of 16-bit grey the high byte is taken, as PIL itself does with 16-bit colour."""
+    """Reads an image as RGB.  16-bit grey is cut to its high byte, as PIL itself does with 16-bit colour."""
     from PIL import Image
     with Image.open(path) as image:
         if image.mode[0] in "IF" and image.format not in ("PNG", "PPM"):
-            raise ValueError(f"what is white is not known in a {image.format} of mode {image.mode}: save it "
-                             "as PNG, or with 8 bits")
+            raise ValueError(f"the value of white is not known in a {image.format} of mode {image.mode}: "
+                             "save it as PNG, or with 8 bits")
         if image.mode[0] == "I":            # 0 to 65535, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
 
 
 def image_folders(root: str | Path, process: Process, *splits: str) -> list:
-    """[(classes, [(path, label)])] of ROOT/SPLIT/CLASS/* for each split, in torchvision's order.
+    """For each split, (classes, [(path, label)]) of ROOT/SPLIT/CLASS/*, in torchvision's order.
 
-    Folders that are numbers are the classes of these numbers: 2 comes before 10.  Hidden files and folders do
-    not count.  What else is no image, or in no class folder, is left out with a note.
+    If all class folders are numbers, the labels follow the numbers: 2 comes before 10.  Hidden files and
+    folders are ignored.  Other files that are no images, or in no class folder, are left out with a note.
     """
     from PIL import Image
     known, left_out, folders = Image.registered_extensions(), [], []
@@ -1734,13 +1733,13 @@ def image_folders(root: str | Path, process: Process, *splits: str) -> list:
                 return True
         except PermissionError:
             raise
-        except Exception:           # PIL raises half a dozen types
+        except Exception:           # PIL raises many types
             pass
         left_out.append(path)
         return False
 
     def images(folder):
-        """Also in folders below, but not through links, which may lead back here."""
+        """Yields the images of a folder and its subfolders.  Follows no links, which may lead back here."""
         def stop(error):
             raise error
 
@@ -1772,7 +1771,7 @@ def image_folders(root: str | Path, process: Process, *splits: str) -> list:
             "(--data toy needs none)")
     if left_out and process.rank == 0:
         print(f"note: {len(left_out)} file(s) of --data that are no images, or in no class folder, are left "
-              f"out, as {left_out[0]}", flush=True)
+              f"out, such as {left_out[0]}", flush=True)
     a, b = set(folders[0][0]), set(folders[-1][0])
     if a != b:
         die(f"--data {root}: {splits[0]}/ and {splits[-1]}/ must hold the same class folders; only in "
@@ -1783,12 +1782,12 @@ def image_folders(root: str | Path, process: Process, *splits: str) -> list:
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 def save_checkpoint(path: str | os.PathLike, state: dict):
-    """Writes `state`; `path` is complete at every moment, and the checkpoint before stays as `path`.previous.
+    """Writes `state` to `path`, complete at every moment.  The checkpoint before stays as `path`.previous.
 
     If it cannot be written (a full disk, no permission), both stay as they are and the run ends with code 1.
     """
     path = Path(path)
-    new, old = (Path(f"{path}.{os.getpid()}.{end}") for end in ("new", "old"))  # its own: two would mix
+    new, old = (Path(f"{path}.{os.getpid()}.{end}") for end in ("new", "old"))  # own names: two would mix
     try:
         with open(new, "wb") as file:
             torch.save(state, file)
@@ -1804,17 +1803,17 @@ def save_checkpoint(path: str | os.PathLike, state: dict):
         if old.exists():
             os.replace(old, f"{path}.previous")
     except (OSError, RuntimeError) as error:
-        for rest in (new, old):                         # half a file, on a disk that may be full
+        for rest in (new, old):                         # the disk may be full: removes half a file
             with contextlib.suppress(OSError):
                 rest.unlink(missing_ok=True)
-        reason = str(error.__context__ or error).split("\n")[0]     # torch.save hides a full disk in its own
+        reason = str(error.__context__ or error).split("\n")[0]     # torch.save hides a full disk's error
         die(f"--out: cannot write {path}.new ({reason}); what was saved before is untouched", code=1)
 
 
 def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
-    """Reads a checkpoint onto the CPU, tensors and plain values only; if it is broken, the one before it.
+    """Reads a checkpoint of tensors and plain values onto the CPU.  If it is broken, reads the one before it.
 
-    flag: what the user gave the path with, for the messages.
+    flag: the flag that gave the path, for the messages.
     """
     path = Path(path)
     if not os.path.isfile(path):    # Path.is_file would raise in a folder that may not be entered
@@ -1824,7 +1823,7 @@ def load_checkpoint(path: str | os.PathLike, flag: str = "--resume") -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         die(f"{flag}: cannot read {path} ({error.strerror})")
-    except Exception as error:          # torch.load raises half a dozen types for a file that is cut short
+    except Exception as error:          # torch.load raises many types for a file that is cut short
         could_run_code = "Unsupported global" in str(error)
         reason = "it holds more than tensors and plain values" if could_run_code else type(error).__name__
     with contextlib.suppress(Exception):
@@ -1846,9 +1845,9 @@ def is_ours(state) -> bool:
 
 
 def load_weights(model, state: dict, load_official: Callable, what: str):
-    """Strictly, from a checkpoint of ours, or from another release's by load_official(model, state).
+    """Loads weights strictly, from a checkpoint of ours, or by load_official(model, state) from another one.
 
-    If they do not fit, `what` begins the line that ends the run.
+    If they do not fit, the run ends with a message that begins with `what`.
     """
     try:
         model.load_state_dict(state["model"]) if is_ours(state) else load_official(model, state)
@@ -1857,7 +1856,7 @@ def load_weights(model, state: dict, load_official: Callable, what: str):
 
 
 def check_version(path, saved: dict, args, flag: str = "--resume"):
-    """Ends the run if the flags `saved` in a checkpoint are not those that this script has."""
+    """Ends the run if a checkpoint was `saved` with other names of flags than this script has."""
     for names, words in ((saved.keys() - vars(args).keys(), ": there is no --{} here"),
                          (vars(args).keys() - saved.keys(), ", which had no --{}")):
         if names:
@@ -1866,25 +1865,26 @@ def check_version(path, saved: dict, args, flag: str = "--resume"):
 
 
 def output_folder(args, process: Process, name: str) -> str:
-    """--out, or its default: the folder of --resume, or one of this name and time."""
+    """--out, or its default: the folder of --resume, or a new one with this name and the time."""
     out = args.out or (Path(args.resume).parent if args.resume else
                        f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    return process.gather(str(out))[0]          # time and process differ from process to process
+    return process.gather(str(out))[0]          # time and process id differ between processes
 
 
 class Run:
-    """A training's folder --out, which no other run may use: checkpoint.pt, the one before it, metrics.jsonl.
+    """The folder --out of a training run, with checkpoint.pt, the one before it, and metrics.jsonl.
 
         run = Run(args, process, name, images=50000)    # stops if --out or --resume does not fit these facts
         run.state                                       # what --resume has read, or None
-        run.start("about the model and the data")       # seeds; the log begins
+        run.start("about the model and the data")       # seeds, begins the log
         run.report("train", step=step, loss=loss)       # a line on the screen, and the same in metrics.jsonl
         save, stop = run.due()
         run.save({"model": model.state_dict(), ...})
         if stop: return run.stopped(step)
 
-    All processes call the same methods; the first one writes.  may_differ: flags, separated by blanks, that
-    may change when a run is continued.  facts: what may not, such as the number of training images.
+    No other run may use the folder.  All processes call the same methods, and the first one writes.
+    may_differ: flags, separated by blanks, that may change when a run is continued.  facts: values that may
+    not change, such as the number of training images.
     """
 
     def __init__(self, args, process: Process, name: str, may_differ: str = "", **facts):
@@ -1897,7 +1897,7 @@ class Run:
         if resume:
             self.state = process.first(lambda: self._read(resume, may_differ))
             self.residuals = {name: [(r if process.rank == 0 else r[:0]).to(process.device)]
-                              for name, r in self.state["residuals"].items()}       # of all processes
+                              for name, r in self.state["residuals"].items()}       # rank 0 keeps all
             here = Path(resume).resolve().parent == self.folder.resolve()
             self.lines = self.state["lines"] if here else 0
         if process.rank == 0:
@@ -1905,10 +1905,10 @@ class Run:
         self.began = time.perf_counter() - (self.state["seconds"] if self.state else 0)
         self.saved_at, self.came, self.group = time.monotonic(), catch_signals(process.rank == 0), None
         if process.world_size > 1:
-            self.group = dist.new_group(backend="gloo")         # between the hosts: a GPU is not waited for
+            self.group = dist.new_group(backend="gloo")         # on the hosts, so nobody waits for a GPU
 
     def _find_checkpoint(self, resume):
-        """The file to continue from, or None.  Stops if --out has a run that is not to be continued."""
+        """The file to continue from, or None.  Stops if --out holds a run that you did not ask to resume."""
         previous = f"{self.checkpoint}.previous"
         kept = [path for path in (str(self.checkpoint), previous) if os.path.exists(path)]
         seen = self.process.gather(bool(kept))
@@ -1925,7 +1925,7 @@ class Run:
         return resume
 
     def _read(self, path, may_differ):
-        """The checkpoint, which must be of the same script, flags and data."""
+        """Reads the checkpoint.  Its script, flags and data must be the same as here."""
         state, args = load_checkpoint(path), self.args
         if not is_ours(state):
             die(f"--resume {path} was not written by this script: an official checkpoint can be evaluated "
@@ -1949,7 +1949,7 @@ class Run:
         return state
 
     def _cut_log(self):
-        """Drops the lines of metrics.jsonl that the checkpoint does not know: they will be written again."""
+        """Drops the lines of metrics.jsonl that are newer than the checkpoint: they will be written again."""
         path, new = self.folder / "metrics.jsonl", self.folder / "metrics.jsonl.new"
         try:
             lines = path.read_bytes().splitlines(keepends=True)[:self.lines] if path.exists() else []
@@ -1961,11 +1961,11 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, those before it was continued included."""
+        """Duration of the whole run, including the time before it was continued."""
         return time.perf_counter() - self.began
 
     def start(self, about: str = "", **record):
-        """Seeds this process, or puts back its generators, and begins the log; prints what a reader needs.
+        """Seeds this process or restores its generators, begins the log, and prints what a reader needs.
 
         Call it after everything that draws random numbers and is repeated when the run is continued.
         """
@@ -2009,7 +2009,7 @@ class Run:
                          code=1)
 
     def due(self) -> tuple[bool, bool]:
-        """(save now, then stop), to be called after every step; the same answer on all processes."""
+        """Returns (save now, then stop), the same on all processes.  Call it after every step."""
         late = time.monotonic() - self.saved_at >= 60 * self.args.save_every
         wishes = torch.tensor([late, bool(self.came)], dtype=torch.int32)
         if self.group is not None:
@@ -2020,10 +2020,10 @@ class Run:
     def save(self, state: dict):
         """Saves {"model", "step", ...} as checkpoint.pt, with what `Run` needs to continue.
 
-        A weight that is not finite ends the run here: the loss would show it one step late.
+        A weight that is not finite ends the run here, since the loss would show it only one step later.
         """
         bad = torch.stack([~w.isfinite().all() for w in state["model"].values() if w.is_floating_point()])
-        if self.process.sum(bad.any().float()) > 0:         # host sync; BatchNorm's differ among processes
+        if self.process.sum(bad.any().float()) > 0:         # host sync.  BatchNorm differs among processes
             self.broke(f"a weight became infinite or not a number by step {state['step']}", state["step"])
         own = {name: torch.cat(r).cpu() for name, r in self.residuals.items()}
         rng, residuals = zip(*self.process.gather((rng_state(), own)))
@@ -2035,19 +2035,19 @@ class Run:
         self.saved_at = time.monotonic()
 
     def stopped(self, step: int):
-        """Says, when `due` has asked to stop and all is saved, how to continue."""
+        """Prints how to continue.  Call it when `due` has asked to stop and all is saved."""
         if self.process.rank == 0:
             name = "Ctrl-C" if signal.SIGINT in self.came else "SIGTERM"
             print(f"{name}: saved after step {step} to {self.checkpoint}; continue with the same command, "
                   f"--out {self.folder} and --resume auto", flush=True)
 
     def note_residuals(self, **residuals: Tensor):
-        """Keeps the residuals (N,) of a step's solves for `health`, also in checkpoints; no host sync."""
+        """Keeps the residuals (N,) of a step's solves for `health`, also in checkpoints.  No host sync."""
         for name, r in residuals.items():
             self.residuals.setdefault(name, []).append(r.detach().clone())
 
     def health(self, tol: float) -> dict:
-        """`health` of all solves since the last call."""
+        """Returns `health` of all solves since the last call."""
         residuals, self.residuals, found = self.residuals, {}, {}
         for name, r in residuals.items():
             found.update(health(name, r, tol, self.process))
@@ -2055,16 +2055,16 @@ class Run:
 
 
 def catch_signals(speaks: bool) -> dict:
-    """{signal that came: when}.  SIGTERM, which precedes a cluster's kill, and Ctrl-C ask to stop."""
+    """Returns {signal that came: when}.  SIGTERM, which precedes a cluster's kill, and Ctrl-C ask to stop."""
     before = signal.getsignal(signal.SIGTERM)
-    if hasattr(before, "came"):             # of the run before this one, in the same process
-        signal.signal(signal.SIGINT, before)    # a notebook puts its own back after each cell
+    if hasattr(before, "came"):             # from an earlier run in the same process
+        signal.signal(signal.SIGINT, before)    # a notebook restores its own handler after each cell
         return before.came
     came = {}
 
-    def note(number, frame):                # holds no Run: its gloo group must go before the process ends
+    def note(number, frame):                # keeps no Run, whose gloo group must go before the process ends
         now = time.monotonic()
-        if number == signal.SIGINT and now - came.get(number, now) > 1:     # torchrun repeats the terminal's
+        if number == signal.SIGINT and now - came.get(number, now) > 1:     # torchrun repeats a Ctrl-C
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not came and speaks:
@@ -2086,7 +2086,7 @@ def forget_signals():
 
 
 def lock(folder: Path):
-    """Makes the folder this process's own until it ends or is killed; ends the run if another one has it."""
+    """Reserves the folder for this process until it ends or is killed.  Ends the run if it is taken."""
     try:
         os.makedirs(folder, exist_ok=True)
         file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)     # closed, thus free, at the end
@@ -2097,7 +2097,7 @@ def lock(folder: Path):
         import fcntl            # Windows has none
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for end in ("new", "old"):
-            for rest in folder.glob(f"*.pt.[0-9]*.{end}"):      # of a run that was killed while saving
+            for rest in folder.glob(f"*.pt.[0-9]*.{end}"):      # from a run that was killed while saving
                 rest.unlink(missing_ok=True)
     except ImportError:
         return
@@ -2110,7 +2110,7 @@ def lock(folder: Path):
 # --- what a run writes --------------------------------------------------------------------------------------
 
 def finite(value):
-    """The value with None for every number that is not finite, at any depth: JSON has no NaN and Infinity."""
+    """The value with None for every number that is not finite, at any depth.  JSON has no NaN or Infinity."""
     if isinstance(value, dict):
         return {name: finite(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -2119,7 +2119,7 @@ def finite(value):
 
 
 def spell(record: dict) -> str:
-    """A record as people read it: names and values, then what `health` has found on a line of its own."""
+    """A record as text for people: names and values, then the results of `health` on a line of their own."""
     solves = [name.removesuffix("_solved") for name in record if name.endswith("_solved")]
     of_health = tuple(f"{s}_{x}" for s in solves for x in ("residual_p", "solved", "above_"))
     words = "  ".join(f"{name.replace('_', ' ')} {f'{value:.5g}' if isinstance(value, float) else value}"
@@ -2132,10 +2132,11 @@ def spell(record: dict) -> str:
 def health(name: str, residuals: list[Tensor], tol: float, process: Process) -> dict:
     """{NAME_residual_p10, _p50, _p90: quantiles over many solves, NAME_solved, NAME_above_0.1: shares}.
 
-    Solved: to tol, or to 1e-3 if tol is 0.  Over all processes, which must all call it.  {} without a solve.
+    Solved means to tol, or to 1e-3 if tol is 0.  All processes must call it, and the numbers are over all of
+    them.  Without a solve it returns {}.
     """
     own = torch.cat(residuals).float().cpu() if residuals else torch.empty(0)
-    r = torch.cat(process.gather(own)).sort().values    # torch.quantile: 16 million numbers at most
+    r = torch.cat(process.gather(own)).sort().values    # torch.quantile takes 16 million numbers at most
     if len(r) == 0:
         return {}
     return {**{f"{name}_residual_p{p}": r[round(p / 100 * (len(r) - 1))].item() for p in (10, 50, 90)},
@@ -2144,9 +2145,9 @@ def health(name: str, residuals: list[Tensor], tol: float, process: Process) -> 
 
 
 class Meter:
-    """Running means, throughput, peak memory.  `add` costs no synchronisation, `read` one; it starts afresh.
+    """Running means, throughput, peak memory.  `add` does not synchronise.  `read` does so once, and resets.
 
-    Means and throughput are of all processes, which must all call `read`, with values of the same names.
+    Means and throughput are over all processes.  All must call `read`, with values of the same names.
     """
 
     def __init__(self, process: Process, unit: str = "samples"):
@@ -2166,7 +2167,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
-        """What is done inside, such as diagnostics, does not count as time of training."""
+        """What is done inside, such as diagnostics, does not count as training time."""
         began = clock(self.process.device)
         yield
         self.start += clock(self.process.device) - began
@@ -2205,7 +2206,7 @@ class TrainingPass(torch.nn.Module):
     """A training pass from tensors to tensors, as CUDA graphs need it: x -> (output, residual or None).
 
     model(x, unroll=..., with_result=True, on_backward=...) returns (output, SolverResult or None).  The
-    residual of its backward solve, if it has one, is left in backward_residual (N,).  batch: the largest N.
+    residual of a backward solve is written to backward_residual (N,).  batch: the largest N.
     """
 
     def __init__(self, model: torch.nn.Module, batch: int, device: torch.device):
@@ -2223,7 +2224,7 @@ class TrainingPass(torch.nn.Module):
 # --- benchmark ----------------------------------------------------------------------------------------------
 
 def clock(device: torch.device) -> float:
-    """Seconds, when `device` has done all that it was given."""
+    """The time in seconds, after `device` has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -2234,11 +2235,11 @@ def reset_peak_memory(device: torch.device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")           # Linux: forget the peak of the resident set
+        Path("/proc/self/clear_refs").write_text("5")           # Linux: resets the peak of the resident set
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak GB since `reset_peak_memory`: allocated on a GPU, or the resident set (Linux; else nan)."""
+    """Peak GB since `reset_peak_memory`: allocated memory on a GPU, else resident set on Linux, else nan."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if os.access("/proc/self/clear_refs", os.W_OK):
@@ -2249,7 +2250,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def timed_step(forward: Callable, finish: Callable, device: torch.device) -> list[float]:
-    """[ms of forward(), which returns the loss; of its backward pass; of both and finish(); growth in GB]."""
+    """[ms of forward(), of backward(), of both and finish(), growth in GB].  forward() returns the loss."""
     reset_peak_memory(device)
     before = peak_memory(device)
     start = clock(device)
@@ -2268,9 +2269,9 @@ def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, 
 
     rows: {name: a forward pass that returns the loss}.  finish: what ends a step.  n, unit: what a step
     processes.  sometimes: {name: (share, forward)}, if a share of a row's steps has another forward pass.
-    solve(f, h0) is timed beside its calls of f alone.  Numbers are medians over the repeats, taken in turns,
-    as a machine that is slow for a while is so for all rows.  A first turn, which may compile or capture,
-    does not count for the time.
+    solve(f, h0) is timed, and the same number of calls of f alone.  Numbers are medians over the repeats.
+    The rows take turns, so that a slow phase of the machine affects all of them.  The times of the first
+    turn, which may compile or capture, do not count.
     """
     device, found, overheads, run = process.device, {}, [], describe_run(process)
     print(f"\n{about}; {run['device']}, torch {run['torch']}, commit {run['commit']}", flush=True)
@@ -2279,7 +2280,7 @@ def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, 
     for turn in range(repeats + 1):
         for name, forward in process.bar(rows.items(), f"turn {turn + 1} of {repeats + 1}"):
             if turn == 1:
-                call_libc("malloc_trim", 0)         # what earlier rows have freed would hide the growth
+                call_libc("malloc_trim", 0)         # memory freed by earlier rows would hide the growth
             times = timed_step(forward, finish, device)
             if name in sometimes:
                 share, other = sometimes[name]
@@ -2295,7 +2296,7 @@ def benchmark(rows: dict[str, Callable], finish: Callable, process: Process, *, 
                 f(result.h)
             seconds = clock(device) - solved
         overheads.append(((solved - start) / seconds, 1e3 * seconds / result.n_evals))
-    # On a GPU the first turn allocates what CUDA graphs use.  On a CPU it also imports what the host needs.
+    # The first turn's memory counts on a GPU, as CUDA graphs allocate then.  On a CPU it includes imports.
     first = 0 if device.type == "cuda" else 1
     median = {name: [statistics.median(column) for column in list(zip(*times[1:]))[:3]]
               + [at_start + max(row[3] for row in times[first:])] for name, times in found.items()}

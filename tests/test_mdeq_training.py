@@ -210,7 +210,7 @@ def test_sixteen_bits_become_eight_and_numbers_without_a_range_are_refused(tmp_p
         assert image.mode == "RGB" and np.asarray(image)[:, :, 1].tolist() == [[0, 0, 1], [255, 156, 2]], name
     for kind in (np.uint16, np.int32, np.float32):          # of 16 bits a TIFF may use 12, or have white at 0
         Image.fromarray(x.astype(kind)).save(tmp_path / "e.tif")
-        with pytest.raises(ValueError, match="what is white is not known in a TIFF"):
+        with pytest.raises(ValueError, match="the value of white is not known in a TIFF"):
             mdeq_cifar.read_image(tmp_path / "e.tif")
 
 
