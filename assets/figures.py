@@ -5,8 +5,8 @@
     python assets/figures.py fig3 runs/fig3 assets/fig3.png      # Fig. 3, after assets/fig3.sh runs/fig3
     python deq_synthetic.py --plot assets                        # Figs. 1 and 4, by `fig1` and `fig4` below
 
-A run is its folder, or its metrics.jsonl.  Fig. 2, cosines during training, is among the curves of a run with
---cosine-every.
+RUN is the folder of a run, or its metrics.jsonl.  Fig. 2, cosines during training, is among the curves of a
+run with --cosine-every.
 """
 import argparse
 import itertools
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 FIG3 = {"grad": ("upg", "npg"), "lam": (0.3, 0.5, 1.0), "k": (1, 3, 5, 9, 15)}          # as in fig3.sh
-# Flags in which the runs of Fig. 3 may differ; the others must be the same in a fair comparison.
+# Flags in which the runs of Fig. 3 may differ.  The others must be the same in a fair comparison.
 FREE = {*FIG3, "data", "out", "resume", "save_every", "log_every", "cosine_every", "radius_every", "compile",
         "cuda_graph", "memory_format"}
 # The panels of `curves`: title, scale, names of the values in the records, training first.
@@ -37,7 +37,7 @@ def die(message):
 
 
 def prepare(picture):
-    """Returns matplotlib's pyplot and makes the picture's folder; ends with one line if that fails."""
+    """Returns matplotlib's pyplot and makes the picture's folder.  Ends with one line if that fails."""
     try:
         import matplotlib
     except ImportError:
@@ -47,7 +47,7 @@ def prepare(picture):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         die(f"{folder}: cannot make this folder ({error.strerror})")
-    matplotlib.use("Agg")               # draws into files, needs no display
+    matplotlib.use("Agg")               # draws into files and needs no display
     import matplotlib.pyplot as plt
     return plt
 
@@ -80,7 +80,7 @@ def records(run):
 
 
 def series(log, name):
-    """(steps, values) of the records that have this value; one that was not finite, null, is a gap."""
+    """(steps, values) of the records that have this value.  A null, which was not finite, is a gap."""
     line = [(r["step"], math.nan if r[name] is None else r[name]) for r in log if name in r]
     return [step for step, _ in line], [value for _, value in line]
 
@@ -88,7 +88,10 @@ def series(log, name):
 # --- learning curves ----------------------------------------------------------------------------------------
 
 def curves(runs, picture, only=None):
-    """A panel per kind of value; in it a colour per run and a line style per value.  only: words of titles."""
+    """Draws a panel per kind of value, with a colour per run and a line style per value.
+
+    only: words, of which a panel's title has at least one.
+    """
     logs, present = {str(run): records(run) for run in runs}, set()
     for run, log in logs.items():
         own = {name.removesuffix("_p50") for record in log for name in record}
@@ -121,7 +124,7 @@ def curves(runs, picture, only=None):
 
 
 def draw(ax, log, name, color, linestyle):
-    """One value of one run, a line per fold (IGNN's); a residual is its median in a band from 10 to 90 %."""
+    """Draws one value of one run, a line per fold (IGNN).  A residual is a median in a band, 10 to 90 %."""
     residual = name.endswith("_residual")
     for fold in sorted({record.get("fold", 0) for record in log}):
         own = [record for record in log if record.get("fold", 0) == fold]
@@ -145,7 +148,7 @@ def result(log):
 
 
 def fig3(out, picture):
-    """Prints the table of the runs that assets/fig3.sh has made in `out`, and draws it."""
+    """Prints the table of the runs that assets/fig3.sh has made in `out`, and draws them."""
     names = {at: Path(out, "-".join(map(str, at))) for at in itertools.product(*FIG3.values())}
     logs = {at: records(run) for at, run in names.items() if Path(run, "metrics.jsonl").exists()}
     if not logs:
@@ -225,7 +228,7 @@ def fig4(rows, picture):
 
 
 def picture(text):
-    """An argparse type: the file to draw into, and not a run, if the picture was forgotten."""
+    """An argparse type: the file to draw into.  Refuses a run, which is last if the picture was forgotten."""
     if not text.endswith((".png", ".pdf", ".svg")):
         raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, got {text}")
     return text
