@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fig. 3: UPG and NPG over lam and k, 30 runs of mdeq_cifar.py one after the other, each in OUT/GRAD-LAM-K.
+# Fig. 3: UPG and NPG over lam and k, by 30 runs of mdeq_cifar.py, one after the other, in OUT/GRAD-LAM-K.
 #
 #     assets/fig3.sh OUT [flags of mdeq_cifar.py]             # such as runs/fig3 --data toy --epochs 2
 #     python assets/figures.py fig3 OUT assets/fig3.png       # the table and the picture, also of fewer runs
 #
-# Ctrl-C or SIGTERM saves the run and ends the loop; the same command continues it.  A finished run then costs
-# only its start, and one that has diverged is left as it is.  PYTHON=... chooses another interpreter.
+# Ctrl-C or SIGTERM saves the run and ends the loop.  The same command continues it.  A finished run then only
+# starts and ends, and a diverged run is left as it is.  PYTHON=... chooses another interpreter.
 set -u
 script="$(dirname "$0")/../mdeq_cifar.py"
 
@@ -24,7 +24,7 @@ for flag in "$@"; do
 done
 
 stopped=
-stop() {                # ${!:-} is the latest run
+stop() {                # ${!:-} is the process of the latest run
     stopped=1
     kill -TERM "${!:-}" 2>/dev/null || exit 0
 }
@@ -41,7 +41,7 @@ for grad in upg npg; do
             "${PYTHON:-python}" "$script" "$@" --grad $grad --lam $lam --k $k --out "$run" --resume auto &
             child=$!
             code=0
-            # In the background, as bash answers signals only between commands: a signal ends the `wait`.
+            # Runs in the background, as bash handles signals only between commands.  A signal ends `wait`.
             while wait $child || code=$?; kill -0 $child 2>/dev/null; do code=0; done
             if [ -n "$stopped" ]; then
                 echo "stopped in $run: continue with the same command"
