@@ -456,7 +456,7 @@ class _Progress:
         """Returns the best state so far, including x, and a buffer for the next x."""
         better = self.improved()
         if self.on_cpu and bool((better | (self.lowest <= self.tol)).all()):
-            return x, x_best    # needs no copy: each sample has improved at x, or has not moved since solved
+            return x, x_best    # without a copy: each sample has improved at x, or is solved and unmoved
         return torch.where(self.per_row(better)[:, None], x, x_best, out=x_best), x
 
     def hold(self, g, moving):
@@ -487,7 +487,7 @@ class _Progress:
 
 
 def _pieces(N, D, device):
-    """Into how many equal pieces the D numbers of each of N samples are cut for inner products.
+    """The number of equal pieces into which the D numbers of each sample are cut for inner products.
 
     cuBLAS computes a product in one block of threads, so with a small N most of a GPU would be idle.
     """
@@ -787,7 +787,7 @@ def gmres(f: Callable, h0: State, *, max_iter: int = 40, tol: float = 1e-4, stop
         scale = torch.where(norm > 0, residual / run.relative(norm), 1)
         torch.div(r, run.per_row(norm)[:, None], out=rows[0]).mul_(run.per_row(s)[:, None])
         run.hold(rows[0], alive)
-        # T = (I + L)^-1.  Q: the product of the Givens rotations.  R y = t.  They grow, as m N may be large.
+        # T = (I + L)^-1.  Q: product of the Givens rotations.  R y = t.  They grow with n, to save memory.
         T, Q, R = x.new_zeros(3, N, min(m, 16) + 1, min(m, 16) + 1)
         Q[:, 0, 0], t, residuals = 1, [norm / s], [norm / s]
         for n in range(min(m, max_iter - run.evals)):
