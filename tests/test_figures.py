@@ -73,6 +73,9 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, capsys):
     assert "run: nothing to draw" in refused(capsys, "curves", run, tmp_path / "x.png")
     assert "none: No such file" in refused(capsys, "curves", tmp_path / "none", tmp_path / "x.png")
     assert "must end in .png" in refused(capsys, "curves", run, run)               # the picture was forgotten
+    drawable = write(tmp_path / "drawable", start(), epoch(1, 50.0))
+    assert "--only radius: these runs have no such panel" in refused(
+        capsys, "curves", drawable, tmp_path / "x.png", "--only", "radius")
     assert "no run of Fig. 3" in refused(capsys, "fig3", tmp_path, tmp_path / "x.png")
 
 
@@ -101,6 +104,10 @@ def test_curves_of_every_kind_of_run_are_drawn(tmp_path, monkeypatch):
     assert (min(band), max(band)) == (0.01, 0.09)
     assert [text.get_text() for text in fig.legends[0].texts] == [cifar, text, graphs]
     plt.close(fig)
+    figures.main(["curves", cifar, str(tmp_path / "some.png"), "--only", "cosine", "training"])
+    few = drawn[str(tmp_path / "some.png")]
+    assert [ax.get_title().split()[0] for ax in few.axes] == ["training", "cosine"]
+    plt.close(few)
     monkeypatch.undo()
     figures.main(["curves", cifar, str(tmp_path / "new" / "one.png")])
     assert (tmp_path / "new" / "one.png").stat().st_size > 10000
