@@ -4,7 +4,7 @@
     python deq_wikitext.py --data toy                       # a small model on generated text, on a CPU
     python deq_wikitext.py --accumulate 4                   # one GPU: the same streams in 4 micro-batches
     python deq_wikitext.py --eval --resume FILE --eval-mem-len 150 480      # ours, or an official checkpoint
-    python deq_wikitext.py --generate "The game was" --resume FILE          # continues it; toy text: "w5 w17"
+    python deq_wikitext.py --generate "The game was" --resume FILE          # continues it (toy: "w5 w17")
     python deq_wikitext.py --benchmark --batch-size 14 --backward-solver broyden    # times, memory of Table 3
 
 Words:
@@ -14,20 +14,20 @@ Words:
     UPG A_{k,lam}, NPG          phantom gradients: k steps from h* with damping lam, Eq. (16), or a Neumann
                                 series of k terms, Eq. (17)
     JR                          Jacobian regularisation: a loss term for the size of J
-    jitter                      in training the solver has a random number of iterations fewer
+    jitter                      each training step lowers the solver's iteration limit by a random number
     stream, segment, memory     the text is cut into streams, read side by side.  A step reads the next
-                                segment of each, and attends also to the memory: h and u of the tokens before
-    type, cluster               a type is an entry of the vocabulary.  The adaptive softmax splits them by
-                                frequency: the head has the frequent ones, and one column for each cluster
-                                of rarer ones ("tail"), which have narrower embeddings
+                                segment of each.  It also attends to the memory: h and u of earlier tokens
+    type, cluster               a type is an entry of the vocabulary.  The adaptive softmax sorts types by
+                                frequency.  Its head has a column for each frequent type and one for each
+                                cluster of rarer types (a "tail").  Rarer types have narrower embeddings
 
-Text: --data DIR (default data/wikitext-103) with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens,
-the content of the archive wikitext-103-v1.zip, or the same three as train.txt, valid.txt and test.txt.
---eval and --generate read it too, for the vocabulary.  Our checkpoints bring the flags of text, model, solver
-and memory.  An official one has no flags: give the model flags of its row.  Nothing in the file tells --norm.
+Text: --data DIR (default data/wikitext-103) has wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of
+the archive wikitext-103-v1.zip, or the same three as train.txt, valid.txt and test.txt.  --eval and
+--generate need it too, for the vocabulary.  Our checkpoints contain the flags of text, model, solver and
+memory.  An official one contains none: give the model flags of its row.  Nothing in the file shows --norm.
 
 Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed relative
-to the first row.  Each row is torchrun --nproc_per_node=4 deq_wikitext.py with
+to the first row.  A row is the command torchrun --nproc_per_node=4 deq_wikitext.py with the flags at its end:
     paper 24.0  1.0x  --grad implicit --backward-solver broyden
           25.7  1.7x  (none)
           24.5  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --grad implicit
@@ -37,36 +37,36 @@ to the first row.  Each row is torchrun --nproc_per_node=4 deq_wikitext.py with
           24.0  1.7x  --norm pre --dropout 0.06 --dropatt 0.01 --mem-len 300 --max-iter 20 --jitter 2 --jr 0.1
           fails -     --grad npg                    # App. D.3.  --jr or the next row helps (no number)
           -     -     --grad npg --lam auto         # lam = 1 / rho(J)
-The paper solves backwards by Broyden's method; the default here is GMRES.
-torchdeq's "deq-lm" reports 22.34, or 21.85 with --eval-mem-len 480, in half the steps: three thinner blocks,
-no solver in training, and twelve unrolled steps from zero:
+The paper solves the backward system by Broyden's method.  The default here is GMRES.
+torchdeq reports 22.34 for its "deq-lm", or 21.85 with --eval-mem-len 480, in half the steps.  This model has
+three thinner blocks, and training unrolls twelve steps from zero without a solver:
     22.34             --model deq-lm
 
-What makes it faster (--benchmark with the flag measures all but --accumulate):
-    --compile                   F by torch.compile: fewer launches, the same numbers to rounding
-    --amp                       bf16 autocast, with solver state and softmax in float32: changes results
-    TF32 products               on a GPU, of F and of the solver: changes results, as in torchdeq.  --no-tf32
-                                turns them off
-    --accumulate n              not faster: 1/n of the activations, and new dropout masks for each part
-    --recompute                 not faster: F is computed again in the backward pass of UPG, for memory
-    always on                   weights, keys of positions, keys and values of the memory are computed once
-                                per forward.  The solver has fused attention (if dropatt is 0).  Targets are
-                                sorted into clusters on the host.
-What costs: a step with the JR term (--jr) calls F once more.
-No --cuda-graph, as mdeq_*.py have: the clusters of the softmax are as large as a batch happens to need.
+Speed and memory (--benchmark with the flag measures all of these except --accumulate):
+    --compile                   runs F through torch.compile: fewer launches, equal results up to rounding
+    --amp                       bf16 autocast, with solver state and softmax in float32.  Changes results
+    TF32 products               the default on a GPU, for F and the solver, as in torchdeq.  Changes results.
+                                --no-tf32 turns it off
+    --accumulate n              not faster: 1/n of the activations, and each part has its own dropout masks
+    --recompute                 not faster: the backward pass of UPG computes F again, which saves memory
+    always on                   weights, position keys, and the memory's keys and values are computed once per
+                                forward pass.  The solver uses fused attention (if dropatt is 0).  Targets
+                                are sorted into clusters on the host
+A step with the JR term (--jr) calls F once more.  There is no --cuda-graph as in mdeq_*.py, because every
+batch has softmax clusters of other sizes.
 
-Measured: step times of all rows on one H200, 109 ms for PostLN UPG at 14 streams.  No training was run to the
-end.  README.md has these, and a small-scale counterpart of Table 3 on real text, on a CPU.
+Measured on one H200: step times of all rows, for example 109 ms for PostLN UPG at 14 streams.  No training
+was run to the end.  README.md has these numbers, and a small counterpart of Table 3 on real text, on a CPU.
 
 Differs from the paper and locuslab/deq:
     residuals                   per stream (there: one norm over the batch)
-    --grad implicit and npg     loss and memory take h*, as evaluation does (there F(h*))
-    learning rate               that of step s in step s (there: full in the first, the others lag by one)
-    P_1 to P_3                  one parameter in embedding and softmax (there two that share storage)
-    forward solver of PreLN     Broyden, as in the paper (the script that it cites has Anderson)
+    --grad implicit and npg     loss and memory use h*, as evaluation does (there: F(h*))
+    learning rate               step s has the rate of step s (there: full in step 1, then that of step s - 1)
+    P_1 to P_3                  embedding and softmax share one parameter (there: two that share storage)
+    forward solver of PreLN     Broyden, as in the paper (the script that it cites uses Anderson)
     NPG                         Eq. (17), not Algorithms 2 and 3
-    pretraining                 as in the official protocol also for UPG, which the paper leaves open.
-                                --pretrain-steps 0 drops it
+    pretraining                 also for UPG, as in the official protocol.  The paper leaves this open.
+                                --pretrain-steps 0 turns it off
 """
 import collections
 import contextlib
@@ -85,7 +85,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# Large CPU tensors then lie in 2 MB pages, which is faster.  torch reads this at its first allocation.
+# Puts large CPU tensors into 2 MB pages, which is faster.  torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
@@ -102,9 +102,9 @@ from common import (Meter, Run, adaptive_damping, add_run_flags, anderson, bench
                     note_differences, parse_flags, recomputed, rng_state, save_checkpoint, seed_everything,
                     set_rng_state, spectral_radius, spell, upg, within)
 
-# gmres is for the backward solve alone: it needs an affine map.
+# gmres needs an affine map, so it is only for the backward solve.
 SOLVERS = {"broyden": broyden, "anderson": anderson, "fixed-point": fixed_point, "gmres": gmres}
-# What --model decides beyond the options below: torchdeq's F differs from the paper's in more than its size.
+# What --model decides besides the options below.  torchdeq's F differs from the paper's not only in size.
 MODELS = {"deq": {}, "deq-lm": dict(n_blocks=3, preln_residual="raw", ln_affine=True, attn_out_ln=True,
                                     init_before_norm=True)}
 # Defaults of the options: the paper's PostLN row, what torchdeq's model changes, what the toy text changes.
@@ -123,7 +123,7 @@ MODEL_FLAGS = "model norm d_model d_embed n_head d_inner cutoffs div_val"
 FROM_CHECKPOINT = MODEL_FLAGS + (
     " data vocab local_size solver max_iter tol k lam segment mem_len pretrain_steps pretrain_layers "
     "eval_streams eval_mem_len eval_solver eval_max_iter")
-# What may change when a run is continued: no more than rounding and the dropout masks drawn depend on it.
+# What may change when a run is resumed.  In training only rounding and dropout masks depend on these.
 MAY_DIFFER = ("init radius_every compile recompute accumulate eval_streams eval_mem_len eval_solver "
               "eval_max_iter generate generate_tokens temperature")
 
@@ -138,7 +138,7 @@ def presets(args):
 
 
 def eval_memories(args):
-    """Memory lengths in evaluation."""
+    """The memory lengths to evaluate with."""
     return args.eval_mem_len or [args.mem_len]
 
 
@@ -148,93 +148,93 @@ def number_or_auto(text):
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains a DEQ-Transformer on WikiText-103.  Without options: PostLN, UPG A_{5,0.8}.  The "
-                    "defaults of --model deq-lm and --data toy are in PRESETS.")
+    p = make_parser("Trains a DEQ-Transformer on WikiText-103.  Without options: the paper's PostLN model, "
+                    "UPG A_{5,0.8}.  PRESETS has the defaults of --model deq-lm and --data toy.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")       # whole numbers, from 1 and from 0
-    share, positive = within(float, "[0, 1)"), within(float, "[0, inf)")    # shares of 1, and numbers from 0
+    share, positive = within(float, "[0, 1)"), within(float, "[0, inf)")    # fractions of 1, numbers from 0
     add = p.add_argument_group("data").add_argument
-    add("--data", default="data/wikitext-103", type=os.path.expanduser, help="folder with "
-        "wiki.{train,valid,test}.tokens or {train,valid,test}.txt; or 'toy': text of a known random source")
+    add("--data", default="data/wikitext-103", type=os.path.expanduser, help="folder with wiki.{train,valid,"
+        "test}.tokens or {train,valid,test}.txt, or 'toy' for text from a known random source")
     add("--vocab", choices=["train", "all"], default="train",
-        help="the texts whose types make the vocabulary: the training text, or all three")
+        help="build the vocabulary from the training text or from all three texts")
 
     add = p.add_argument_group("model").add_argument
     add("--model", choices=list(MODELS), default="deq",
-        help="the paper's, or torchdeq's of three thinner blocks")
-    add("--norm", choices=["post", "pre"], help="where the layer normalisation is")
+        help="the paper's model, or torchdeq's with three thinner blocks")
+    add("--norm", choices=["post", "pre"], help="layer normalisation after or before each part of F")
     add("--d-model", type=count, help="width of the state, a multiple of --n-head")
     add("--d-embed", type=count, help="embedding width of the most frequent types (default: --d-model)")
     add("--n-head", type=count, help="attention heads")
     add("--d-inner", type=count, help="hidden width of the feed-forward part")
     add("--cutoffs", type=count, nargs="+",
-        help="where the softmax clusters after the first begin, as ranks of types by falling frequency")
+        help="ranks, by falling frequency, of the types with which the second and later clusters begin")
     add("--div-val", type=count, default=4,
-        help="embeddings of each cluster are this many times narrower than those of the one before")
+        help="embeddings of each cluster are this many times narrower than those of the cluster before")
     add("--local-size", type=natural, default=0,
-        help="keys that a position sees, itself included; 0: 1000, and --mem-len plus --segment must then be "
-        "at most that")
-    add("--dropout", type=share, help="dropout, with one mask for all evaluations of F in a step")
+        help="number of keys that a position sees, itself included.  0 means 1000, and then --mem-len plus "
+        "--segment must not exceed 1000")
+    add("--dropout", type=share, help="dropout probability, with one mask for all evaluations of F in a step")
     add("--dropatt", type=share, default=0.0, help="the same for attention probabilities")
     add("--output-dropout", choices=["tokens", "channels"], default="tokens",
         help="what is dropped before the softmax: whole tokens, as in the official code, or channels")
     add("--init", type=existing_file, metavar="FILE",
-        help="begin with the weights of this checkpoint, ours or an official one")
+        help="start from the weights of this checkpoint, ours or an official one")
 
     add = p.add_argument_group("equilibrium").add_argument
     add("--grad", choices=["upg", "npg", "implicit", "bptt"], default="upg",
         help="how the gradient is computed")
     add("--k", type=count, help="steps of the phantom gradient")
     add("--lam", type=number_or_auto,
-        help="damping of the phantom gradient; 'auto': 1 / rho(J), measured every 100 steps, App. D.3")
+        help="damping of the phantom gradient.  'auto' is 1 / rho(J), measured every 100 steps (App. D.3)")
     add("--solver", choices=["broyden", "anderson", "fixed-point"], default="broyden",
-        help="finds the equilibrium")
-    add("--max-iter", type=natural, help="iterations of the solver; 0: no solver, UPG from zero")
+        help="solver that finds the equilibrium")
+    add("--max-iter", type=natural, help="iterations of the solver.  0 means no solver: UPG from zero")
     add("--jitter", type=natural, default=0,
-        help="in training up to this many iterations fewer, drawn anew for each step")
+        help="each training step lowers --max-iter by a random number from 0 to this one")
     add("--tol", type=positive, default=1e-3,
-        help="relative residual at which a stream counts as solved; 0: always the whole budget")
+        help="relative residual at which a stream counts as solved.  With 0 the solver uses all iterations")
     add("--backward-solver", choices=list(SOLVERS), default="gmres",
-        help="solver of --grad implicit's backward pass")
+        help="solver of the backward pass of --grad implicit")
     add("--backward-max-iter", type=count, help="iterations of the backward solver")
-    add("--pretrain-steps", type=natural, help="this many first steps unroll F, without a solver")
+    add("--pretrain-steps", type=natural, help="number of first steps, which unroll F without a solver")
     add("--pretrain-layers", type=count, default=2, help="evaluations of F in a step of pretraining")
     add("--jr", type=positive, default=0.0, help="weight of the Jacobian regularisation")
-    add("--jr-freq", type=within(float, "(0, 1]"), default=0.4, help="share of the steps that have it")
+    add("--jr-freq", type=within(float, "(0, 1]"), default=0.4, help="fraction of the steps that have it")
     add("--jr-increment", type=natural, default=0,
-        help="after pretraining, --jr grows by 0.1 at each multiple of this step; 0: it does not")
+        help="after pretraining, add 0.1 to --jr at each multiple of this step.  0 keeps it constant")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=count, help="optimiser steps")
-    add("--warmup-steps", type=natural, help="first steps, in which the learning rate grows linearly")
+    add("--warmup-steps", type=natural, help="steps in which the learning rate first rises linearly")
     add("--batch-size", type=count, help="streams of text over all processes")
     add("--segment", type=count, help="tokens of each stream in a step")
     add("--mem-len", type=natural, help="earlier tokens that are kept as memory")
     add("--accumulate", type=count, default=1, help="micro-batches per step and process")
     add("--lr", type=within(float, "(0, inf)"),
-        help="largest learning rate of Adam; a cosine to 0 over all steps")
-    add("--clip", type=positive, default=0.25, help="largest norm of the gradient; 0: any")
+        help="peak learning rate of Adam, which then follows a cosine to 0 over all steps")
+    add("--clip", type=positive, default=0.25, help="largest norm of the gradient.  0 means no clipping")
 
     add = p.add_argument_group("evaluation").add_argument
     add("--eval-every", type=count, help="steps between evaluations on the validation text")
     add("--eval-streams", type=count, default=16,
         help="streams that the validation and test texts are cut into")
     add("--eval-mem-len", type=natural, nargs="+",
-        help="memory in evaluation; those during training use the first (default: --mem-len)")
+        help="memory lengths in evaluation.  During training only the first is used (default: --mem-len)")
     add("--eval-solver", choices=["broyden", "anderson", "fixed-point", "unrolled"],
-        help="solver in evaluation; 'unrolled': plain steps, which alone never look ahead in the text "
-        "(default: --solver, unrolled without one)")
+        help="solver in evaluation.  Only 'unrolled', plain steps of F, never looks ahead in the text "
+        "(default: --solver, or unrolled with --max-iter 0)")
     add("--eval-max-iter", type=count,
         help="iterations in evaluation (default: --max-iter, or --k without a solver)")
     add("--radius-every", type=natural, default=0,
-        help="steps between spectral radii of J and J_lam on the validation text; 0: never")
+        help="steps between measurements of rho(J) and rho(J_lam) on the validation text.  0 means never")
     add("--generate-tokens", type=count, default=100, help="tokens that --generate adds")
     add("--temperature", type=positive, default=0.9,
-        help="of --generate's distribution; 0: the likeliest token")
+        help="temperature of --generate.  0 always takes the likeliest token")
 
     add = p.add_argument_group("speed").add_argument
-    add("--amp", action="store_true", help="bf16 autocast; the solver's vectors and the softmax stay float32")
-    add("--no-tf32", action="store_true", help="GPU matrix products in full float32; TF32 is the default")
-    add("--compile", action="store_true", help="torch.compile F")
+    add("--amp", action="store_true", help="bf16 autocast.  Solver vectors and the softmax stay float32")
+    add("--no-tf32", action="store_true", help="GPU matrix products in full float32 instead of TF32")
+    add("--compile", action="store_true", help="run F through torch.compile")
     add("--recompute", action="store_true",
         help="compute F again in the backward pass of UPG: less memory, equal results")
     modes = add_run_flags(p, "wikitext-GRAD", save_every=15.0, log_every=200)
@@ -246,14 +246,14 @@ def parse_args(argv=None):
 
 
 def complete(args, p, argv):
-    """Settles what --eval has been given against a checkpoint's, and refuses what cannot work together."""
-    # A --solver given with --eval is for the evaluation: it wins over the --eval-solver of the checkpoint.
+    """Lets --solver, --max-iter and --mem-len of an --eval command win, and rejects impossible options."""
+    # A --solver given with --eval is for the evaluation: it replaces the --eval-solver of the checkpoint.
     names = [(name, f"eval_{name}") for name in ("solver", "max_iter", "mem_len")]
     given = p.parse_args(argv, Namespace(**dict.fromkeys(itertools.chain(*names))))     # None: not given
     for name, in_evaluation in names:
         if getattr(given, name) is not None:
             setattr(args, in_evaluation, getattr(given, in_evaluation))
-    # n: clusters after the first.  longest: keys that attention gets, memory and segment.
+    # n: clusters after the first.  longest: number of keys in attention, which are memory and segment.
     n, longest = len(args.cutoffs), max(args.mem_len, *eval_memories(args)) + args.segment
     d_embed = args.d_embed or args.d_model
     if args.d_model % args.n_head or args.d_model % 2:
@@ -264,8 +264,8 @@ def complete(args, p, argv):
         p.error(f"--d-embed (or --d-model) {d_embed}: the last of {n + 1} clusters would have width "
                 f"{d_embed} / {args.div_val}^{n} < 1; use a lower --div-val or fewer --cutoffs")
     if args.local_size == 0 and longest > 1000:
-        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}: a position sees 1000 keys, the "
-                "rest has no effect; shorten the memory, or say how many it sees with --local-size")
+        p.error(f"--mem-len or --eval-mem-len plus --segment is {longest}, but a position sees only 1000: "
+                "shorten the memory, or set the number of visible keys with --local-size")
     if args.lam == "auto" and args.grad not in ("upg", "npg"):
         p.error("--lam auto is the damping of a phantom gradient: it needs --grad upg or npg")
     if args.max_iter == 0 and (args.grad != "upg" or args.jr or args.jr_increment or args.lam == "auto"):
@@ -288,7 +288,7 @@ def complete(args, p, argv):
 class Text(NamedTuple):
     """Three texts as ids of types, on the host.
 
-    Type 0 is <eos>, the end of a line.  The others follow by falling frequency in the training text.
+    Type 0 is <eos>, the end of a line.  The others follow by falling frequency in the texts of --vocab.
     """
     train: torch.Tensor             # (tokens,) int32
     valid: torch.Tensor
@@ -298,36 +298,37 @@ class Text(NamedTuple):
 
 
 def read_part(path, start, stop):
-    """The lines that begin between two bytes of a text: ((tokens,) int32, types), where type i is types[i].
+    """Reads the lines of a text that begin in bytes [start, stop).  Returns ((tokens,) int32, types).
 
-    Types are in the order of their first appearance, after <eos>, which every line adds, also a blank one.
+    The integers index the list `types`.  <eos> comes first in it, and every line, also a blank one, adds an
+    <eos> to the text.  The other types are in the order of their first appearance.
     """
-    # A new type gets the next number by being looked up.
+    # Looking up a new type gives it the next number.
     number, ids = collections.defaultdict(itertools.count().__next__, {}), []
     number["<eos>"]                                 # 0
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)    # so that a line that begins at start itself is not skipped
             file.readline()                         # the rest of a line that begins earlier
-        # A line is read by the part in which it begins, to its end, even beyond stop.  1 MB at a time.
+        # Reads 1 MB at a time.  The part in which a line begins reads the whole line, even beyond stop.
         while file.tell() < stop and (text := file.read(min(2 ** 20, stop - file.tell()))):
             if not text.endswith(b"\n"):
-                text += file.readline().rstrip(b"\n") + b"\n"       # the file's last line may have no end
+                text += file.readline().rstrip(b"\n") + b"\n"       # the file's last line may lack its "\n"
             if b"\0" in text:
                 raise ValueError("it holds NUL bytes: is it UTF-16? It must be UTF-8 text")
-            words = text.decode("utf-8" if start or ids else "utf-8-sig")       # drops a byte order mark
+            words = text.decode("utf-8" if start or ids else "utf-8-sig")   # -sig drops a byte order mark
             words = words.replace("\n", " <eos> ").split()
             ids.append(np.fromiter(map(number.__getitem__, words), np.int32, len(words)))
             if (ids[-1] == 0).sum() != text.count(b"\n"):
-                raise ValueError("it has <eos> written out, which every line adds by itself: remove it")
+                raise ValueError("it has <eos> written out, but every line end is one already: remove it")
     return np.concatenate([np.empty(0, np.int32), *ids]), list(number)
 
 
 def read_tokens(path, number, size=2 ** 27):
-    """The types of a text, token by token, (tokens,) int32.  New types are added to number, {type: id}.
+    """The ids of a text's tokens, (tokens,) int32.  Adds new types to the dict `number`, {type: id}.
 
-    Nothing is kept on the disk: parts of 128 MB are read in parallel, text of WikiText-103's size in 20 s by
-    two cores.
+    Parts of 128 MB are read in parallel.  Two cores need 20 s for a text of WikiText-103's size, so no cache
+    is kept on the disk.
     """
     starts, ids = range(0, os.path.getsize(path), size), []
     if not starts:
@@ -340,12 +341,12 @@ def read_tokens(path, number, size=2 ** 27):
         for part, types in tqdm(parts, f"reading {path.name}", len(starts), leave=False,
                                 disable=not sys.stderr.isatty()):
             table = np.array([number.setdefault(word, len(number)) for word in types], np.int32)
-            ids.append(table[part])                 # from the part's numbers to those of all texts
+            ids.append(table[part])                 # translates the part's numbers to those of all texts
     return np.concatenate(ids)
 
 
 def load_text(args, process):
-    """--data as a Text.  On each machine one process reads it before the others: errors are told once."""
+    """--data as a Text.  One process per machine reads it before the others, so an error is printed once."""
     if args.data == "toy":
         return toy_text()
     return process.first(lambda: read_text(args))
@@ -372,13 +373,13 @@ def read_text(args):
         except ValueError as error:
             die(f"--data: {path}: {error}")
         if len(ids) > 1 and len(number) > known and args.vocab == "train":
-            # The first new type has the id `known`.  Each line before its own has ended with an <eos>, id 0.
+            # The first new type has the id `known`.  Each <eos> (id 0) before it has ended a line.
             line = 1 + (ids[-1][:(ids[-1] == known).argmax()] == 0).sum()
             die(f"--data: {path}, line {line}: the training text does not have {list(number)[known]!r}; "
                 "--vocab all takes the types of all three texts")
     counts = np.bincount(np.concatenate(ids if args.vocab == "all" else ids[:1]), minlength=len(number))
     counts[0] = counts.max() + 1                    # <eos> is type 0 however often it occurs
-    order = np.argsort(-counts, kind="stable")      # of equally frequent types the earlier one is first
+    order = np.argsort(-counts, kind="stable")      # equally frequent types keep their order
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))     # new id of each type
     types = list(number)
@@ -386,11 +387,11 @@ def read_text(args):
 
 
 def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
-    """Text of a Markov source of second order: the next token's class is drawn by those of the last two.
+    """Text from a second-order Markov chain over classes of types.
 
-    After each pair of classes three may follow, with probabilities 0.7, 0.2 and 0.1.  Within its class a type
-    is drawn by Zipf's law.  The entropy rate is known, and so is the best that a model can do which sees the
-    last token alone.
+    The classes of the last two tokens decide which three classes may come next, with probabilities 0.7, 0.2
+    and 0.1.  Within its class a type is drawn by Zipf's law.  So the best possible perplexity is known, and
+    also the best one for a model that sees only the last token.
     """
     rng = np.random.default_rng(0)
     follow = np.zeros((classes, classes, classes))          # P(c | a, b) after classes a, b
@@ -407,7 +408,7 @@ def toy_text(types=2000, classes=6, sizes=(400_000, 20_000, 20_000)):
     def entropy(p):
         return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)         # in nats, 0 log 0 = 0
 
-    within = pairs.sum(0) @ [entropy(e) for e in emit]      # entropy of a type in its class
+    within = pairs.sum(0) @ [entropy(e) for e in emit]      # entropy of a type, given its class
     one = np.einsum("ab,abc->bc", pairs, follow) / pairs.sum(0)[:, None]      # P(c | b)
     rates = pairs.sum(0) @ entropy(one), (pairs * entropy(follow)).sum()    # of classes, given one and two
     best = tuple(float(np.exp(within + rate)) for rate in rates)
@@ -430,19 +431,19 @@ BEST = "best possible perplexity: {1:.2f}; for a model that sees the last token 
 
 
 def streams(ids, n):
-    """(n, length): the text cut into n streams, runs of equal length.  What remains at its end is dropped."""
+    """Cuts the text into n streams of equal length: (n, length).  Drops the rest at its end."""
     length = len(ids) // n
     return ids[:length * n].view(n, length)
 
 
-def checksum(vocabulary):                   # for checkpoints: weights mean nothing with other ids
+def checksum(vocabulary):                   # for checkpoints, whose weights are useless with other ids
     return hashlib.sha1("\n".join(vocabulary).encode()).hexdigest()
 
 
 # --- model --------------------------------------------------------------------------------------------------
 
 class Memory(NamedTuple):
-    """What is kept of M earlier tokens: states and injections.  Their keys and values need both: W h + u."""
+    """States and injections of M earlier tokens.  Their keys and values need both: W h + u."""
     h: torch.Tensor                 # (B, M, D)
     u: torch.Tensor                 # (B, M, 3 D)
 
@@ -456,10 +457,10 @@ class Output(NamedTuple):
 
 
 class BlockMasks(NamedTuple):
-    """Dropout masks of a block, scaled by 1 / (1 - p); None: no dropout.
+    """Dropout masks of a block, scaled by 1 / (1 - p).  None means no dropout.
 
-    One mask serves all evaluations of F in a forward.  With a new one for each, F would be another function
-    each time and have no fixed point.
+    All evaluations of F in a forward pass use the same masks.  With new masks for each evaluation F would be
+    another function each time, and have no fixed point.
     """
     attn_prob: torch.Tensor = None  # (B, H, T, K)
     attn_out: torch.Tensor = None   # (B, 1, D)
@@ -470,27 +471,27 @@ class BlockMasks(NamedTuple):
 class Masks(NamedTuple):
     embedding: torch.Tensor = None  # (B, 1, D)
     positions: torch.Tensor = None  # (1, D)
-    output: torch.Tensor = None     # (B, T, 1): whole tokens, as in the official code; or (B, 1, D)
+    output: torch.Tensor = None     # (B, T, 1), whole tokens as in the official code, or (B, 1, D)
     blocks: tuple = ()              # of BlockMasks
 
 
 class Constants(NamedTuple):
-    """What a block computes once per forward, with the graph on, and uses in every evaluation of F.
+    """What a block computes once per forward pass, with a graph, and uses in every evaluation of F.
 
-    A head's d numbers are followed by zeros up to e, the next multiple of 8.  That changes no score and no
-    value, but a GPU has no fused attention for d = 70, and on a CPU attention is 5 to 8 % faster.
+    Zeros pad a head's d numbers to e, the next multiple of 8.  They change no score and no value.  Without
+    them a GPU has no fused attention for d = 70.  On a CPU they make attention 5 to 8 % faster.
     """
-    u: torch.Tensor                 # (B, T, 3 H e) injection of the present
-    qkv: torch.Tensor               # (3 H e, D); effective weights g v / ||v||
+    u: torch.Tensor                 # (B, T, 3 H e) injection of the segment
+    qkv: torch.Tensor               # (3 H e, D) effective weight g v / ||v||, also o, ff1 and ff2
     o: torch.Tensor                 # (D, D)
     ff1: torch.Tensor               # (d_inner, D)
     ff2: torch.Tensor               # (D, d_inner)
     r: torch.Tensor                 # (H, e, K + 1) a zero, then the keys of positions / sqrt(d)
-    r_w: torch.Tensor               # (H, 1, e) bias of queries for contents, u in Transformer-XL
-    r_r: torch.Tensor               # (H, 1, e) bias of queries for positions, v there
+    r_w: torch.Tensor               # (H, 1, e) query bias for contents, called u in Transformer-XL
+    r_r: torch.Tensor               # (H, 1, e) query bias for positions, called v there
     k_mem: torch.Tensor             # (B, H, M, e) keys and values of the memory
     v_mem: torch.Tensor
-    hidden: torch.Tensor            # (T, K) 0, or -inf where a key is later than the query or too long ago
+    hidden: torch.Tensor            # (T, K) -inf if the key is later than the query or too long ago, else 0
     masks: BlockMasks
 
 
@@ -503,7 +504,7 @@ def dropped(x, mask):
 
 
 class Block(nn.Module):
-    """Relative multi-head attention and feed-forward part, each with its residual and layer normalisation."""
+    """Relative multi-head attention and feed-forward part, each with a residual and layer normalisation."""
 
     def __init__(self, d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln,
                  init_before_norm):
@@ -511,7 +512,7 @@ class Block(nn.Module):
         D = d_model
         self.n_head, self.d_head = n_head, D // n_head
         self.pre_ln, self.preln_residual = pre_ln, preln_residual
-        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values; u is the bias
+        self.qkv = nn.Linear(D, 3 * D, bias=False)          # thirds: queries, keys, values.  u is the bias
         self.r = nn.Linear(D, D, bias=False)        # keys of positions
         self.o, self.ff1, self.ff2 = nn.Linear(D, D), nn.Linear(D, d_inner), nn.Linear(d_inner, D)
         self.r_w_bias, self.r_r_bias = (nn.Parameter(0.01 * torch.randn(n_head, self.d_head))
@@ -522,10 +523,10 @@ class Block(nn.Module):
         for linear in (self.qkv, self.r, self.o, self.ff1, self.ff2):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-            # Else torch's own initial weights stay, as they do in effect in locuslab/deq.
+            # Otherwise torch's default initial weights stay, as they effectively do in locuslab/deq.
             if init_before_norm:
                 nn.init.normal_(linear.weight, std=0.01)
-            weight_norm(linear)     # W = g v / ||v||, a number g for each row
+            weight_norm(linear)     # W = g v / ||v||, with one number g per row
         if ln_affine:
             for module in (self.ln1, self.ln2, self.ln_out):
                 if isinstance(module, nn.LayerNorm):
@@ -536,15 +537,15 @@ class Block(nn.Module):
         return x.unflatten(2, (n, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def constants(self, u, h_mem, positions, hidden, masks):
-        """u: (B, K, 3 D) injections of memory and present; h_mem: (B, M, D); positions: (K, D)."""
+        """For u (B, K, 3 D), the injections of memory and segment, h_mem (B, M, D) and positions (K, D)."""
         device, M, d = u.device.type, h_mem.shape[1], self.d_head
 
-        def padded(x, dim):                         # a dim of n d -> n e: zeros after each d numbers
+        def padded(x, dim):                         # n d -> n e in dim, with zeros after each d numbers
             x = x.unflatten(dim, (-1, d))
             # F.pad counts dimensions from the last one.  -d % 8 is e - d.
             return F.pad(x, (0, 0) * (x.dim() - dim - 2) + (0, -d % 8)).flatten(dim, dim + 1)
 
-        # Each access to a weight computes g v / ||v|| anew: so it is done here, once per forward.
+        # Each access to a weight computes g v / ||v|| again, so it is done here, once per forward pass.
         weights = [linear.weight for linear in (self.qkv, self.o, self.ff1, self.ff2)]
         if torch.is_autocast_enabled(device):       # cast once per forward, not at every evaluation of F
             weights = [w.to(torch.get_autocast_dtype(device)) for w in weights]
@@ -557,24 +558,24 @@ class Block(nn.Module):
         return Constants(u[:, M:], *weights, r, *biases, *self.heads(kv, 2), hidden, masks)
 
     def attention(self, h, c):
-        """LN(attn(h) + h), or attn(LN(h)) + h with pre_ln; h: (B, T, D)."""
+        """LN(attn(h) + h), or attn(LN(h)) + h with pre_ln, for h (B, T, D)."""
         B, T, D = h.shape
         x = self.ln1(h) if self.pre_ln else h
         q, k, v = self.heads(F.linear(x, c.qkv) + c.u, 3)                                   # (B, H, T, e)
         k = torch.cat([c.k_mem, k.to(c.k_mem.dtype)], 2)                                    # (B, H, K, e)
         v = torch.cat([c.v_mem, v.to(c.v_mem.dtype)], 2)
         K = k.shape[2]
-        # Score of positions.  Column m of the product has distance K - 1 - m, and query i needs i + M - j in
-        # column j: row i has to move T - 1 - i to the left.  With the zero key in front a row has K + 1
-        # elements.  Read from element T on in rows of K, each row moves one less than the row above.  What
-        # comes in from the next row is in the future, and hidden.
+        # Position scores.  Column m of the product is for distance K - 1 - m, but query i needs distance
+        # i + M - j in column j, so row i must move T - 1 - i to the left.  With the zero key in front a row
+        # has K + 1 elements.  Reading rows of K from element T on moves each row one less than the row above.
+        # Elements that come in from the next row are in the future, and `hidden` masks them.
         s = torch.matmul(q + c.r_r.to(q.dtype), c.r)                                        # (B, H, T, K + 1)
         s = at_least_float32(s.flatten(2)[:, :, T:].unflatten(2, (T, K))) + c.hidden        # (B, H, T, K)
         q, scale = q + c.r_w.to(q.dtype), 1 / math.sqrt(self.d_head)
         if c.masks.attn_prob is None and not torch.is_grad_enabled():       # s goes in as an additive mask
             a = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=s.to(q.dtype),
                                                scale=scale)
-        else:       # the fused kernels take no mask that needs a gradient, and have no second derivative
+        else:       # fused kernels take no mask that needs a gradient, and have no second derivative
             s = s + at_least_float32(torch.matmul(q, k.transpose(2, 3))) * scale
             p = dropped(torch.softmax(s, dim=-1), c.masks.attn_prob)        # (B, H, T, K)
             a = torch.matmul(p.to(v.dtype), v)      # (B, H, T, e)
@@ -598,16 +599,16 @@ class Block(nn.Module):
 
 def unrolled(f, h0, k, lam=1.0, on_backward=None):
     """A `solve` without a solver: k damped steps from h0, all with a graph.  Never calls on_backward."""
-    return upg(f, h0, k=k, lam=lam), None   # Eq. (16), with h0 for h*
+    return upg(f, h0, k=k, lam=lam), None   # Eq. (16), with h0 in place of h*
 
 
 class DEQTransformer(nn.Module):
-    """Deep equilibrium language model: u = injection(embedding), h* = F(h*; memory, u), p = softmax of h*.
+    """Deep equilibrium language model: u = injection(embedding), h* = F(h*, memory, u), p = softmax of h*.
 
-    The state h is (B, T, D): B streams, T tokens of the present segment, D = d_model.  K = M + T with M the
-    length of the memory.  F is n_blocks pairs of attention and feed-forward part, which share u and memory.
-    Embedding and softmax are adaptive: types are split into clusters at `cutoffs`.  Embeddings of cluster i
-    have width E_i = d_embed // div_val^i.  Layer norms have no scale and shift unless ln_affine.
+    The state h is (B, T, D): B streams, T tokens of the segment, D = d_model.  The memory has M tokens, and
+    K = M + T.  F is n_blocks pairs of attention and feed-forward part, which share u and memory.
+    Embedding and softmax are adaptive: types are split into clusters at `cutoffs`, and embeddings of cluster
+    i have width E_i = d_embed // div_val^i.  Layer norms have no scale and shift unless ln_affine.
     solve(f, h0) -> (h*, result) is the solver with its gradient: common.equilibrium or `unrolled`.
     """
 
@@ -636,13 +637,13 @@ class DEQTransformer(nn.Module):
         def normal(*shape):
             return nn.Parameter(init_std * torch.randn(*shape))
 
-        sizes = [b - a for a, b in zip(edges, edges[1:])]   # as 20000, 20000, 160000, 67735
-        widths = [d_embed // div_val ** i for i in range(len(sizes))]       # E_i, as 700, 175, 43, 10
-        # Embedding and softmax share the tables A_i and the projections P_i, but for P_0 the softmax has Q_0.
+        sizes = [b - a for a, b in zip(edges, edges[1:])]   # e.g. 20000, 20000, 160000, 67735
+        widths = [d_embed // div_val ** i for i in range(len(sizes))]       # E_i, e.g. 700, 175, 43, 10
+        # Embedding and softmax share the tables A_i and the projections P_i, but the softmax has Q_0 for P_0.
         self.tables = nn.ParameterList(normal(n, width) for n, width in zip(sizes, widths))         # A_i
         if div_val > 1:
             self.projections = nn.ParameterList(normal(d_model, width) for width in widths)         # P_i
-        else:                       # all widths are d_embed: one projection for all, if D is another
+        else:                       # all widths are d_embed: one projection for all, or none if it equals D
             self.projections = nn.ParameterList([normal(d_model, d_embed)] if d_embed != d_model else [])
         first = self.projections[0].shape if len(self.projections) else None
         self.head_projection = normal(*first) if first else None                                    # Q_0
@@ -652,7 +653,7 @@ class DEQTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(d_model, n_head, d_inner, pre_ln, preln_residual, ln_affine, attn_out_ln, init_before_norm)
             for _ in range(n_blocks))
-        self.cluster_weight = normal(len(cutoffs), d_embed)         # a head column for each tail
+        self.cluster_weight = normal(len(cutoffs), d_embed)         # one head column per tail
         self.cluster_bias = nn.Parameter(torch.zeros(len(cutoffs)))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(n)) for n in sizes)
 
@@ -661,14 +662,14 @@ class DEQTransformer(nn.Module):
         return self.projections[min(i, len(self.projections) - 1)] if len(self.projections) else None
 
     def clusters(self, ids):
-        """For each cluster, where in ids (N,) its types are.  Waits for the GPU only if ids are on it."""
+        """For each cluster, the indices of its types in ids (N,).  Waits for a GPU only if ids are on it."""
         index = [((ids >= a) & (ids < b)).nonzero()[:, 0] for a, b in zip(self.edges, self.edges[1:])]
         if sum(map(len, index)) != len(ids):
             raise ValueError(f"ids must be in [0, {self.edges[-1]})")
         return index
 
     def embed(self, ids):
-        """Embeddings (B, T, D) of ids w (B, T): sqrt(D) P_i A_i[w - c_i].  Cluster i of w begins at c_i."""
+        """Embeddings (B, T, D) of ids w (B, T): sqrt(D) P_i A_i[w - c_i].  w's cluster i begins at c_i."""
         flat, device = ids.reshape(-1), self.tables[0].device
         index, parts = self.clusters(flat), []
         for i, own in enumerate(index):
@@ -682,14 +683,14 @@ class DEQTransformer(nn.Module):
         return self.injection(e)
 
     def positions(self, K, device):
-        """(K, D): row j is for distance K - 1 - j.  First the sines of all frequencies, then the cosines."""
+        """(K, D): row j encodes distance K - 1 - j.  First the sines of all frequencies, then the cosines."""
         even = torch.arange(0, self.d_model, 2, device=device, dtype=torch.float32)
         frequency = 10000 ** -(even / self.d_model)         # (D / 2,)
         phase = torch.arange(K - 1, -1, -1, device=device, dtype=torch.float32)[:, None] * frequency
         return torch.cat([phase.sin(), phase.cos()], dim=1).to(self.injection.weight.dtype)
 
     def masks(self, B, T, K, device):
-        """New dropout masks for a forward, for all its evaluations of F.  None in evaluation mode."""
+        """New dropout masks for a forward pass with all its evaluations of F.  None in evaluation mode."""
         def mask(p, *shape):
             if p and self.training:         # else None
                 return torch.bernoulli(torch.full(shape, 1 - p, device=device)) / (1 - p)
@@ -705,7 +706,7 @@ class DEQTransformer(nn.Module):
         """What stays the same during a solve: a Constants per block.  u: (B, K, 3 D), h_mem: (B, M, D)."""
         K, M = u.shape[1], h_mem.shape[1]
         positions = dropped(self.positions(K, u.device), masks.positions)                   # (K, D)
-        column = torch.arange(K, device=u.device)   # of the keys: memory, then present
+        column = torch.arange(K, device=u.device)   # of the keys: memory, then segment
         distance = column[M:, None] - column            # (T, K) from key to query, < 0: the future
         hidden = torch.zeros(K - M, K, device=u.device)
         hidden.masked_fill_((distance < 0) | (distance >= self.local_size), -math.inf)
@@ -715,8 +716,8 @@ class DEQTransformer(nn.Module):
     def f(self, h, u, h_mem=None, masks=Masks(), constants=None):
         """The equilibrium module F (B, T, D) at h (B, T, D).
 
-        u: (B, K, 3 D) of memory and present.  h_mem: (B, M, D).  constants: what `constants` has made of
-        these, if F is called often.
+        u: (B, K, 3 D) of memory and segment.  h_mem: (B, M, D).  constants: the result of self.constants for
+        these, to be passed if F is called often.
         """
         if constants is None:
             h_mem = h.new_empty(h.shape[0], 0, h.shape[2]) if h_mem is None else h_mem
@@ -726,7 +727,7 @@ class DEQTransformer(nn.Module):
         return h
 
     def segment(self, ids, memory=None, masks=Masks()):
-        """(f, h0, u, memory) of ids (B, T): F as a function of h, its start 0, u (B, T, 3 D), the memory."""
+        """(f, h0, u, memory) for ids (B, T): F as a function of h, the start 0, u (B, T, 3 D), the memory."""
         e = self.embed(ids)
         u = self.inject(dropped(e, masks.embedding))
         h0 = torch.zeros(*ids.shape, self.d_model, device=u.device, dtype=self.injection.weight.dtype)
@@ -736,9 +737,9 @@ class DEQTransformer(nn.Module):
         return f, h0, u, memory
 
     def softmax_parts(self, h):
-        """Logits of h (N, D): those of the head, and a function (i, h) for those of the i-th tail cluster.
+        """Logits of h (N, D): the head's, and a function (i, h) that returns those of the i-th tail cluster.
 
-        The head is (N, S + n): its S own types, then a column per tail cluster, the last cluster first.
+        The head is (N, S + n): one column per own type, then one per tail cluster, the last cluster first.
         """
         def linear(h, weight, bias, projection):
             if not self.training:           # evaluation: full precision, also under autocast
@@ -751,15 +752,15 @@ class DEQTransformer(nn.Module):
         return head, lambda i, h: linear(h, self.tables[i], self.biases[i], self.projection(i))
 
     def nll(self, h, targets):
-        """-log p(targets | h) in the shape of targets (...), for h (..., D).  Float32 also under autocast."""
+        """-log p(targets | h), shaped like targets (...), for h (..., D).  Float32 also under autocast."""
         flat, h_flat = targets.reshape(-1), h.reshape(-1, self.d_model)
         index, last = self.clusters(flat), self.edges[1] + len(self.edges) - 2      # last = S + n
-        column = flat.clone()               # of each target in the head: its own, or that of its cluster
+        column = flat.clone()               # each target's column in the head: its own or its cluster's
         for i, own in enumerate(index[1:], start=1):
             column[own] = last - i              # the first tail has the last column
         head, tail = self.softmax_parts(h_flat)
         nll = F.cross_entropy(head, column.to(h.device, torch.long, non_blocking=True), reduction="none")
-        for i, own in enumerate(index[1:], start=1):    # also an empty one: DDP wants all gradients
+        for i, own in enumerate(index[1:], start=1):    # also empty clusters: DDP needs all gradients
             target = (flat[own] - self.edges[i]).to(h.device, torch.long, non_blocking=True)
             own = own.to(h.device, non_blocking=True)
             # log p(type) = log p(its cluster) + log p(type | cluster)
@@ -776,12 +777,12 @@ class DEQTransformer(nn.Module):
 
     def forward(self, ids, targets=None, memory=None, mem_len=None, unroll=0, solve=None, regularize=False,
                 on_backward=None):
-        """Output of a segment ids (B, T).  targets (B, T): the next tokens.  memory: of the segment before.
+        """Output of a segment ids (B, T).  targets (B, T): the next tokens.  memory: from the segment before.
 
-        mem_len: length of the memory that is handed on (default self.mem_len).
-        unroll > 0: the pretraining network of so many layers in place of the solver.
-        solve: another one than self.solve.
-        regularize: compute the JR term too, at the solver's h*.
+        mem_len: length of the memory that is returned (default self.mem_len).
+        unroll > 0: use the pretraining network of this many layers instead of the solver.
+        solve: replaces self.solve.
+        regularize: also compute the JR term, at the solver's h*.
         on_backward: called with the result of the backward solve of grad="implicit".
         """
         B, T = ids.shape
@@ -793,13 +794,13 @@ class DEQTransformer(nn.Module):
         h, result = solve(f, h0, on_backward=on_backward)
         jr = None
         if regularize and result is not None:
-            # One more call of F, not compiled: torch.compile has no second derivative.  UPG's graph of F
-            # could serve, but its backward would then cost as much more.  The graph of npg and implicit would
-            # save a call, but is inside common.equilibrium.
+            # One more call of F, not compiled because torch.compile has no second derivative.  UPG's graph of
+            # F could be used instead, but its backward pass would then cost as much more.  The graph of npg
+            # and implicit would save a call, but it is inside common.equilibrium.
             u_and_constants = {name: f.keywords[name] for name in ("u", "constants")}
             eager = functools.partial(type(self).f, self, **u_and_constants)
             jr = jacobian_regularization(eager, result.h)
-        # Detached: no gradient flows into earlier segments.  The output mask is not in the memory.
+        # Detached, so that no gradient flows into earlier segments.  The memory has no output dropout.
         kept = Memory(*(torch.cat([old, new.detach().to(old.dtype)], 1) for old, new in zip(memory, (h, u))))
         kept = Memory(*(part[:, max(0, part.shape[1] - mem_len):] for part in kept))
         nll = None if targets is None else self.nll(dropped(h, masks.output), targets)
@@ -811,10 +812,10 @@ class DEQTransformer(nn.Module):
 def load_official(model, state_dict):
     """Loads a state dict of locuslab/deq (DEQ-Sequence), torchdeq's deq-seq, or torchdeq's deq-lm.
 
-    The file does not say whether it is of a PostLN or a PreLN model: build the right one.  Raises
-    RuntimeError with the keys that are unknown, missing or of another shape, ValueError if tied ones differ.
+    The file does not show whether its model is PostLN or PreLN: build the right one.  Raises RuntimeError if
+    keys are unknown, missing or of another shape, ValueError if two tied parameters differ.
     """
-    # Their names to ours, by these patterns in turn.  Tied parameters have two names there.
+    # These patterns, applied in order, turn their names into ours.  Tied parameters have two names there.
     renames = [(r"^module\.", ""), (r"^inject_conv\.", "injection."), (r"^crit\.(cluster_\w+)$", r"\1"),
                (r"^(?:word_emb\.emb|crit\.out)_layers\.(\d+)\.weight$", r"tables.\1"),
                (r"^crit\.out_layers\.(\d+)\.bias$", r"biases.\1"),
@@ -827,25 +828,25 @@ def load_official(model, state_dict):
     state_dict, found = state_dict.get("state_dict", state_dict), {}
     if not all(map(torch.is_tensor, state_dict.values())):
         raise ValueError("it is no state dict: a dict of tensors")
-    # Only the file of a deq-lm has these names.
+    # Only files of deq-lm have these names.
     lm = any(re.match(r"(module\.)?(injection|func\.dec_attn\.0)\.", key) for key in state_dict)
     for theirs, value in state_dict.items():
         key = theirs
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
-        if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # a copy of F; a constant
+        if key.startswith(("func_copy.", "deq.")) or key == "pos_emb.inv_freq":     # copies of F, a constant
             continue
-        value = value.flatten(1) if value.dim() == 3 else value                     # of a convolution
+        value = value.flatten(1) if value.dim() == 3 else value                     # from a convolution
         if lm and re.match(r"(blocks\.\d+\.qkv|injection)\.", key):
-            # There rows are grouped by head, here by q, k and v: row 3 d h + s d + a becomes s D + h d + a.
+            # Their rows are grouped by head, ours by q, k and v: row 3 d h + s d + a becomes s D + h d + a.
             value = value.unflatten(0, (model.blocks[0].n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
         if key in found and not torch.equal(found[key], value):
-            raise ValueError(f"{theirs} differs from the other of its two names, one parameter here, {key}")
+            raise ValueError(f"{theirs} differs from the parameter it is tied to: both become our {key}")
         found[key] = value
     for key in [k for k in found if re.fullmatch(r"blocks\.\d+\.(qkv|r|o|ff1|ff2)\.weight", k)]:
-        found[key + "_v"] = v = found.pop(key)                  # without weight norm: v = W, g = ||W||
+        found[key + "_v"] = v = found.pop(key)                  # a file without weight norm: v = W, g = ||W||
         found[key + "_g"] = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    model.load_state_dict(found)                # (g, v) are put in their place by weight_norm's own hook
+    model.load_state_dict(found)                # weight_norm's own hook puts (g, v) in their place
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -855,7 +856,7 @@ def autocast(args, device):
 
 
 def build_model(args, vocabulary, process):
-    """The model of the flags.  A narrow one has larger initial weights, so that its u has the same size."""
+    """The model of the flags.  A smaller d_model has larger initial weights, so that u keeps its size."""
     types = len(vocabulary)
     if args.cutoffs[-1] >= types:
         fits = [c for c in args.cutoffs if c < types] or [types // 2]
@@ -874,7 +875,7 @@ def build_model(args, vocabulary, process):
                            **{name: getattr(args, name) for name in same.split()}).to(process.device)
     if args.compile:
         model.f = compiled(model.f)
-    if args.recompute and not args.benchmark:           # whose rows decide it
+    if args.recompute and not args.benchmark:           # the benchmark decides it for each row
         model.f = recomputed(model.f)
     return model
 
@@ -882,12 +883,12 @@ def build_model(args, vocabulary, process):
 def learning_rate(args, done):
     """Learning rate of step done + 1 as a factor of --lr: a linear warm-up, then a cosine to 0."""
     s = done + 1
-    # As in the official code the cosine counts the steps of warm-up too: the rate drops by 0.7 % after it.
+    # As in the official code the cosine also counts the warm-up, so the rate drops by 0.7 % after it.
     return s / args.warmup_steps if s < args.warmup_steps else (1 + math.cos(math.pi * s / args.steps)) / 2
 
 
 def jr_weight(args, done):
-    """Weight of the JR term after `done` steps: --jr, and 0.1 more per --jr-increment, after pretraining."""
+    """JR weight after `done` steps: --jr, plus 0.1 for each multiple of --jr-increment after pretraining."""
     if not args.jr_increment:
         return args.jr
     return args.jr + 0.1 * (done // args.jr_increment - min(done, args.pretrain_steps) // args.jr_increment)
@@ -896,11 +897,11 @@ def jr_weight(args, done):
 def step_settings(args, model, done):
     """How step done + 1 calls the model: unrolled or not, the solver's iterations after jitter, JR or not.
 
-    It is drawn from seed and step alone, so it is the same on all processes, and again after a restart.
+    The draws depend only on seed and step, so they are the same on all processes and after a restart.
     """
     draw = random.Random(f"{args.seed}-{done}")
     unroll = args.pretrain_layers if done < args.pretrain_steps else 0
-    # JR is on a random share of the steps only, as it costs a call of F and a second derivative.
+    # Only a random part of the steps has JR, because it costs a call of F and a second derivative.
     regularize = not unroll and jr_weight(args, done) > 0 and draw.random() < args.jr_freq
     solve = model.solve
     if args.jitter:
@@ -909,11 +910,11 @@ def step_settings(args, model, done):
 
 
 def measured_damping(args, process, model, streams, memories, step):
-    """--lam auto: 1 / rho(J), with the mean of rho over the streams of this segment (a list per micro-batch).
+    """--lam auto: 1 / rho(J), with the mean of rho over the streams of this segment.
 
-    The power method begins at random vectors each time: those of 100 steps ago have settled on the Jacobian
-    of another text.  On the toy text 50 iterations from them gave a rho 24 % too low, from random ones less
-    than 1 %.
+    streams and memories have one entry per micro-batch.  The power method starts from new random vectors each
+    time, because those of 100 steps ago fit the Jacobian of another text.  On the toy text 50 iterations from
+    them gave a rho 24 % too low, but less than 1 % from random ones.
     """
     with autocast(args, process.device):
         rho = sum(radius(model, ids, memory)[0].mean() for ids, memory in zip(streams, memories))
@@ -925,15 +926,15 @@ def measured_damping(args, process, model, streams, memories, step):
 
 
 def gathered(memories, process):
-    """The memory of all streams for a checkpoint, [h, u] on the CPU; None at the beginning of an epoch."""
+    """The memory of all streams for a checkpoint, [h, u] on the CPU, or None at the beginning of an epoch."""
     if memories[0] is None:
         return None
-    # By micro-batch, then by process: all streams in their order in the text.
+    # Joins micro-batches, then processes, which gives the streams in their order in the text.
     return [torch.cat(process.gather(torch.cat(parts).cpu())) for parts in zip(*memories)]
 
 
 def scattered(memory, process, n):
-    """Undoes `gathered`: a Memory per micro-batch.  The numbers of processes and of n may have changed."""
+    """Undoes `gathered`: a Memory for each of n micro-batches.  n and the world size may have changed."""
     if memory is None:
         return [None] * n
     rank, world = process.rank, process.world_size
@@ -942,7 +943,7 @@ def scattered(memory, process, n):
 
 
 def about(args, model, text, segments):
-    """What to know at the start: sizes, and what a short run should have changed."""
+    """The line printed at the start: sizes, and which flags do not fit a short run."""
     n = sum(p.numel() for p in model.parameters())
     line = (f"{n:,} parameters; {len(text.train)} training tokens of {len(text.vocabulary)} types; "
             f"{args.steps} steps, {args.steps / segments:.1f} epochs of {segments}")
@@ -954,16 +955,16 @@ def about(args, model, text, segments):
 
 
 def train(args, process, model, text):
-    """Trains, evaluates every --eval-every steps, and reads the test text with the best weights."""
+    """Trains, evaluates every --eval-every steps, and evaluates the best weights on the test text."""
     device, world, T, n = process.device, process.world_size, args.segment, args.accumulate
     tokens = streams(text.train, args.batch_size)                       # (B, length)
-    segments = math.ceil((tokens.shape[1] - 1) / T)                     # per epoch; the last one may be short
+    segments = math.ceil((tokens.shape[1] - 1) / T)                     # per epoch, the last may be short
     own = tokens.tensor_split(world)[process.rank].tensor_split(n)      # n micro-batches
     run = Run(args, process, f"wikitext-{args.grad}", MAY_DIFFER, types=checksum(text.vocabulary),
               train_text=fingerprint(text.train))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, args))
-    # step: how many are done.  evaluated: step of the last evaluation.  lam: damping, which "auto" changes.
+    # step: number of steps done.  evaluated: step of the last evaluation.  lam: damping, changed by "auto".
     step, evaluated, memories, lam = 0, 0, [None] * n, 1.0 if args.lam == "auto" else args.lam
     score = {"best": math.inf, "best_step": 0, "measured_on": fingerprint(text.valid)}
     if run.state:
@@ -978,7 +979,7 @@ def train(args, process, model, text):
             print("note: the validation text is another one: the best perplexity starts anew", flush=True)
     elif args.init:
         load_init(args, process, model, run)
-    # No device_ids: ids stay on the host, where they are sorted into clusters without waiting for the GPU.
+    # No device_ids, so ids stay on the host.  Sorting them into clusters there does not wait for the GPU.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     run.start(about(args, model, text, segments), parameters=sum(p.numel() for p in model.parameters()))
     meter = Meter(process, "tokens")
@@ -988,9 +989,9 @@ def train(args, process, model, text):
                   "scheduler": scheduler.state_dict(), "memory": gathered(memories, process), "step": step,
                   "evaluated": evaluated, "score": score})
 
-    # One round per evaluation: the steps up to it, then the validation text.
+    # Each round trains up to the next evaluation, then evaluates on the validation text.
     ends = [*range(args.eval_every, args.steps, args.eval_every), args.steps]
-    for end in (end for end in ends if end > evaluated):        # a run that is continued has done some
+    for end in (end for end in ends if end > evaluated):        # a resumed run has done some
         for done in process.bar(range(step, end), f"to step {end}"):
             start = done % segments * T
             stop_at = min(start + T, tokens.shape[1] - 1)
@@ -1026,13 +1027,13 @@ def train(args, process, model, text):
             lr = scheduler.get_last_lr()[0]                 # of this step
             scheduler.step()
             step = done + 1
-            # --- the step ends here; what follows is diagnostics, logging and saving ---
+            # --- the step ends here.  Diagnostics, logging and saving follow ---
             meter.add(n * ids.numel(), **means)     # tokens of this process
             if args.radius_every and step % args.radius_every == 0:
                 with meter.paused():
                     run.report("radius", step=step, **radii(model, text.valid, args, process, lam))
             saving, stop = run.due()
-            saving = saving or step == end                  # the evaluation may take long, and be killed
+            saving = saving or step == end                  # the evaluation may be long, and killed
             if saving or step % args.log_every == 0:
                 record = meter.read()                                                       # host sync
                 run.report("train", step=step, epoch=step / segments, lr=lr, lam=lam, **record,
@@ -1045,7 +1046,7 @@ def train(args, process, model, text):
 
         record = evaluate(model, "valid", text.valid, args, process, eval_memories(args)[0], step)
         if evaluated <= args.pretrain_steps < step:
-            score["best"] = math.inf                        # so far it was that of the pretraining network
+            score["best"] = math.inf                        # until now it was the pretraining network's
         evaluated = step
         if record["valid_perplexity"] < score["best"]:
             score["best"], score["best_step"] = record["valid_perplexity"], step
@@ -1061,9 +1062,9 @@ def train(args, process, model, text):
 
 
 def test_the_best(args, process, run, model, text, score):
-    """The end of a training: perplexity of the test text, by the weights that were best on valid."""
-    # A run that was continued in another folder may have no best.pt there.  If the validation text
-    # has changed and was not evaluated since, best.pt is of the old text, and best_step is 0.
+    """After training: test perplexity of the weights that were best on the validation text."""
+    # A run that was resumed into another folder may have no best.pt there.  If the validation text has
+    # changed and was not evaluated since, best.pt belongs to the old text, and best_step is 0.
     path, step = run.folder / "best.pt", score["best_step"]
     if not step or not path.exists():
         path, step = run.checkpoint, args.steps
@@ -1087,7 +1088,7 @@ def fingerprint(ids):
 # --- evaluation and diagnostics -----------------------------------------------------------------------------
 
 def check_model(args, process, state, types, flag, path):
-    """Ends the run if a checkpoint of ours is of another model, or of another vocabulary, than this run."""
+    """Stops if a checkpoint of ours has another model or another vocabulary than this run."""
     check_version(path, state["args"], args, flag)
     for name in MODEL_FLAGS.split():
         theirs, ours = state["args"][name], getattr(args, name)
@@ -1109,7 +1110,7 @@ def load_init(args, process, model, run):
 
 
 def evaluation_solve(args, step):
-    """(the model's `solve` in evaluation, in words) for weights of this step, which may be pretrained."""
+    """(`solve` for evaluation, its description) for weights of this step, which may be one of pretraining."""
     solver = args.eval_solver or (args.solver if args.max_iter else "unrolled")         # as it was trained
     k = args.eval_max_iter or args.max_iter or args.k
     if step <= args.pretrain_steps or solver == "unrolled":
@@ -1121,10 +1122,10 @@ def evaluation_solve(args, step):
 
 @contextlib.contextmanager
 def evaluating(model, args, step=math.inf):
-    """The model in evaluation mode with the solver of evaluation, for weights of this step, maybe pretrained.
+    """Puts the model into evaluation mode, with the solver of evaluation for the weights of this step.
 
-    A solver sees the future a little: its inner products, its stop and its choice of the best state depend on
-    the whole segment of a stream.  The leak is about as large as the residual.
+    A solver lets a token see a little of the future, because its inner products, its stop and its choice of
+    the best state depend on the whole segment of a stream.  The leak is about as large as the residual.
     """
     before, training = model.solve, model.training
     model.solve, _ = evaluation_solve(args, step)
@@ -1136,13 +1137,13 @@ def evaluating(model, args, step=math.inf):
 
 @torch.no_grad()
 def evaluate(model, name, ids, args, process, mem_len, step=math.inf):
-    """Perplexity of a text in --eval-streams streams, each with its own memory and its first token given.
+    """Perplexity of a text in --eval-streams streams, each with its own memory.
 
-    step: of the weights, see `evaluating`.
+    The first token of a stream is given, not predicted.  step: that of the weights, see `evaluating`.
     """
     text = streams(ids, args.eval_streams)
     own = text.tensor_split(process.world_size)[process.rank]           # a process may get none
-    # sums: nll, tokens, evaluations of F, solves.  Added up over processes, so that each token counts once.
+    # sums: nll, tokens, evaluations of F, solves.  They are added over processes, so each token counts once.
     sums, residuals, memory = torch.zeros(4, dtype=torch.float64, device=process.device), [], None
     starts = range(0, text.shape[1] - 1, args.segment)
     with evaluating(model, args, step):
@@ -1167,7 +1168,7 @@ def evaluate(model, name, ids, args, process, mem_len, step=math.inf):
 
 @torch.no_grad()
 def radius(model, ids, memory, lams=(1.0,), n_iter=50):
-    """Spectral radius per stream of lam J + (1 - lam) I at h* of a segment, for each lam; dropout off."""
+    """For each lam, the spectral radius per stream of lam J + (1 - lam) I at h* of a segment, no dropout."""
     f, h0, *_ = model.segment(ids, memory)
     h, _ = model.solve(f, h0)
     return [spectral_radius(f, h, lam=lam, n_iter=n_iter) for lam in lams]
@@ -1175,9 +1176,9 @@ def radius(model, ids, memory, lams=(1.0,), n_iter=50):
 
 @torch.no_grad()
 def radii(model, ids, args, process, lam):
-    """App. D.3: spectral radii of J and lam J + (1 - lam) I at h*, means over the streams' second segment.
+    """App. D.3: spectral radii of J and lam J + (1 - lam) I at h*, means over the streams' second segments.
 
-    The random numbers of training stay as they were.
+    Does not change the random numbers of training.
     """
     rng, own = rng_state(), streams(ids, args.eval_streams)
     own = own.tensor_split(process.world_size)[process.rank]
@@ -1186,7 +1187,7 @@ def radii(model, ids, args, process, lam):
         with evaluating(model, args), autocast(args, process.device):
             memory = model(own[:, :T], mem_len=eval_memories(args)[0]).memory
             rho, rho_lam = radius(model, own[:, T:2 * T], memory, lams=(1.0, lam))
-        # Of this process: sum of rho(J), sum of rho(J_lam), streams with rho(J) > 1, streams.
+        # Sums of this process: rho(J), rho(J_lam), streams with rho(J) > 1, streams.
         sums += torch.stack([rho.sum(), rho_lam.sum(), (rho > 1).sum(), torch.ones_like(rho).sum()])
     set_rng_state(rng)
     rho, rho_lam, above, count = process.sum(sums).tolist()
@@ -1215,7 +1216,7 @@ def evaluate_checkpoint(args, process, model, text, state):
 
 @torch.no_grad()
 def generate(model, vocabulary, args, process, step):
-    """Continues --generate token by token, each drawn from the model's distribution; prints as it goes."""
+    """Continues --generate with tokens drawn from the model's distribution, and prints each one at once."""
     known = {word: i for i, word in enumerate(vocabulary)}
     words = args.generate.replace("\n", " <eos> ").split() or ["<eos>"]
     missing = [word for word in words if word not in known]
@@ -1228,7 +1229,7 @@ def generate(model, vocabulary, args, process, step):
     print(args.generate, end=" ", flush=True)
     with evaluating(model, args, step), autocast(args, process.device):
         for _ in range(args.generate_tokens):
-            # At first the whole given text, then the last token alone: the memory holds what came before it.
+            # First the whole given text, then only the last token: the memory holds what came before it.
             for segment in ids.split(args.segment, dim=1):
                 out = model(segment, memory=memory, mem_len=eval_memories(args)[0])
                 memory = out.memory
@@ -1249,15 +1250,15 @@ TABLE3 = {      # norm, gradient, iterations forward and backward, and whether t
 
 
 def run_benchmark(args, process):
-    """--benchmark: training steps of Table 3's rows on random tokens; NPG's memory at k = 1 and 20.
+    """--benchmark: training steps of Table 3's rows on random tokens, and NPG's memory at k = 1 and 20.
 
     A row with JR is the mean of steps with and without the term, weighted by --jr-freq.  All rows have the
-    --mem-len, --dropout, --dropatt and --backward-solver of the command and no jitter: only gradient, JR and
-    iterations differ.
+    command's --mem-len, --dropout, --dropatt and --backward-solver, and no jitter: they differ only in norm,
+    gradient, JR and iterations.
     """
     types = 2000 if args.data == "toy" else max(267735, args.cutoffs[-1] + 1)
     model, device = build_model(args, range(types), process), process.device
-    # lr 0: all the work of Adam, but every row is measured at the same weights.
+    # With lr 0 Adam does all its work, but every row is measured at the same weights.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     rng = torch.Generator().manual_seed(0)
     text = types * torch.rand(args.batch_size, args.segment + 1, generator=rng) ** 4
@@ -1267,7 +1268,7 @@ def run_benchmark(args, process):
         memory = Memory(torch.randn(B, M, D, device=device), 0.1 * torch.randn(B, M, 3 * D, device=device))
 
     def row(norm, grad, max_iter, backward_max_iter, regularize, k=args.k, f=model.f):
-        # tol 0: a row always takes its whole budget, so that its time does not depend on the random weights.
+        # With tol 0 a row uses all its iterations, so that its time does not depend on the random weights.
         solve = functools.partial(
             equilibrium, grad=grad, k=k, lam=1.0 if args.lam == "auto" else args.lam,
             solver=SOLVERS[args.solver], max_iter=max_iter, tol=0.0,
