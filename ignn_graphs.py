@@ -1,6 +1,6 @@
 """Implicit graph networks with phantom gradients: "On Training Implicit Models" (NeurIPS 2021), Table 4.
 
-    python ignn_graphs.py --dataset chains                  # generated, no download; implicit beside 4 hops
+    python ignn_graphs.py --dataset chains                  # generated graphs: equilibrium against 4 hops
     python ignn_graphs.py --dataset COX2                    # UPG A_{5,0.5}, 10 stratified folds, 200 epochs
     python ignn_graphs.py --dataset PROTEINS --table4       # four methods, same folds and weights, as a table
     torchrun --nproc_per_node=2 ignn_graphs.py --dataset COX2 --table4      # folds divided over two processes
@@ -8,49 +8,49 @@
     python ignn_graphs.py --dataset PPI-synthetic --ppi-model robust        # generated look-alike of PPI
     python ignn_graphs.py --dataset COX2 --benchmark        # step time and memory of the three gradients
 
-Data: --data DIR (default data): PyG downloads COX2, PROTEINS and PPI, or finds them in DIR/NAME/raw/.
+Data: --data DIR (default data).  PyG downloads COX2, PROTEINS and PPI if they are not in DIR/NAME/raw/.
 
-Table 4: --table4 trains all four rows, the flags at the right train one.  The paper's values are in %:
+Table 4, the paper's values in %.  --table4 trains all four rows, the flags at the end of a row train one:
           COX2        PROTEINS    PPI
           84.1 ± 2.9  78.6 ± 4.1  97.6      --grad implicit --backward-solver fixed-point
           83.9 ± 3.0  78.4 ± 4.2  98.2      --grad upg --lam 0.5
           83.9 ± 2.7  78.6 ± 4.2  97.4      --grad upg --lam 0.8
           83.0 ± 2.9  78.8 ± 4.2  96.2      --grad upg --lam 1.0
-UPG A_{k,lam} is the phantom gradient by k unrolled steps with damping lam, Eq. (16), NPG the one by the
-Neumann series, Eq. (17).  The paper's implicit row solves backwards by plain iteration.  So does this file,
-except for chains and for --ppi-model robust and zoo, where the default is GMRES.
-The paper's protocol takes the best TEST epoch of each fold.  Beside it stand the best common epoch, the last
-epoch and, with --val, the epoch chosen on held-out training graphs.  What the official release does:
+UPG A_{k,lam} is the phantom gradient of k unrolled steps with damping lam, Eq. (16).  NPG uses a Neumann
+series instead, Eq. (17).  The paper's implicit row solves the backward system by plain iteration.  So does
+this file, but chains and --ppi-model robust and zoo use GMRES by default.
+The paper reports the best TEST epoch of each fold.  We also print the best common epoch, the last epoch and,
+with --val, the epoch chosen on held-out training graphs.  Three flags do what the official release does:
     --evaluate-2a-too       evaluates with the matrix of 2A + I, after training with A + I
     --unstratified-folds    shuffles the graphs after it has stratified them
-    --ppi-model literal     raw adjacency, W projected with the radius of a step's graph, tolerance absolute
+    --ppi-model literal     raw adjacency, projection of W by the radius of a step's graph, absolute tolerance
 
-Layer (IGNN, Gu et al. 2020), rows are nodes, V the input features, A the adjacency matrix:
+The layer (IGNN, Gu et al. 2020), with one row per node, input features V and adjacency matrix A:
     H* = relu(A H* W^T + A V Omega_1^T), ||W||_inf <= kappa / rho(A)
 ||W||_inf is the largest L1 norm of a row, rho(A) the spectral radius, kappa < 1 a constant.  The bound makes
-the layer a contraction, so that H* exists and plain iteration finds it.  Training keeps it by projection.
+the layer a contraction, so H* exists and plain iteration finds it.  Training projects W to keep the bound.
 
 What makes it faster:
     - batches and their sparse matrices (CSR, with the transpose for the backward pass) are built once
     - W is projected once per step, all rows in one sort
-    - A V Omega_1^T is computed before the solve, and each graph stops by itself
+    - A V Omega_1^T is computed before the solve, and each graph stops as soon as it is solved
     - freed memory is kept for the next step
     - the processes divide the folds (on a CPU with OMP_NUM_THREADS=1: the matrices are too small for threads)
-There is no --amp, --compile or --cuda-graph: batches are of any size, and solves stop at a tolerance.
+There is no --amp, --compile or --cuda-graph, because batches differ in size and solves stop at a tolerance.
 
-Measured: README.md has Table 4 for COX2 and PROTEINS, and PPI-synthetic, on a CPU, and step times on an H200;
-PPI is not run.
+Measured: README.md has Table 4 for COX2, PROTEINS and PPI-synthetic on a CPU, and step times on an H200.  PPI
+has not been run.
 
 Differs from IGNN's code:
     - A + I in training and evaluation (there: 2A + I in evaluation)
     - stratified folds (there: shuffled after stratification)
     - residual per graph and relative (there: the batch's largest entry)
-    - W is projected at a step, not in each forward pass, so that evaluation changes nothing (with a raw
-      adjacency a pass projects a copy to its graphs' radius)
+    - W is projected once per step, not in each forward pass, so that evaluation changes nothing (with a raw
+      adjacency each pass projects a copy to its graphs' radius)
     - the backward solve stops at a residual relative to dL/dH* (there: absolute, and it starts at B)
-    - no Omega_2 and bias, which are counted there but never used: of COX2's 37,634 parameters 27,010 are
---ppi-model zoo is the model of torchdeq's examples ("deq-zoo") with the solver budget of this file (there: 40
-iterations, 1e-3).
+    - no Omega_2 and bias, which are never used there: 27,010 of COX2's 37,634 counted parameters are used
+--ppi-model zoo is the model of torchdeq's examples ("deq-zoo") with the solver settings of this file (there:
+40 iterations, tolerance 1e-3).
 """
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-# Large CPU allocations then come in 2 MB pages: faster on a CPU.  torch reads it at its first allocation.
+# Puts large CPU tensors into 2 MB pages, which is faster.  torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
@@ -93,8 +93,7 @@ PAPER = {"COX2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
          "PPI": ("97.6", "98.2", "97.4", "96.2")}
 METHODS = (("implicit", None), ("upg", 0.5), ("upg", 0.8), ("upg", 1.0))        # Table 4's rows
 
-# Defaults by --dataset, for options that are not given.  For PPI and its look-alike, those of --ppi-model
-# replace them.
+# Defaults of the options, by --dataset.  For PPI and its look-alike the entry of --ppi-model overrides them.
 OF_GRAPHS = dict(hidden=64, kappa=0.9, epochs=200, batch_size=128, lr=0.001, clip=0.0, tol=1e-5,
                  solver="fixed-point", backward_solver="fixed-point")
 OF_NODES = dict(kappa=0.98, batch_size=1, lr=0.005, clip=1.0, tol=1e-6, solver="anderson",
@@ -119,77 +118,77 @@ def presets(args):                          # {option: value}
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains IGNN on graphs; no flags: the generated chains, a minute.  Defaults are those of "
-                    "the chains; others are in PRESETS.")
+    p = make_parser("Trains IGNN on graphs.  Without options: the generated chains, in a minute.  The "
+                    "defaults shown are those of the chains.  PRESETS has the others.")
     count, nonnegative = within(int, "[1, inf)"), within(float, "[0, inf)")
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=["COX2", "PROTEINS", "PPI", "PPI-synthetic", "chains"], default="chains",
-        help="COX2, PROTEINS: classification of graphs; PPI: of nodes; PPI-synthetic: a generated look-alike "
-        "of PPI; chains: a generated task of long range")
+        help="classification of graphs (COX2, PROTEINS) or nodes (PPI), a generated look-alike of PPI "
+        "(PPI-synthetic), or a generated long-range task (chains)")
     add("--data", default="data", type=os.path.expanduser,
-        help="folder with NAME/raw/*; PyG downloads what is not there")
+        help="folder with NAME/raw/*.  PyG downloads what is not there")
     add("--folds", type=within(int, "[2, inf)"), default=10, help="folds of the cross-validation")
-    add("--val", action="store_true", help="choose the epoch on a tenth of each training fold")
+    add("--val", action="store_true", help="also choose an epoch on a held-out tenth of each training fold")
     add("--unstratified-folds", action="store_true",
         help="the official folds: graphs are shuffled after stratification")
     add("--evaluate-2a-too", action="store_true",
-        help="evaluate with the normalised 2A + I, too, as the official release does, in columns of its own")
+        help="also evaluate with the normalised 2A + I, as the official release does, in separate columns")
     add("--graph-scale", type=within(float, "(0, inf)"), default=0.1,
         help="nodes of PPI-synthetic's graphs as a fraction of PPI's")
     add("--chain-length", type=within(int, "[2, inf)"), default=20, help="nodes of the longest chain")
 
     add = p.add_argument_group("model").add_argument
     add("--hidden", type=count, help="features of a node in the state")
-    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A); below 1, so that H* exists")
+    add("--kappa", type=within(float, "(0, 1)"), help="bound of ||W||_inf rho(A), below 1 so that H* exists")
     add("--dropout", type=within(float, "[0, 1)"), default=0.5,
         help="probability of dropout before the last layer of COX2 and PROTEINS")
     add("--ppi-model", choices=["robust", "literal", "zoo"], default="robust",
-        help="robust: A / rho(A), relative tolerance, clipping; literal: the paper's, raw A; zoo: "
-        "torchdeq's, raw A, spectral norm and Omega_2")
-    add("--hops", type=count, default=2, help="iterations of each of the two layers of the few-hop network "
-        "for chains, which sees twice as far")
+        help="'robust': A / rho(A), relative tolerance, clipping.  'literal': the paper's model, raw A.  "
+        "'zoo': torchdeq's model, raw A, spectral norm and Omega_2")
+    add("--hops", type=count, default=2, help="iterations in each of the two layers of the few-hop network "
+        "for chains, which therefore sees twice as far")
 
     add = p.add_argument_group("equilibrium").add_argument
     add("--grad", choices=["implicit", "upg", "npg"], default="upg", help="how the gradient is computed")
     add("--k", type=count, default=5, help="steps of the phantom gradient")
     add("--lam", type=within(float, "(0, 1]"), default=0.5, help="damping of the phantom gradient")
-    add("--solver", choices=["fixed-point", "anderson", "broyden"], help="finds the equilibrium")
+    add("--solver", choices=["fixed-point", "anderson", "broyden"], help="solver that finds the equilibrium")
     add("--max-iter", type=count, default=300, help="steps of the forward solver")
     add("--tol", type=nonnegative, help="residual at which a graph counts as solved: relative, or with "
         "--ppi-model literal the largest entry")
     add("--backward-solver", choices=list(SOLVERS),
-        help="solves for the gradient of --grad implicit; the paper's is fixed-point")
-    add("--backward-max-iter", type=count, default=300, help="steps of that solver")
-    add("--backward-tol", type=nonnegative, help="residual, relative to dL/dH*, at which it stops on a graph "
-        "(default: ten times --tol, 1e-5 with literal)")
+        help="solver of the backward pass of --grad implicit (the paper's is fixed-point)")
+    add("--backward-max-iter", type=count, default=300, help="steps of the backward solver")
+    add("--backward-tol", type=nonnegative, help="residual, relative to dL/dH*, at which a graph counts as "
+        "solved in the backward pass (default: ten times --tol, 1e-5 with literal)")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, help="passes over the training graphs")
-    add("--batch-size", type=count, help="graphs per step over all processes; for COX2 and PROTEINS per fold")
+    add("--batch-size", type=count, help="graphs per step over all processes (COX2 and PROTEINS: per fold)")
     add("--lr", type=within(float, "(0, inf)"),
-        help="Adam's learning rate, which COX2 and PROTEINS halve from epoch 51 on")
-    add("--clip", type=nonnegative, help="largest norm of the gradient; 0: no clipping")
+        help="Adam's learning rate.  On COX2 and PROTEINS it is halved from epoch 51 on")
+    add("--clip", type=nonnegative, help="largest norm of the gradient.  0 means no clipping")
     modes = add_run_flags(p, "ignn-DATASET", seed=42, log_every=None,
                           log_unit="epochs (default: a tenth of all)")
     modes.add_argument("--table4", action="store_true",
                        help="train implicit and UPG with lam 0.5, 0.8 and 1.0, and print Table 4")
     p.set_defaults(stop_mode=None)          # no flag: it follows from --ppi-model
-    # given: what differs from the parser's own defaults.  of_a_run: what a checkpoint does not decide.
+    # given: options that differ from the parser's own defaults.  of_a_run: those a checkpoint does not set.
     plain = vars(p.parse_args(argv))
     given = {name for name, value in plain.items() if value != p.get_default(name)}
     of_a_run = {"out", "resume", "save_every", "log_every", "eval", "benchmark", "table4"}
     args = parse_flags(p, argv, presets, from_checkpoint=" ".join(plain.keys() - of_a_run))
 
-    # Combinations that make no sense end here, before any data are read.
+    # Rejects combinations that make no sense, before any data are read.
     for datasets, names in ONLY_FOR.items():
         for name in given & set(names.split()) if args.dataset not in datasets else ():
             # The benchmark of PPI generates its graphs, so it does have a scale.
             if not (name == "graph_scale" and args.dataset == "PPI" and args.benchmark):
-                p.error(f"--{name.replace('_', '-')} is of {' and '.join(datasets)}: it has no effect on "
-                        f"{args.dataset}")
+                p.error(f"--{name.replace('_', '-')} is only for {' and '.join(datasets)}: it has no effect "
+                        f"on {args.dataset}")
     file = args.resume not in (None, "auto")            # --resume FILE
     if args.table4 and (args.dataset == "chains" or given & {"grad", "lam"} or file):
-        p.error("--table4 is not of chains, sets --grad and --lam itself, and is continued by "
+        p.error("--table4 is not for chains, and sets --grad and --lam itself.  Continue it with "
                 "--out DIR --resume auto")
     if file and not args.eval and args.dataset in ("COX2", "PROTEINS"):
         p.error("--resume: each fold has a checkpoint of its own; continue all by --out DIR --resume auto")
@@ -197,7 +196,7 @@ def parse_args(argv=None):
         p.error("--eval is for one process, and not for chains: their run prints its figures at its end")
     if args.benchmark and args.dataset not in ("COX2", "PPI", "PPI-synthetic"):
         p.error("--benchmark needs --dataset COX2, PPI or PPI-synthetic: it generates graphs of those sizes")
-    # What is left open follows from other options.
+    # These settings follow from other options.
     literal = args.ppi_model == "literal" and args.dataset in ("PPI", "PPI-synthetic")
     args.stop_mode = "max" if literal else "rel"
     if args.backward_tol is None:
@@ -208,7 +207,7 @@ def parse_args(argv=None):
 
 @functools.cache
 def pyg():
-    """torch_geometric, imported when it is first needed: that takes seconds."""
+    """torch_geometric, imported only when it is needed, because that takes seconds."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
         import torch_geometric.data
@@ -230,7 +229,7 @@ class Sparse(NamedTuple):
 
 
 def sparse(index, values, shape):
-    """Sparse from index (2, E), row and column of each of E values.  Values at the same place are added."""
+    """A Sparse with E values at index (2, E), their rows and columns.  Values at the same place are added."""
     with warnings.catch_warnings():         # torch calls its CSR tensors a beta feature
         warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
         matrix, transpose = (torch.sparse_coo_tensor(i, values, s).coalesce().to_sparse_csr()
@@ -240,19 +239,19 @@ def sparse(index, values, shape):
 
 @dataclasses.dataclass
 class Graphs:
-    """A batch of G graphs on the device, as one graph of n nodes: the adjacency is block-diagonal."""
+    """A batch of G graphs on the device, stored as one graph of n nodes with a block-diagonal adjacency."""
     x: torch.Tensor                 # (n, p)
-    y: torch.Tensor                 # (G,) long, labels of graphs; (n,) long or (n, C) float, of nodes
+    y: torch.Tensor                 # labels: (G,) long of graphs, or (n,) long or (n, C) float of nodes
     adjacency: Sparse               # (n, n)
     offsets: torch.Tensor           # (G + 1,) first row of each graph, and n
     longest: int                    # nodes of the largest graph
     slots: torch.Tensor             # (n,) place of each row when graphs are padded to the longest
-    rho: float | None               # spectral radius of a raw adjacency; None: it is normalised, 1 at most
-    adjacency_2a: Sparse | None     # the official evaluation's, if asked for
+    rho: float | None               # spectral radius of a raw adjacency, None if it is normalised (1 at most)
+    adjacency_2a: Sparse | None     # adjacency of the official evaluation, if asked for
 
 
 def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32):
-    """One batch of a list of PyG graphs.  Build it once: nothing of it changes in training.
+    """A batch of a list of PyG graphs.  Build it once, because it does not change in training.
 
     kind "sym": S = (D + I)^-1/2 (A + I) (D + I)^-1/2, D the degrees, with rho(S) = 1.
     kind "rho": A / rho(A), each graph by its own radius.  kind "raw": A.
@@ -272,7 +271,7 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
     else:
         ones = torch.ones(index.shape[1], dtype=dtype, device=device)
         adjacency = sparse(index, ones, (n, n))
-        # A raw A's radius sets the projection, and with it the numbers of an official checkpoint.
+        # The radius of a raw A sets the projection, so the scores of an official checkpoint depend on it.
         radius = spectral_radii(adjacency, offsets, graph, tol=1e-10 if kind == "raw" else 1e-3)    # (G,)
         if kind == "raw":
             rho = radius.max().item() + 1e-5                # of the batch, as in the official release
@@ -285,11 +284,11 @@ def make_batch(graphs, device, *, kind="sym", with_2a=False, dtype=torch.float32
 
 
 def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
-    """An upper bound (G,) of rho(A) of each graph, within tol of it unless max_iter comes first.
+    """An upper bound of each graph's rho(A), (G,), within tol of it unless max_iter is reached first.
 
-    A >= 0, symmetric.  Power iteration with A + I, which also converges for a bipartite graph.  For x > 0 the
-    Rayleigh quotient x^T A x / x^T x is a lower bound and max_i (A x)_i / x_i an upper one
-    (Collatz-Wielandt).  With the upper one the projection's radius kappa / rho is never too large.
+    A must be symmetric and >= 0.  Power iteration with A + I also converges for a bipartite graph.  For x > 0
+    the Rayleigh quotient x^T A x / x^T x is a lower bound and max_i (A x)_i / x_i an upper bound
+    (Collatz-Wielandt).  With the upper bound the projection's radius kappa / rho is never too large.
     """
     matrix = A.matrix.double()
     x = torch.ones(matrix.shape[0], 1, dtype=torch.float64, device=graph.device)
@@ -309,10 +308,11 @@ def spectral_radii(A, offsets, graph, tol=1e-3, max_iter=1000):
 # --- data: COX2, PROTEINS, PPI ------------------------------------------------------------------------------
 
 def load(args, process, make):
-    """make(folder), a data set that PyG converts in this folder.  The first process downloads for the others.
+    """Returns make(folder), a data set that PyG converts in a temporary folder.
 
-    PyG itself keeps what it has converted beside raw/, and takes it however raw/ has changed since.  Whatever
-    is wrong with the files ends the run with one line that says what to do.
+    The first process downloads for the others.  By itself PyG would keep its converted files beside raw/, and
+    use them even if raw/ has changed since.  If anything is wrong with the files, the run stops with one line
+    that says what to do.
     """
     raw = os.path.join(args.data, args.dataset, "raw")
     if args.dataset == "PPI":
@@ -322,18 +322,18 @@ def load(args, process, make):
         names = [f"{args.dataset}_{part}.txt"
                  for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
 
-    def read():         # what is missing, too: another process may be downloading
+    def read():         # also looks for missing files, which another process may have downloaded by then
         missing = [name for name in names if not os.path.isfile(os.path.join(raw, name))]
         there = len(missing) < len(names)
         if there and missing:
             die(f"--data {args.data}: {raw} lacks {', '.join(missing[:4])}{' and more' * (len(missing) > 4)};"
                 " unpack it anew, or remove the folder to have it downloaded")
         try:
-            # PyG prints two lines at each start, of which only the download's are news.
+            # PyG prints two lines at each start.  Only those about a download are worth showing.
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(
                     io.StringIO() if there else sys.stderr):
                 return make(folder)
-        except Exception as error:          # PyG lets through whatever network, archive or numbers raise
+        except Exception as error:          # PyG passes on any error of the network, archive or numbers
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             die(f"--data {args.data}: cannot read {args.dataset} ({type(error).__name__}: {what}); "
                 + (f"its files are damaged: unpack {raw} anew" if there else
@@ -343,9 +343,9 @@ def load(args, process, make):
 
 
 def check_graphs(args, graphs, nodes):
-    """Ends the run with one line if a graph's edges, features and labels do not fit together.
+    """Stops with one line if a graph's edges, features and labels do not fit together.
 
-    nodes: labels are of nodes, else one of the graph.
+    nodes: whether each node has labels, and not each graph one label.
     """
     where = f"--data {args.data}: {args.dataset}"
     if not graphs:
@@ -377,10 +377,10 @@ def check_graphs(args, graphs, nodes):
 
 
 def load_tu(args, process):
-    """COX2 or PROTEINS as a list of graphs; x is the one-hot node label."""
+    """COX2 or PROTEINS as a list of graphs, with one-hot node labels as x."""
     def make(folder):
         raw = Path(args.data) / args.dataset / "raw" / args.dataset
-        if os.path.isfile(f"{raw}_A.txt"):          # what PyG would drop or shift without a word
+        if os.path.isfile(f"{raw}_A.txt"):          # rejects what PyG would silently drop or shift
             lines = {part: Path(f"{raw}_{part}.txt").read_text()
                      for part in ("A", "graph_indicator", "graph_labels", "node_labels")}
             nodes = lines["graph_indicator"].count("\n")
@@ -414,7 +414,7 @@ def load_nodes(args, process):
     def make(folder):
         for part in ("train", "valid", "test"):
             file = root / "raw" / f"{part}_graph.json"
-            if os.path.isfile(file):    # what PyG would drop or shift without a word
+            if os.path.isfile(file):    # rejects what PyG would silently drop or shift
                 links = json.loads(file.read_text())["links"]
                 graph_of = np.load(root / "raw" / f"{part}_graph_id.npy")
                 ends = np.array([[link["source"], link["target"]] for link in links])       # (links, 2)
@@ -436,8 +436,8 @@ def load_nodes(args, process):
 def stratified_folds(labels, folds, seed):
     """Each graph's fold (n,), as by scikit-learn's StratifiedKFold(folds, shuffle=True, random_state=seed).
 
-    Of the sorted labels every folds-th goes to the same fold.  This fixes how many graphs of each class a
-    fold gets.  Which ones is drawn class by class, in the order in which the classes first appear.
+    In the sorted labels every folds-th goes to the same fold.  This fixes how many graphs of each class a
+    fold gets.  Those graphs are then drawn class by class, in the order in which the classes first appear.
     """
     labels, rng = np.asarray(labels), np.random.RandomState(seed)
     classes = labels[np.sort(np.unique(labels, return_index=True)[1])]      # in order of appearance
@@ -445,7 +445,7 @@ def stratified_folds(labels, folds, seed):
     ordered = np.repeat(np.arange(len(classes)), [(labels == c).sum() for c in classes])
     fold_of = np.empty(len(labels), dtype=int)
     for c, label in enumerate(classes):
-        # Each fold as often as it gets this class, then shuffled over the graphs of the class.
+        # Lists each fold as often as it gets this class, then shuffles the list over the class's graphs.
         places = np.repeat(np.arange(folds), [(ordered[i::folds] == c).sum() for i in range(folds)])
         rng.shuffle(places)
         fold_of[labels == label] = places
@@ -453,10 +453,10 @@ def stratified_folds(labels, folds, seed):
 
 
 def split(args, labels):
-    """[(train, val, test) of each fold], lists of graph numbers.  Batches take `train` in its order.
+    """[(train, val, test) of each fold], lists of graph numbers.  Batches keep the order of `train`.
 
-    --unstratified-folds: the official split.  It stratifies the graphs in the order of the file, and uses the
-    resulting numbers on shuffled graphs.
+    --unstratified-folds: the official split.  It stratifies the graphs in the order of the file, but gives
+    the resulting fold numbers to shuffled graphs.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)).numpy()
     fold_of = stratified_folds(labels, args.folds, args.seed)
@@ -475,7 +475,7 @@ def split(args, labels):
 
 
 def checksum(graphs):
-    """Hash of edges, features and labels: it shows whether a run is continued on the data it began with."""
+    """Hash of edges, features and labels, to check that a run is resumed on the data it began with."""
     digest = hashlib.sha256()
     for tensor in (t for graph in graphs for t in (graph.edge_index, graph.x, graph.y)):
         digest.update(tensor.numpy().tobytes())
@@ -491,12 +491,12 @@ PPI_NODES = ((1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312, 2401, 1
 def ppi_lookalike(scale, seed):
     """[train, val, test], lists of graphs of PPI's sizes times scale: 50 features, 121 labels, a few hubs.
 
-    Edges join nodes with probability proportional to the product of log-normal weights, 13.65 edges per node.
-    A linear teacher scores a node by its features and its neighbours' mean, and a label is 1 where the score
-    is above the 70th percentile of the training nodes.
+    There are 13.65 edges per node, drawn with probability proportional to the product of the two nodes'
+    log-normal weights.  A linear teacher scores a node by its features and its neighbours' mean.  A label is
+    1 if its score is above the 70th percentile of the training nodes.
     """
     rng = torch.Generator().manual_seed(seed)
-    # The teacher: a node's own features and its neighbours' mean to scores, (50, 121) each.
+    # The teacher maps a node's own features and its neighbours' mean to scores, (50, 121) each.
     own, around = torch.randn(50, 121, generator=rng), torch.randn(50, 121, generator=rng)
     splits = []
     for sizes in PPI_NODES:
@@ -512,7 +512,7 @@ def ppi_lookalike(scale, seed):
                 edges = torch.unique(torch.cat([edges, (a * n + b)[a < b]]))
             edges = edges[torch.randperm(len(edges), generator=rng)[:wanted]]
             edge_index = pyg().utils.to_undirected(torch.stack([edges // n, edges % n]), num_nodes=n)
-            # Sparse 0/1 features, of mean 0 and variance 1 after the shift and scale.
+            # Sparse 0/1 features, shifted and scaled to mean 0 and variance 1.
             x = ((torch.rand(n, 50, generator=rng) < 0.08).float() - 0.08) / math.sqrt(0.08 * 0.92)
             mean = torch.zeros(n, 50).index_add_(0, edge_index[0], x[edge_index[1]])    # sums over neighbours
             mean = mean / pyg().utils.degree(edge_index[0], n).clamp_min(1)[:, None]
@@ -527,8 +527,8 @@ def ppi_lookalike(scale, seed):
 def chains(length, seed):
     """[train, val, test]: chains of length / 2 to length nodes.  All nodes of a chain have the same class.
 
-    Only the first node's features show it.  So a network that sees t hops (edges) far can only guess for the
-    nodes beyond.
+    Only the first node's features show the class, so a network that sees t hops (edges) far can only guess
+    the class of nodes farther away.
     """
     rng = torch.Generator().manual_seed(seed)
     splits = []
@@ -546,12 +546,12 @@ def chains(length, seed):
 
 
 def molecules(count, seed):
-    """Graphs of COX2's size (41 nodes, 43.5 edges) for --benchmark: random trees, up to 3 edges more."""
+    """Graphs of COX2's size (41 nodes, 43.5 edges) for --benchmark: random trees with up to 3 more edges."""
     rng = torch.Generator().manual_seed(seed)
     graphs = []
     for i in range(count):
         n = int(torch.randint(32, 51, (1,), generator=rng))
-        # A node hangs on one of the three before it, so the trees are long, like molecules.
+        # Each node is joined to one of the three before it, so the trees are long, like molecules.
         parent = (torch.arange(1, n) - 1 - (3 * torch.rand(n - 1, generator=rng)).long()).clamp_min(0)
         more = torch.randint(0, n, (2, 3), generator=rng)
         edges = torch.cat([torch.stack([torch.arange(1, n), parent]), more[:, more[0] != more[1]]], dim=1)
@@ -564,11 +564,11 @@ def molecules(count, seed):
 # --- model --------------------------------------------------------------------------------------------------
 
 def project_rows(W, v):
-    """A copy of W (m, m) with each row at its nearest point, in Euclidean norm, of the L1 ball of radius v.
+    """A copy of W (m, m) with each row moved to the nearest point, in Euclidean norm, of an L1 ball.
 
-    This is IGNN's condition ||W||_inf <= v for the existence of H*.  It holds or fails row by row, so all
-    rows are projected at once.  A row inside the ball stays as it is, bit for bit.  One from outside ends on
-    the ball's surface, to rounding: its absolute values all lose
+    The ball has radius v, so the copy meets IGNN's condition ||W||_inf <= v for the existence of H*.  All
+    rows are projected at once.  A row inside the ball stays as it is, bit for bit.  A row outside moves to
+    the ball's surface, up to rounding: its absolute values are all reduced by
         theta = (u_1 + ... + u_r - v) / r
     and those below theta become 0.  Here u are the absolute values in descending order, and r is the number
     of j with u_j > (u_1 + ... + u_j - v) / j.
@@ -591,7 +591,7 @@ class _Propagate(torch.autograd.Function):
     def forward(ctx, h, matrix, transpose):
         ctx.matrices = transpose, matrix
         out = h.new_empty(matrix.shape[0], h.shape[1])
-        # beta=0: `out` is not read.  torch.sparse.mm would fill it with zeros, and copy it, first.
+        # With beta=0 `out` is not read.  torch.sparse.mm would first fill it with zeros and copy it.
         return torch.addmm(out, matrix, h, beta=0, out=out)
 
     @staticmethod
@@ -607,10 +607,10 @@ def propagate(A, h):
 def padded(solver, batch):
     """common.anderson or common.broyden for a batch: its graphs are the samples, padded with zeros.
 
-    They need fewer iterations than the plain one if the contraction is slow, as with kappa = 0.98.  Why not
-    offsets=batch.offsets, which gives the same without padding: it takes about 1.3 times as long on a CPU,
-    unless one large graph makes the batch mostly padding.  Why not PyG's to_dense_batch: it finds the places
-    anew at each call, and a training step of COX2 takes 1.09 times as long.
+    They need fewer iterations than plain iteration if the contraction is slow, as with kappa = 0.98.
+    offsets=batch.offsets would give the same without padding, but takes about 1.3 times as long on a CPU,
+    unless one large graph makes the batch mostly padding.  PyG's to_dense_batch would find the places again
+    at each call, and a training step of COX2 would take 1.09 times as long.
     """
     graphs, longest = len(batch.offsets) - 1, batch.longest
 
@@ -635,8 +635,8 @@ def padded(solver, batch):
     return solve
 
 
-# {name: batch -> solver of which each graph is a sample, so that it stops by itself}.  memory: gmres restarts
-# after 40 products.  Without it, it would keep room for --backward-max-iter states, 300.
+# {name: batch -> solver}.  Each graph is a sample of the solver, so it stops by itself.  memory: gmres
+# restarts after 40 products.  Otherwise it would keep room for --backward-max-iter states, 300.
 SOLVERS = {"fixed-point": lambda batch: functools.partial(fixed_point, offsets=batch.offsets),
            "anderson": functools.partial(padded, anderson), "broyden": functools.partial(padded, broyden),
            "gmres": lambda batch: functools.partial(gmres, memory=40, offsets=batch.offsets)}
@@ -655,9 +655,9 @@ class ImplicitLayer(nn.Module):
 
     The official layer also owns Omega_2 (m, p) and a bias (m) that it never uses.
     omega_2: B = A V Omega_1^T + V Omega_2^T, as in torchdeq's node model.
-    spectral: that model's normalisation of each weight M.  It is replaced by diag(min(1, g / sigma)) M, with
-    g (m, 1) learnt and sigma = u^T M v its spectral norm, u and v from power iterations.
-    hops: this many iterations from zero replace the equilibrium, to see what the equilibrium adds.
+    spectral: normalises each weight M as that model does, to diag(min(1, g / sigma)) M.  g (m, 1) is learned.
+    sigma = u^T M v is the spectral norm of M, with u and v from power iterations.
+    hops: this many iterations from zero replace the equilibrium, to show what the equilibrium adds.
     """
 
     def __init__(self, p, m, kappa, omega_2=False, spectral=False, hops=0):
@@ -678,10 +678,10 @@ class ImplicitLayer(nn.Module):
 
     @torch.no_grad()
     def project_(self, rho=None):
-        """To be called after a change of the weights.  A forward pass itself changes nothing.
+        """Call this after a change of the weights, because a forward pass itself changes nothing.
 
-        Puts the rows of W into the ball of radius kappa / rho.  With `spectral` W may be anywhere, as only
-        its effective value is projected (`weights`), and here u and v make one more power iteration.
+        Projects the rows of W to the ball of radius kappa / rho.  With `spectral` W itself is free, because
+        `weights` projects its effective value.  Then only u and v make one more power iteration here.
         """
         if not self.spectral:
             self.W.copy_(project_rows(self.W, self.kappa / (rho or 1.0)))
@@ -701,8 +701,8 @@ class ImplicitLayer(nn.Module):
             return M * (g / (u @ M @ v)).clamp(max=1)   # u^T M v: sigma
 
         W, Omega_1, Omega_2 = map(effective, ("W", "Omega_1", "Omega_2"))
-        # A temporary is projected, not the parameter.  The gradient passes as if it were not ("straight
-        # through"): W - W.detach() is 0, but its derivative is 1.
+        # Projects a temporary, not the parameter.  The gradient ignores the projection ("straight through"):
+        # W - W.detach() is 0, but its derivative is 1.
         if self.spectral or rho is not None:
             W = project_rows(W.detach(), self.kappa / (rho or 1.0)) + (W - W.detach())
         return W, Omega_1, Omega_2
@@ -750,16 +750,16 @@ class GraphIGNN(nn.Module):
         self.readout = nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, num_classes)])
 
     def project_(self, rho=None):
-        """After every step of an optimiser: puts the weights back into the well-posed set."""
+        """Puts the weights back into the well-posed set.  Call it after every step of an optimiser."""
         for layer in self.implicit:
             layer.project_(rho)
 
     def forward(self, batch, keep=None, log=None):
-        """batch: Graphs.  keep (G, hidden): the dropout mask, 0 or 1 / (1 - dropout); drawn here if None."""
+        """batch: Graphs.  keep (G, hidden): dropout mask of 0 and 1 / (1 - dropout), drawn here if None."""
         h = batch.x                         # (n, p)
         for layer in self.implicit:
             h = layer(h, batch, self.solve, log)
-        # As fast as PyG's scatter, with the same bits, in a fixed order on a GPU.  unsafe: without a sync.
+        # As fast as PyG's scatter, with the same bits, but in a fixed order on a GPU.  unsafe avoids a sync.
         g = torch.segment_reduce(h, "sum", offsets=batch.offsets, unsafe=True)              # (G, hidden)
         g = F.relu(self.readout[0](g))
         g = F.dropout(g, self.dropout, self.training) if keep is None else g * keep
@@ -769,8 +769,8 @@ class GraphIGNN(nn.Module):
 class NodeIGNN(nn.Module):
     """Logits (n, classes) of the nodes: h <- elu(IGNN_i(h) + V_i h) for each layer i, the last without elu.
 
-    V_i: a linear layer beside the implicit one (`skip`).  widths: outputs of the layers before the last.  The
-    default is the paper's PPI model, 4, 2, 2 and 1 times hidden.  The last layer has `classes` outputs.
+    V_i is a linear layer beside the implicit one (`skip`).  widths: outputs of the layers before the last, by
+    default those of the paper's PPI model, 4, 2, 2 and 1 times hidden.  The last layer has `classes` outputs.
     """
 
     def __init__(self, num_features, num_classes, hidden=256, kappa=0.98,
@@ -797,8 +797,8 @@ class NodeIGNN(nn.Module):
 def load_official(model, state_dict):
     """Loads a state dict of the official IGNN release (graph or PPI) or of torchdeq's zoo, then projects W.
 
-    Strict: a RuntimeError names keys that are unknown, missing or of another shape.  The bias, and Omega_2 if
-    the model here has none, are left out, as those models own and never use them.
+    Raises RuntimeError that names keys that are unknown, missing or of another shape.  Leaves out the bias,
+    and Omega_2 if our model has none, because those models own but never use them.
     """
     linear, last = "skip" if isinstance(model, NodeIGNN) else "readout", len(model.implicit) - 1
     # Applied to each key in this order: DataParallel's prefix, IGNN's release, then the zoo.
@@ -810,11 +810,11 @@ def load_official(model, state_dict):
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
         unused = re.fullmatch(r"(implicit\.\d+\.)(bias|Omega_2)", key)
-        # An unused key of a layer that is not here stays, so that load_state_dict names it as unknown.
+        # An unused key of a layer that our model lacks stays, so that load_state_dict names it as unknown.
         if key in own or not unused or unused[1] + "W" not in own:
             found[key] = value
     model.load_state_dict(found)
-    if not model.implicit[0].spectral:          # else u and v of the checkpoint are as they must be
+    if not model.implicit[0].spectral:          # else u and v of the checkpoint are right already
         model.project_()
 
 
@@ -841,7 +841,7 @@ def node_model(args, num_features, num_classes, hops=0):
 
 
 def official_count(model):
-    """Parameters as the paper counts them: with the official layers' Omega_2 and bias, which nothing uses."""
+    """Number of parameters as the paper counts: with the official layers' unused Omega_2 and bias."""
     shapes, zoo = [layer.Omega_1.shape for layer in model.implicit], "Omega_2" in model.implicit[0].names
     return sum(p.numel() for p in model.parameters()) + sum(m + m * p * (not zoo) for m, p in shapes)
 
@@ -858,7 +858,7 @@ def describe(model, args):
 # --- training -----------------------------------------------------------------------------------------------
 
 def dropout_mask(args, fold, epoch, step, batch):
-    """(G, hidden) for a step: the same whichever process trains this fold, and after a resume."""
+    """The mask (G, hidden) of a step.  It does not depend on the process, and is the same after a resume."""
     # One number per (seed, fold, epoch, step), in the range that manual_seed takes.
     seed = (((args.seed * 1009 + fold) * 10007 + epoch) * 10007 + step) % 2 ** 63
     rng = torch.Generator().manual_seed(seed)
@@ -890,17 +890,17 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
     net = DistributedDataParallel(model) if process.world_size > 1 else model
     for epoch in process.bar(range(first, args.epochs), what + "epochs"):
         began, log, losses = time.perf_counter(), [], []    # log: the epoch's SolverResults
-        order = range(len(batches))             # of a fold always the same, as in the release
+        order = range(len(batches))             # always the same in a fold, as in the release
         if nodes:
             rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
             order = torch.randperm(len(batches), generator=rng).tolist()
-        lr = args.lr * (0.5 if epoch >= 50 and not nodes else 1)            # halved once, for epoch 51
+        lr = args.lr * (0.5 if epoch >= 50 and not nodes else 1)            # halved once, from epoch 51 on
         for group in optimizer.param_groups:
             group["lr"] = lr
         for step, i in enumerate(order):
             batch = batches[i]
             if nodes:
-                model.project_(batch.rho)       # as in the release: a raw adjacency has this graph's radius
+                model.project_(batch.rho)       # as in the release, by this graph's radius if A is raw
                 loss = node_loss(net(batch, log=log), batch.y)
             else:
                 loss = F.nll_loss(net(batch, dropout_mask(args, fold, epoch, step, batch), log), batch.y)
@@ -911,12 +911,12 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
             optimizer.zero_grad(set_to_none=True)
             if not nodes:
                 model.project_()
-            # On the device, for one transfer at the end: node losses by their shares, else sums over graphs.
+            # Kept on the device for one transfer at the end: node losses times shares, or sums over graphs.
             losses.append(loss.detach() * shares[i] if nodes else loss.detach().double() * len(batch.y))
-        if nodes and batches[0].rho is None:    # else a forward pass projects for its own graphs' radius
+        if nodes and batches[0].rho is None:    # else each forward pass projects to its own graphs' radius
             model.project_()
 
-        # --- the epoch's training ends here; what follows is evaluation, logging and saving ---
+        # --- the epoch's training ends here.  Evaluation, logging and saving follow ---
         # The mean over steps and processes, or over the graphs of the fold.
         losses, graphs = torch.stack(losses), sum(len(batch.y) for batch in batches)
         loss = process.sum(losses.mean()) / process.world_size if nodes else losses.sum() / graphs
@@ -925,9 +925,9 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
             found[name], found[f"{name}_loss"] = evaluate(model, batch, process)
         for name, value in found.items():
             curve.setdefault(name, []).append(value)
-        if not math.isfinite(found["loss"] + found["test_loss"]):       # of the weights after the epoch, too
+        if not math.isfinite(found["loss"] + found["test_loss"]):       # test_loss: after the last step
             if nodes and args.table4:
-                return curve                    # the table has a row for it
+                return curve                    # the table says so in a note
             run.broke(f"{what}epoch {epoch + 1}: the loss became {found['loss']}, in the test "
                       f"{found['test_loss']}", epoch + 1, "try a lower --lr, --kappa or (nodes) --clip")
         last = epoch + 1 == args.epochs
@@ -945,7 +945,7 @@ def train(args, run, model, batches, shares, evaluation, fold=None):
 
 
 def best_epoch(curve):
-    """The number, from 0 on, of the epoch with the best validation score, or the first of them."""
+    """The index, from 0 on, of the first epoch with the best validation score."""
     return max(range(len(curve["val"])), key=lambda e: curve["val"][e])
 
 
@@ -960,7 +960,7 @@ def solves(log, args, process):
     return record
 
 
-def write_results(args, **results):         # with the options, as JSON in --out
+def write_results(args, **results):         # as JSON in --out, with the options
     path = Path(args.out) / "results.json"
     try:
         path.write_text(json.dumps(finite({"args": vars(args), **results}), default=float))
@@ -969,9 +969,9 @@ def write_results(args, **results):         # with the options, as JSON in --out
 
 
 def train_fold(args, device, graphs, numbers, fold, data, about):
-    """One fold: a run of its own, of one process, in --out/fold-N.
+    """Trains one fold on one process, as a run of its own in --out/fold-N.
 
-    numbers: of the graphs in (train, val, test).  data: their checksum.  about: what to print at the start.
+    numbers: those of the graphs in (train, val, test).  data: checksum of `graphs`.  about: printed at first.
     Returns (curve, weights, seconds), or None after a signal.
     """
     args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/fold-{fold}"})
@@ -994,7 +994,7 @@ def train_fold(args, device, graphs, numbers, fold, data, about):
 
 
 def cross_validate(args, process, graphs):
-    """COX2 and PROTEINS.  The folds are divided over the processes, which meet once, at the end.
+    """Trains on COX2 or PROTEINS.  The processes divide the folds, and meet once, at the end.
 
     Returns {"table": {protocol: accuracies of the folds}, ...}, or None after a signal.
     """
@@ -1003,7 +1003,7 @@ def cross_validate(args, process, graphs):
     if min(min(len(train_set), len(test)) for train_set, _, test in splits) < 1:
         process.die(f"--folds {args.folds}: {len(graphs)} graphs are too few for it")
 
-    def claim():                            # --out is new, or is to be continued
+    def claim():                            # stops if --out has a run that is not to be resumed
         begun, ended = [*folder.glob("fold-*/checkpoint.pt*")], (folder / "checkpoint.pt").exists()
         if process.rank == 0:
             lock(folder)
@@ -1012,9 +1012,9 @@ def cross_validate(args, process, graphs):
                 "folder")
 
     process.first(claim)
-    if process.world_size > 1:      # a process may wait hours for the others; the usual group allows half one
+    if process.world_size > 1:      # a process may wait for hours, but the usual group allows half an hour
         meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-    # What a model scores that always predicts the test fold's commonest class.
+    # The score of a model that always predicts the most frequent class of the test fold.
     majority = [100 * max(np.bincount([labels[i] for i in test])) / len(test) for _, _, test in splits]
     majority_class = f"{np.mean(majority):.1f} ± {np.std(majority):.1f} %"
     method, about = describe(graph_model(args, graphs, 0), args)
@@ -1051,7 +1051,7 @@ def cross_validate(args, process, graphs):
 
 
 def train_nodes(args, process, splits, hops=0):
-    """PPI, its look-alike or chains.  A step takes --batch-size graphs, divided over the processes.
+    """Trains on PPI, its look-alike or chains.  The processes divide the --batch-size graphs of a step.
 
     hops: 0, or the iterations of each layer of the few-hop network.
     Returns {"table": {protocol: test score (%)}, ...}, or None after a signal.
@@ -1074,7 +1074,7 @@ def train_nodes(args, process, splits, hops=0):
               for batch, group in zip(batches, groups)]
     evaluation = {name: make_batch(graphs[rank::world], device, kind=kind)
                   for name, graphs in zip(("val", "test"), splits[1:])}
-    # With a raw adjacency W is projected for the graph with the largest radius of a step, over all processes.
+    # With a raw adjacency W is projected by the largest radius of the step's graphs on all processes.
     for batch in [*batches, *evaluation.values()] if kind == "raw" else []:
         batch.rho = max(process.gather(batch.rho))
     run = Run(args, process, "", "table4", processes=world, hops=hops,
@@ -1105,9 +1105,9 @@ def train_nodes(args, process, splits, hops=0):
 
 
 def collapse(curve, constant):
-    """What went wrong in a training on PPI, read off its validation scores (%) after each epoch, or ''.
+    """What went wrong in a training on PPI, judged by its validation score (%) after each epoch, or ''.
 
-    A collapse: the score falls to that of the best constant prediction (`constant`) from well above it.
+    In a collapse the score falls from well above that of the best constant prediction (`constant`) to it.
     """
     found, down, best = [], False, 0.0
     for epoch, score in enumerate(curve["val"], start=1):
@@ -1127,11 +1127,11 @@ def collapse(curve, constant):
 
 
 def compare_hops(args, process, splits):
-    """Chains: the equilibrium beside a network of few hops, in --out/few-hops.  None after a signal."""
+    """Chains: trains the equilibrium, then a few-hop network in --out/few-hops.  None after a signal."""
     found = train_nodes(args, process, splits)  # the equilibrium
     if found is None:
         return None
-    # --resume auto for it, too, if the run is continued: it has a folder of its own.
+    # It has a folder of its own, so it needs --resume auto, too, if the run is resumed.
     few_args = argparse.Namespace(**{**vars(args), "out": f"{args.out}/few-hops",
                                      "resume": args.resume and "auto"})
     few = train_nodes(few_args, process, splits, hops=args.hops)
@@ -1172,7 +1172,7 @@ def table4(args, process, data):
 
 @torch.no_grad()
 def evaluate(model, batch, process):
-    """(score in %, loss) over all processes: micro-F1 of logit > 0 for labels 0 or 1, else accuracy."""
+    """(score in %, loss) over all processes: micro-F1 of logit > 0 for 0/1 labels, else accuracy."""
     model.eval()
     logits, y = model(batch), batch.y
     model.train()
@@ -1194,19 +1194,19 @@ def with_2a(batch):
 def constant_f1(y):
     """The best micro-F1 (%) of a prediction that is the same for all nodes, as a collapsed network's is."""
     positive = y.double().sum(dim=0).sort(descending=True).values       # (C,) nodes with each label
-    predicted = len(y) * torch.arange(1, len(positive) + 1)             # if the j commonest labels are given
+    predicted = len(y) * torch.arange(1, len(positive) + 1)             # with the j most frequent labels
     # F1 = 2 tp / (predicted + true), the best over j.
     return 100 * (2 * positive.cumsum(dim=0) / (predicted + positive.sum()).clamp_min(1)).max().item()
 
 
 def protocols(curves):
-    """{protocol: accuracies (folds,)} from {fold: curve}.  A protocol says at which epoch a fold is read."""
+    """{protocol: accuracies (folds,)} from {fold: curve}.  A protocol decides which epochs count."""
     test = np.array([curve["test"] for curve in curves.values()])                           # (folds, epochs)
     folds, common = range(len(test)), test.mean(axis=0).argmax()
     table = {"best test epoch per fold": test.max(axis=1), "one epoch for all": test[:, common],
              "last epoch": test[:, -1]}
     if all("val" in curve for curve in curves.values()):
-        # The epoch with the best validation accuracy, and among equal ones with the lowest loss.
+        # The epoch with the best validation accuracy.  Among equal ones the lowest validation loss decides.
         by_val = [max(range(test.shape[1]), key=lambda e: (curve["val"][e], -curve["val_loss"][e]))
                   for curve in curves.values()]
         table["epoch by val"] = test[folds, by_val]
@@ -1217,7 +1217,7 @@ def protocols(curves):
 
 
 def evaluate_checkpoint(args, process, data):
-    """--eval: the scores of a checkpoint: of a cross-validation, one fold, a run on nodes or a release."""
+    """--eval: scores of a checkpoint: of a cross-validation, one fold, a run on nodes or another release."""
     state, graphs = load_checkpoint(args.resume), args.dataset in ("COX2", "PROTEINS")
     where, ours = f"--resume {args.resume}", is_ours(state)
     if ours:
@@ -1243,7 +1243,7 @@ def evaluate_checkpoint(args, process, data):
             score, loss = evaluate(model, batch, process)
             print(f"{name}: micro-F1 {score:.2f} %, loss {loss:.4f}", flush=True)
         return
-    # {what is printed: (checkpoint, graph numbers)}.  Of a release's folds nothing is known: all graphs.
+    # {what is printed: (checkpoint, graph numbers)}.  A release's folds are unknown, so it gets all graphs.
     parts = {"all graphs": (state, range(len(data)))}
     if ours:                                # each fold's weights on the test graphs of that fold
         weights = state.get("weights") or {state["facts"]["fold"]: state["model"]}
@@ -1267,7 +1267,7 @@ def evaluate_checkpoint(args, process, data):
 def run_benchmark(args, process):
     """--benchmark: training steps with the three gradients on generated graphs.  NPG also with k = 1 and 20.
 
-    The learning rate is 0, so that all rows measure the same weights.
+    The learning rate is 0, so that all rows are measured at the same weights.
     """
     nodes = args.dataset in ("PPI", "PPI-synthetic")
     if nodes:
