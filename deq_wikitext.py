@@ -56,7 +56,7 @@ A step with the JR term (--jr) calls F once more.  There is no --cuda-graph as i
 batch has softmax clusters of other sizes.
 
 Measured on one H200: step times of all rows, for example 109 ms for PostLN UPG at 14 streams.  No training
-was run to the end.  README.md has these numbers, and a small counterpart of Table 3 on real text, on a CPU.
+was run to the end.  assets/results.md has these, and a small counterpart of Table 3 on real text, on a CPU.
 
 Differs from the paper and locuslab/deq:
     residuals                   per stream (there: one norm over the batch)

@@ -38,7 +38,7 @@ What makes it faster:
     - the processes divide the folds (on a CPU with OMP_NUM_THREADS=1: the matrices are too small for threads)
 There is no --amp, --compile or --cuda-graph, because batches differ in size and solves stop at a tolerance.
 
-Measured: README.md has Table 4 for COX2, PROTEINS and PPI-synthetic on a CPU, and step times on an H200.  PPI
+Measured: assets/results.md has Table 4 for COX2, PROTEINS and PPI-synthetic, and step times on an H200.  PPI
 has not been run.
 
 Differs from IGNN's code:
