@@ -5,7 +5,7 @@ arXiv:2111.05177): Figs. 1 and 4, Theorems 1 to 3, Table 2 (Sec. 2 and 3, App. D
     python deq_synthetic.py --plot assets              # and fig1.png, fig4.png (needs matplotlib)
     python deq_synthetic.py --only fig1 --activation tanh --pairs 256
 
-Measured: assets/results.md has the figures and the result of each table in words, with the commit that made them.
+Measured: assets/results.md has the figures, and each table's result in words with its commit.
 
 Setting (App. D.1): h* = F(h* + u), F(x) = act(x W), W symmetric with spectral norm L_h.  u and y are standard
 normal matrices of N x D = 32 x 128.  The loss is the mean squared error between h* and y.  The gradient is

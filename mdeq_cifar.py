@@ -25,7 +25,8 @@ Table 3 (Large, 220 epochs, batch 128, augmentation):
                      --dropout 0.3 --pretrain-steps 20000
        95.0 +- 0.16  --model large
 For Fig. 2, add --cosine-every 500 to row 1.  For Fig. 3, run assets/fig3.sh.  For the spectral radii of
-App. D.2, add --radius-every 500.  The table rows have not been run yet.  assets/results.md has what was measured.
+App. D.2, add --radius-every 500.  The table rows have not been run yet.  Measurements are in
+assets/results.md.
 
 Differences from the paper and its release: The solver measures the residual and keeps the best iterate for
 each image, not for the whole batch.  The first step of Broyden's method has the right sign, which the release
