@@ -23,8 +23,7 @@ with the flags of a row.  The paper's backward solver is Broyden's method.  The 
           75.2 %   --pretrain-steps 500000          # App. D.3, setting 1: UPG after pretraining
           75.7 %   (none)                           # App. D.3, setting 2: UPG from the first step on
 For the spectral radii of App. D.3, add --radius-every 10000, or use --eval.
-The table rows have not been run yet.  Measurements are in
-assets/results.md.
+The table rows have not been run yet.  Measurements are in assets/results.md.
 
 Differences from the paper and its release: The solver measures the residual and keeps the best iterate for
 each image, not for the whole batch.  The first step of Broyden's method has the right sign, which the release
