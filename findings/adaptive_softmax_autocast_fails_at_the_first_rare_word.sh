@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.14.1, nn.AdaptiveLogSoftmaxWithLoss under torch.autocast("cpu", torch.bfloat16), float32 hidden states.
-# Expected: autocast takes any float32 module. The loss is float32, as that of F.cross_entropy is under the same autocast.
+# Expected: autocast takes any float32 module, and the loss is float32, as that of F.cross_entropy is.
 # What happens: it runs as long as all targets are in the first cutoff, and raises a RuntimeError of index_copy_ in the
-#   first batch with one rarer word. With bfloat16 states it runs, but each log-probability and the loss are bfloat16,
-#   three digits, so that the perplexity of a text is a sum of rounded numbers.
-# Why it matters: word-level language models (WikiText-103) have this layer. A short trial with frequent words passes,
-#   the run stops later, and the obvious cure (cast the states) makes the logged perplexities coarse.
+#   first batch with one rarer word. With bfloat16 states it runs, but each log-probability and the loss are bfloat16.
+# Why it matters: word-level language models (WikiText-103) have this layer. A trial with frequent words passes, the run
+#   stops later, and the obvious cure, to cast the states, makes the logged perplexities coarse (three digits).
 # Do instead: with torch.autocast("cpu", enabled=False), and the states in float32.
 # Source: torch/nn/modules/adaptive.py of 2.14.1, forward (output has the dtype of the input, index_copy_).
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # torch 2.14.1, torch.utils.flop_counter.FlopCounterMode on the sparse product A X of an implicit graph network.
-# Expected: the count depends on the work, here 2 * nnz(A) * d, or at worst says that the operator is not known.
-# What happens: A @ X is counted as if A were dense, n / (nnz per row) times too much. torch.sparse.mm(A, X), the same
-#   product bit for bit, is counted as 0, and so is A @ x with a vector, which power iterations and JVPs do.
-# Why it matters: FLOPs in tables of graph and equilibrium models. The spelling decides between 0 and 200 times
-#   too much, and a solver that is called 30 times multiplies the error.
+# Expected: the count is that of the work, here 2 * nnz(A) * d, or at worst says that the operator is not known.
+# What happens: A @ X is counted as if A were dense. torch.sparse.mm(A, X), the same product bit for bit, is counted
+#   as 0, and so is A @ x with a vector, which power iterations and Jacobian-vector products do.
+# Why it matters: FLOPs in tables of graph and equilibrium models. The spelling decides between nothing and, here, 200
+#   times too much, and a solver that is called 30 times multiplies the error.
 # Do instead: count sparse products by hand, or register_flop_formula for aten._sparse_addmm and aten.mv.
-# Source: torch/utils/flop_counter.py of 2.14.1, flop_registry (aten.mm by shapes alone, no aten._sparse_addmm, no aten.mv).
+# Source: torch/utils/flop_counter.py of 2.14.1, flop_registry (aten.mm by shapes, no aten._sparse_addmm, no aten.mv).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -22,7 +22,8 @@ print("torch", torch.__version__)
 torch.manual_seed(0)
 n, d, degree = 1000, 16, 5
 rows = torch.arange(n).repeat_interleave(degree)
-A = torch.sparse_coo_tensor(torch.stack([rows, torch.randint(n, (n * degree,))]), torch.rand(n * degree), (n, n)).coalesce()
+edges = torch.stack([rows, torch.randint(n, (n * degree,))])
+A = torch.sparse_coo_tensor(edges, torch.rand(n * degree), (n, n)).coalesce()
 X = torch.randn(n, d)
 work = 2 * A.values().numel() * d
 

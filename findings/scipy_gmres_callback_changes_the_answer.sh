@@ -35,7 +35,8 @@ def solve(**options):
 
     w, info = gmres(LinearOperator((n, n), matvec, dtype=float), g, rtol=1e-6, maxiter=20, **options)
     residual = np.linalg.norm(w - J.T @ w - g) / np.linalg.norm(g)
-    print(f"{' and '.join(options) or 'no callback':28} info {info:2}  products {len(products):3}  residual {residual:.1e}")
+    name = " and ".join(options) or "no callback"
+    print(f"{name:28} info {info:2}  products {len(products):3}  residual {residual:.1e}")
     return info, len(products), residual
 
 

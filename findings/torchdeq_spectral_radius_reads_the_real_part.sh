@@ -49,7 +49,8 @@ for degrees in (0, 60, 90):
     t = math.radians(degrees)
     J = 1.5 * torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]])
     r = reading(J, 0)
-    print(f"1.5 times a rotation by {degrees:2} degrees: expected 1.50, seen {r:.2f}, by growth of the norm {growth(J):.2f}")
+    print(f"1.5 times a rotation by {degrees:2} degrees: expected 1.50, seen {r:.2f},"
+          f" by growth of the norm {growth(J):.2f}")
     ok = ok and abs(r - 1.5 * math.cos(t)) < 1e-6 and abs(growth(J) - 1.5) < 1e-6
 
 torch.manual_seed(1)
