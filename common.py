@@ -205,7 +205,10 @@ def _norms(xs, dtype):
         return list(torch.where(safe, norms, largest))
     if not bool(safe.all()):
         for x, norm, ok in zip(xs, norms, safe):
-            rows = x[~ok].double().flatten(1)
+            rows = x[~ok].flatten(1)
+            if not bool(rows.any()):            # as h0 = 0: a norm of 0 is right
+                continue
+            rows = rows.double()
             largest = _largest(rows).clamp_min(torch.finfo(rows.dtype).tiny)
             scaled = torch.linalg.vector_norm(rows / largest[:, None], dim=1) * largest
             norm[~ok] = torch.where(largest.isinf(), largest, scaled).to(dtype)
