@@ -23,7 +23,7 @@ or copy the first block of imports, the line `State = ...` and one of these func
     a solver    the whole section before "Solvers", and `_solver`
     upg         everything from `_require` to `_explain`, and `_check_phantom`
     npg         the same as for upg, and everything from `_vjp` to `_Undifferentiable`
-    implicit    a solver (for `gmres`, everything up to it), and everything from `_vjp` to `_Undifferentiable`
+    implicit    everything up to `gmres`, its default, and everything from `_vjp` to `_Undifferentiable`
 """
 import contextlib
 import functools

@@ -74,7 +74,8 @@ def presets(args):
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains an MDEQ on CIFAR-10.  Without options, it is Tiny with UPG A_{5,0.5} and SGD.")
+    p = make_parser("Trains an MDEQ on CIFAR-10.  Without options, it is Tiny with UPG A_{5,0.5} and SGD.  "
+                    "PRESETS has the defaults of --model large and --data toy.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
     add("--data", default="data/cifar-10", type=os.path.expanduser, help="folder of CIFAR-10 (downloaded if "
@@ -214,6 +215,8 @@ def load_images(args, process):
         train_set, eval_set = toy_images(args.train_size or 2000, 1), toy_images(args.test_size or 1000, 2)
     elif "train" in there or there and not any(name.startswith("cifar-10-") for name in there):
         train_set, eval_set = (decoded(*f, process) for f in image_folders(root, process, "train", "test"))
+    elif not root.is_dir() and args.data != "data/cifar-10":
+        die(f"--data {root}: there is no such folder; make it if CIFAR-10 is to be downloaded into it")
     else:
         from torchvision.datasets import CIFAR10
         try:

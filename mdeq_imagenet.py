@@ -77,7 +77,8 @@ def presets(args):
 
 
 def parse_args(argv=None):
-    p = make_parser("Trains MDEQ-Small on ImageNet.  Without options, it uses UPG A_{5,0.6} as in the paper.")
+    p = make_parser("Trains MDEQ-Small on ImageNet.  Without options, it uses UPG A_{5,0.6} as in the paper.  "
+                    "PRESETS has the defaults of --data toy.")
     count, natural = within(int, "[1, inf)"), within(int, "[0, inf)")
     add = p.add_argument_group("data").add_argument     # a shorthand, one for each group
     add("--data", default="data/imagenet", type=os.path.expanduser, help="folder of images in train/CLASS/* "

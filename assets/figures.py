@@ -100,9 +100,11 @@ def curves(runs, picture, only=None):
             die(f"{run}: nothing to draw, no record has a loss, a score, a residual, a cosine or a radius")
         present |= own
     panels = [(title, scale, [name for name in names if name in present]) for title, scale, names in PANELS]
-    panels = [panel for panel in panels if panel[2] and (not only or any(word in panel[0] for word in only))]
+    panels = [panel for panel in panels if panel[2]]
+    drawable = [title.split(" (")[0] for title, *_ in panels]
+    panels = [panel for panel in panels if not only or any(word in panel[0] for word in only)]
     if not panels:
-        die(f"--only {' '.join(only)}: these runs have no such panel")
+        die(f"--only {' '.join(only)}: these runs have no such panel, but {', '.join(drawable)}")
     plt = prepare(picture)
     rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
     fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows + 0.4), squeeze=False,
@@ -119,7 +121,7 @@ def curves(runs, picture, only=None):
     for ax in axes.flat[len(panels):]:
         ax.remove()
     fig.legend(handles=[plt.Line2D([], [], color=color, label=run) for run, color in zip(logs, colors)],
-               loc="outside upper center", ncols=3)
+               loc="outside upper center", ncols=columns)
     save(fig, picture)
 
 

@@ -74,7 +74,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, capsys):
     assert "none: No such file" in refused(capsys, "curves", tmp_path / "none", tmp_path / "x.png")
     assert "must end in .png" in refused(capsys, "curves", run, run)               # the picture was forgotten
     drawable = write(tmp_path / "drawable", start(), epoch(1, 50.0))
-    assert "--only radius: these runs have no such panel" in refused(
+    assert "--only radius: these runs have no such panel, but loss, score, training residual" in refused(
         capsys, "curves", drawable, tmp_path / "x.png", "--only", "radius")
     assert "no run of Fig. 3" in refused(capsys, "fig3", tmp_path, tmp_path / "x.png")
 

@@ -189,7 +189,10 @@ def test_cifar10_comes_from_torchvision_and_a_failed_download_is_named(tmp_path,
         assert images.classes == names and images.y.tolist() == [(i + split) % 10 for i in range(20)]
         assert torch.equal(images.x, torch.stack([x.permute(2, 0, 1) for x in pixels[split]]))
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
-    message = refused(capsys, "--data", tmp_path / "none", "--epochs", 1, "--out", tmp_path / "out")
+    flags = ["--data", tmp_path / "none", "--epochs", 1, "--out", tmp_path / "out"]
+    assert "there is no such folder" in refused(capsys, *flags)         # and none is made for a misspelt name
+    (tmp_path / "none").mkdir()
+    message = refused(capsys, *flags)
     assert f"--data {tmp_path / 'none'}" in message and "no route to host" in message
 
 
