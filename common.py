@@ -1212,8 +1212,8 @@ def spectral_radius(f: Callable, h: State, *, lam: float = 1.0, n_iter: int = 10
     """Spectral radius per sample (N,) of lam J + (1 - lam) I at h, J = df/dh, by the power method with VJPs.
 
     Its log is the mean growth of log ||v|| over the last half of the iterations.  Triangular weights average
-    out oscillations, so it is also right for a complex pair, for which a Rayleigh quotient gives rho
-    cos(angle).  The error is O(1 / n_iter) if J is not normal or if its largest eigenvalues are close: some
+    out oscillations, so the result is also right for a complex pair.  (A Rayleigh quotient would give rho
+    cos(angle).)  The error is O(1 / n_iter) if J is not normal or if its largest eigenvalues are close: some
     per cent at 50.  Cost: one call of f and n_iter VJPs.  v is drawn from torch's own random numbers.
     offsets: see `fixed_point`.  Raises ValueError under torch.inference_mode(), and for an f without a graph.
     """
@@ -1329,8 +1329,8 @@ def compare_gradients(f: Callable, h0: State, loss: Callable, parameters: torch.
     parameters: a module, or the tensors to differentiate by.  Only those that f uses are compared, since the
     gradient of a head at h* is the same in every row.
     rows: a list of (grad, k, lam).  "implicit" means GMRES with k products, and its lam is ignored.
-    h: the state that the rows start from (default: h*), or a function of k that returns it.  For a truncated
-    solve that trains through its last k calls of f, it is the state before these calls.
+    h: the state that the rows start from (default: h*), or a function of k that returns it.  If a truncated
+    solve trains through its last k calls of f, give the state before these calls.
     bptt: also compare with back-propagation through this many plain steps from h0.
 
     The exact gradient is implicit differentiation at h*, by `gmres` to exact_tol with at most exact_max_iter
@@ -1634,7 +1634,7 @@ class Process(NamedTuple):
 
 
 def keep_freed_memory():
-    """Lets glibc keep freed memory.  Else the kernel zeroes tensors of 1 MB again in each step, page by page.
+    """Lets glibc keep freed memory.  Otherwise the kernel zeroes tensors of 1 MB again in each step.
 
     With it a UPG step of MDEQ-Tiny at batch 32 is 1.08 times as fast (one thread), and peak memory is up to
     12 % higher.  If the C library has no mallopt, nothing happens.

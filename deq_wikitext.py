@@ -15,8 +15,8 @@ Words:
                                 series of k terms, Eq. (17)
     JR                          Jacobian regularisation: a loss term for the size of J
     jitter                      each training step lowers the solver's iteration limit by a random number
-    stream, segment, memory     the text is cut into streams, read side by side.  A step reads the next
-                                segment of each.  It also attends to the memory: h and u of earlier tokens
+    stream, segment, memory     the text is cut into streams, which are read side by side.  A step reads the
+                                next segment of each, and attends to the memory: h and u of earlier tokens
     type, cluster               a type is an entry of the vocabulary.  The adaptive softmax sorts types by
                                 frequency.  Its head has a column for each frequent type and one for each
                                 cluster of rarer types (a "tail").  Rarer types have narrower embeddings
@@ -24,7 +24,7 @@ Words:
 Text: --data DIR (default data/wikitext-103) has wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of
 the archive wikitext-103-v1.zip, or the same three as train.txt, valid.txt and test.txt.  --eval and
 --generate need it too, for the vocabulary.  Our checkpoints contain the flags of text, model, solver and
-memory.  An official one contains none: give the model flags of its row.  Nothing in the file shows --norm.
+memory.  An official one contains none: give the model flags of its row.  The file does not show its --norm.
 
 Table 3 (97,691,888 parameters, 300,000 steps of 56 streams x 150 tokens): test perplexity, and speed relative
 to the first row.  A row is the command torchrun --nproc_per_node=4 deq_wikitext.py with the flags at its end:
@@ -47,16 +47,17 @@ Speed and memory (--benchmark with the flag measures all of these except --accum
     --amp                       bf16 autocast, with solver state and softmax in float32.  Changes results
     TF32 products               the default on a GPU, for F and the solver, as in torchdeq.  Changes results.
                                 --no-tf32 turns it off
-    --accumulate n              not faster: 1/n of the activations, and each part has its own dropout masks
-    --recompute                 not faster: the backward pass of UPG computes F again, which saves memory
+    --accumulate n              not faster, but keeps 1/n of the activations, and draws dropout for each part
+    --recompute                 not faster, but saves memory: the backward pass of UPG computes F again
     always on                   weights, position keys, and the memory's keys and values are computed once per
                                 forward pass.  The solver uses fused attention (if dropatt is 0).  Targets
                                 are sorted into clusters on the host
 A step with the JR term (--jr) calls F once more.  There is no --cuda-graph as in mdeq_*.py, because every
 batch has softmax clusters of other sizes.
 
-Measured on one H200: step times of all rows, for example 109 ms for PostLN UPG at 14 streams.  No training
-was run to the end.  assets/results.md has these, and a small counterpart of Table 3 on real text, on a CPU.
+Measured on one H200: step times of the first six rows, with 150 tokens of memory and no jitter, for example
+109 ms for PostLN UPG at 14 streams.  No training of a row was run to the end.  assets/results.md has the
+times, and a small counterpart of Table 3 on real text, on a CPU.
 
 Differs from the paper and locuslab/deq:
     residuals                   per stream (there: one norm over the batch)

@@ -10,7 +10,7 @@
 
 Data: --data DIR (default data).  PyG downloads COX2, PROTEINS and PPI if they are not in DIR/NAME/raw/.
 
-Table 4, the paper's values in %.  --table4 trains all four rows, the flags at the end of a row train one:
+Table 4, the paper's values in %.  --table4 trains all four rows.  The flags at the end of a row train it:
           COX2        PROTEINS    PPI
           84.1 ± 2.9  78.6 ± 4.1  97.6      --grad implicit --backward-solver fixed-point
           83.9 ± 3.0  78.4 ± 4.2  98.2      --grad upg --lam 0.5
@@ -45,9 +45,9 @@ Differs from IGNN's code:
     - A + I in training and evaluation (there: 2A + I in evaluation)
     - stratified folds (there: shuffled after stratification)
     - residual per graph and relative (there: the batch's largest entry)
-    - W is projected once per step, not in each forward pass, so that evaluation changes nothing (with a raw
-      adjacency each pass projects a copy to its graphs' radius)
-    - the backward solve stops at a residual relative to dL/dH* (there: absolute, and it starts at B)
+    - W is projected once per step, not in each forward pass, so that evaluation does not change W.  (With a
+      raw adjacency each pass projects a copy of W by the radius of its graphs.)
+    - the backward solve stops at a residual relative to dL/dH* (there: absolute, from A V Omega_1^T)
     - no Omega_2 and bias, which are never used there: 27,010 of COX2's 37,634 counted parameters are used
 --ppi-model zoo is the model of torchdeq's examples ("deq-zoo") with the solver settings of this file (there:
 40 iterations, tolerance 1e-3).

@@ -30,9 +30,9 @@ each image, not for the whole batch.  The first step of Broyden's method has the
 inverts.  NPG follows Eq. (17), not Algorithms 2 and 3.  BatchNorm is per GPU, as for the paper's UPG numbers.
 (The released script has SyncBN, here --sync-bn.)  Weights start from PyTorch's defaults, as in the release.
 Random crops have the release's area and aspect, but torchvision makes them, not DALI.  The last, incomplete
-batch of an epoch is dropped, which leaves 10,009 steps.  The paper's 75.3 comes from locuslab/mdeq.  Its
-recipe differs in more than the gradient: 4 GPUs x 32 images, crops of 8 to 100 % of the area, weights from
-Normal(0, 0.01).  Here all rows share UPG's recipe.
+batch of an epoch is dropped, which leaves 10,009 steps.  The paper's 75.3 presumably comes from
+locuslab/mdeq.  That recipe differs in more than the gradient: 4 GPUs x 32 images, crops of 8 to 100 % of the
+area, weights from Normal(0, 0.01).  Here all rows share UPG's recipe.
 """
 import atexit
 import contextlib

@@ -5,7 +5,7 @@
 #   first batch with one rarer word. With bfloat16 states it runs, but each log-probability and the loss are bfloat16.
 # Why it matters: word-level language models (WikiText-103) have this layer. A trial with frequent words passes, the run
 #   stops later, and the obvious cure, to cast the states, makes the logged perplexities coarse (three digits).
-# Do instead: with torch.autocast("cpu", enabled=False), and the states in float32.
+# Do instead: call it within torch.autocast("cpu", enabled=False), with the states in float32.
 # Source: torch/nn/modules/adaptive.py of 2.14.1, forward (output has the dtype of the input, index_copy_).
 set -euo pipefail
 work=$(mktemp -d)

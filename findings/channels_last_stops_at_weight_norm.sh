@@ -2,11 +2,11 @@
 # torch 2.14.1, nn.utils.parametrizations.weight_norm on nn.Conv2d, as in MDEQ's layer.
 # Expected: model.to(memory_format=torch.channels_last) gives its convolutions channels_last kernels.
 # Seen: the stored direction (original1) is channels_last, the kernel computed from it never is, although v * (g / |v|)
-#   written out keeps the format. Images that are not channels_last leave a plain convolution in that format, and
-#   a weight-normed one as they came. DistributedDataParallel then warns that the strides of a 1x1 kernel's gradient
-#   are not those of its parameter, which it does not do for a plain 1x1 convolution.
+#   written out keeps the format. If the images are not channels_last, a plain convolution returns channels_last, and
+#   a weight-normed one does not. DistributedDataParallel then warns that the strides of a 1x1 kernel's gradient
+#   are not those of its parameter. It gives no such warning for a plain 1x1 convolution.
 # Why it matters: a solver calls the layer tens of times, and what is timed as channels_last is a mixture.
-# Instead: convert the images too. The warning is harmless, both strides of a 1x1 kernel mean the same order in memory.
+# Instead: convert the images too. The warning is harmless: both strides of a 1x1 kernel mean the same order in memory.
 # Source: _WeightNorm in torch/nn/utils/parametrizations.py calls torch._weight_norm, whose result is contiguous.
 set -euo pipefail
 tmp=$(mktemp -d)

@@ -5,10 +5,10 @@
 # Seen: with RMSNorm training works and evaluation raises AttributeError. With the adapter nothing is raised:
 #   the fused path reads only `linear1.weight` and `linear1.bias`, so that the adapter is missing from the result.
 # Why it matters: an implicit model solves without gradients and evaluates once more with them. In eval mode these are
-#   then two functions, and the fixed point of the one has a large residual in the other.
+#   then two functions, and the fixed point of one has a large residual in the other.
 # Instead: torch.backends.mha.set_fastpath_enabled(False), or give the activation as a lambda.
 # Source: torch/nn/modules/transformer.py, TransformerEncoderLayer.forward. The documentation's list under "Fast path"
-#   does not say that the parts must be of the original classes. Hooks met the same fate: pytorch issue 128413.
+#   does not say that the parts must be of the original classes. Hooks had the same problem: pytorch issue 128413.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

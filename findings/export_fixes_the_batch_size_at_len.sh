@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # torch 2.14.1, torch.export.export with a batch dimension that is to stay open.
 # Expected: `len(x)` and `x.shape[0]` are the same number and export alike.
-# Seen: `len(x)` fixes the batch to that of the example. With Dim.DYNAMIC that is an error. With Dim.AUTO nothing is
-#   said, and the exported program refuses every other batch size when it runs. With strict=True both stay open.
+# Seen: `len(x)` fixes the batch to that of the example. With Dim.DYNAMIC that is an error. With Dim.AUTO there
+#   is no message, but the exported program refuses every other batch size. With strict=True both stay open.
 # Why it matters: solvers and norms per sample are written with one row per sample, as in `x.reshape(len(x), -1)`,
 #   and a single such line in the layer is enough.
 # Instead: write `x.shape[0]` or `x.flatten(1)`, or export with strict=True.

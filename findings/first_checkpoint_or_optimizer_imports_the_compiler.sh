@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # torch 2.14.1, torch.utils.checkpoint.checkpoint(use_reentrant=False) and the constructors of torch.optim (Linux).
 # Expected: neither has to do with torch.compile, and neither costs much beyond what it computes.
-# Seen: whichever comes first in a process imports torch._dynamo with all it needs: seconds, and about 150 MB that stay.
+# Seen: whichever comes first in a process imports torch._dynamo. That takes seconds, and about 150 MB stay in use.
 # Why it matters: what recomputing the layer saves is measured in a fresh process for each variant. On a CPU the import
 #   can be larger than the graphs saved, so that recomputation seems to need more memory, and the first step is slow.
 # Instead: import torch._dynamo before measuring. Scripts that import torchvision or torch_geometric already do so.
-# Source: torch/_compile.py, _disable_dynamo imports it in the first call of a decorated function, among them
+# Source: _disable_dynamo in torch/_compile.py imports it in the first call of a decorated function. Among these are
 #   checkpoint in torch/utils/checkpoint.py and Optimizer.add_param_group in torch/optim/optimizer.py.
 set -euo pipefail
 tmp=$(mktemp -d)

@@ -3,8 +3,8 @@
 # Expected: the count is that of the work, here 2 * nnz(A) * d, or at worst says that the operator is not known.
 # What happens: A @ X is counted as if A were dense. torch.sparse.mm(A, X), the same product bit for bit, is counted
 #   as 0, and so is A @ x with a vector, which power iterations and Jacobian-vector products do.
-# Why it matters: FLOPs in tables of graph and equilibrium models. The spelling decides between nothing and, here, 200
-#   times too much, and a solver that is called 30 times multiplies the error.
+# Why it matters: tables of graph and equilibrium models report FLOPs. How the product is written decides whether it
+#   counts as nothing or, here, 200 times too much. A solver that is called 30 times multiplies the error.
 # Do instead: count sparse products by hand, or register_flop_formula for aten._sparse_addmm and aten.mv.
 # Source: torch/utils/flop_counter.py of 2.14.1, flop_registry (aten.mm by shapes, no aten._sparse_addmm, no aten.mv).
 set -euo pipefail

@@ -4,7 +4,7 @@
 #   Its own documentation says "info: None, placeholder", which is what bicgstab of the same module returns.
 # What happens: gmres returns 0 whenever x is finite. A solve that has spent its budget far from the solution says 0.
 # Why it matters: "if info == 0" ported from scipy accepts every implicit gradient, however bad.
-# Do instead: spend one more product and test ||w - J^T w - g|| / ||g|| yourself, or use lineax, which says.
+# Do instead: spend one more product and test ||w - J^T w - g|| / ||g|| yourself, or use lineax, which reports it.
 # Source: jax/_src/scipy/sparse/linalg.py of 0.10.2, end of gmres (info is -1 for NaN and else 0).
 set -euo pipefail
 work=$(mktemp -d)

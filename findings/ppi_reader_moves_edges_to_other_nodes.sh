@@ -2,13 +2,13 @@
 # torch_geometric 2.8.1, datasets.PPI (a folder of one's own in PPI's format, as GraphSAGE defines it).
 # Expected: an edge joins the nodes that the file names.
 # Seen: in a graph whose first node has no edge, all edges are moved to lower nodes. Features and labels stay where
-#   they are, nothing is said, and the last node loses its edges.
+#   they are, and the last node loses its edges. There is no message.
 # Why it matters: IGNN and DEQ experiments on node classification, among them scaled-down or generated look-alikes
 #   of PPI, then learn on a graph that is shifted against its features.
-# Instead: give every graph an edge at its first node before writing (a self-loop does, the reader takes it out
-#   again), or build torch_geometric.data.Data by hand.
-# Source: torch_geometric/datasets/ppi.py, process() subtracts edge_index.min() where the number of the graph's first
-#   node is meant.
+# Instead: give every graph an edge at its first node before writing (a self-loop will do, since the reader
+#   removes it), or build torch_geometric.data.Data by hand.
+# Source: process() in torch_geometric/datasets/ppi.py subtracts edge_index.min() instead of the number of the graph's
+#   first node.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -4,7 +4,7 @@
 #   message passing on it too, and batch.validate() is True.
 # What happens: slices from before the transform cut the new, sorted edges. The first graph has lost edges, the others
 #   have edges of their neighbours, with negative node numbers. Nothing is raised.
-# Why it matters: equilibrium layers take batches apart, to solve or pad each graph by itself. x[-2] is valid in torch.
+# Why it matters: equilibrium layers take batches apart to solve or pad each graph by itself. torch accepts x[-2], too.
 # Do instead: transform before batching, or select edges by batch.batch[edge_index[0]] == i and subtract batch.ptr[i].
 # Source: torch_geometric/data/separate.py of 2.8.1, _separate (slices and incs of the collation).
 set -euo pipefail

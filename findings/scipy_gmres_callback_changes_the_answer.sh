@@ -3,7 +3,7 @@
 # Expected: a callback watches. The solution, the number of products and info are the same with and without it.
 # What happens: without a callback maxiter counts restart cycles, of 20 products each by default. With a callback
 #   and no callback_type it counts products, so that the budget is 20 times smaller as soon as the solve is logged.
-# Why it matters: who adds a print of the residual to find out whether the adjoint has converged gets another
+# Why it matters: if you print the residual to find out whether the adjoint has converged, you get another
 #   gradient. The same "maxiter=20" buys 400 products in one script and 20 in the other.
 # Do instead: callback_type="pr_norm" (a number per product) or "x" (the iterate, per restart).
 # Source: the documentation of gmres, callback_type "legacy". A DeprecationWarning speaks of callback_type only.

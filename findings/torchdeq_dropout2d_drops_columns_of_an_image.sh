@@ -3,9 +3,9 @@
 # Expected: VariationalDropout2d(p) on (B, C, H, W) drops whole channels as nn.Dropout2d does. Its documentation says
 #   token_first "Default: False" and "otherwise expect (B, D, H, W)".
 # What happens: the default in the code is True, so the last dimension is taken for the features. Whole image columns
-#   are 0, in all channels at once, and no channel is. VariationalDropToken2d drops no pixel but (channel, row) pairs.
+#   are 0, in all channels at once, and no channel is. VariationalDropToken2d drops (channel, row) pairs, not pixels.
 # Why it matters: image models are trained with another perturbation than they report. No error is raised.
-# Do instead: token_first=False for images, written out.
+# Do instead: pass token_first=False for images.
 # Source: torchdeq/dropout.py of 0.1.0, the docstrings and the signatures.
 set -euo pipefail
 work=$(mktemp -d)

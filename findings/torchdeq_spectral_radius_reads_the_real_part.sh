@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torchdeq 0.1.0, sradius_mode=True (power_method), the number that DEQ papers plot as "spectral radius".
 # Expected: info["sradius"] is the largest |eigenvalue| of J at the fixed point, as the documentation says.
-# What happens: it is |v^T J v| / |v|^2 after 100 products. Where a complex pair r e^(+-i t) dominates, which is
+# What happens: it is |v^T J v| / |v|^2 after 100 products. If a complex pair r e^(+-i t) dominates, which is
 #   common, v keeps turning. For a scaled rotation the number is r |cos t| exactly, 0 at 90 degrees.
 # Why it matters: a map that is unstable (r = 1.5) reads as safely contractive (0.75), and the reading does not
 #   settle with more iterations. Fixed-point iteration diverges there.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torchidl 0.0.4, ImplicitModel with its default ImplicitFunctionInf, where ||A||_inf is above kappa.
+# torchidl 0.0.4, ImplicitModel with its default ImplicitFunctionInf, if ||A||_inf is above kappa.
 # Expected: A.grad is the derivative of the loss with respect to A. The layer computes with kappa A / ||A||_inf.
 # What happens: the scaling is done inside the autograd function, and its backward pass gives the derivative with
 #   respect to the scaled matrix. A.grad is wrong in size and direction. The low-rank form scales outside and is right.

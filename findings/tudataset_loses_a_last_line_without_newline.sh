@@ -2,10 +2,10 @@
 # torch_geometric 2.8.1, datasets.TUDataset (the reader of COX2, PROTEINS and of any folder in their format).
 # Expected: a text file means the same with and without a newline after its last line.
 # Seen: without it the last line is not read. If that is an edge, it exists in one direction only. If that is a node,
-#   it is gone, and another node keeps an edge to it. Nothing is said. If it is a label, the data set loads, and
+#   it is gone, and another node keeps an edge to it. There is no message. If it is a label, the data set loads, and
 #   reading its last graph raises an error about dimensions.
 # Why it matters: graphs of one's own for IGNN are written in this format, often by "\n".join(lines). The adjacency
-#   matrix of an undirected graph is then not symmetric, and its spectral radius, which bounds W in IGNN, is another.
+#   matrix of an undirected graph is then not symmetric, and its spectral radius, which bounds W in IGNN, changes.
 # Instead: end every file with a newline, and compare the numbers of edges, nodes and labels with those written.
 # Source: torch_geometric/io/txt_array.py, read_txt_array drops what follows the last "\n".
 set -euo pipefail

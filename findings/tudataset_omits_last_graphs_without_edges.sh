@@ -2,7 +2,7 @@
 # torch_geometric 2.8.1, datasets.TUDataset.
 # Expected: a data set has as many graphs as graph_indicator.txt and graph_labels.txt name, in any order.
 # Seen: graphs without edges are kept at the start or in the middle, but at the end of the file they are missing
-#   from the data set, and nothing is said. The same graphs in another order give another length.
+#   from the data set. There is no message. The same graphs in another order give another length.
 # Why it matters: molecules of a single atom or graphs with self-loops only (which the reader removes first) are
 #   such graphs. Splits by index and tables of graph counts, as for COX2 and PROTEINS, then differ between orders.
 # Instead: compare len(dataset) with the number of lines of graph_labels.txt, or write a graph with edges last.

@@ -10,30 +10,30 @@
     peers/bin/python tests/compare_peers.py --behaviour
     peers/bin/python tests/compare_peers.py --mdeq                            # steps of the MDEQs of our scripts
 
-Either package may be missing: its part is left out.  What is used of them here runs with numpy 2, too.  So
-where torch and numpy are installed, a folder and PYTHONPATH=both do as well:
+If a package is missing, its part is left out.  The parts that are used here also run with numpy 2.  So if
+torch and numpy are installed, a folder will do, with PYTHONPATH=both:
     pip install --no-deps --target both torchdeq==0.1.0 silva-networks==1.2.2 certifi
 
 Speed: both sides get the same f, the same start, the same budget and no tolerance, in turns within one
-process; figures are medians over the repeats, the ratios medians of the ratios of neighbours.  The work is
-printed beside the time: calls of f, and vector-Jacobian products (VJPs), the one into the parameters
-included.  A solve is also given over the time that its calls of f alone take, measured in turns with it: 1
-would be a solver that costs nothing.  The growth of memory is the peak of the memory in use during one solve
-over that before it: of the resident set (Linux), in a process of its own for each side, or allocated on the
-GPU.
+process.  Times are medians over the repeats, and ratios are medians of the ratios of neighbouring runs.  The
+work is printed beside the time: calls of f, and vector-Jacobian products (VJPs), including the one into the
+parameters.  The time of a solve is also divided by the time of its calls of f alone, which are measured in
+turns with it.  A solver that costs nothing would have 1.  The growth of memory is the peak during one solve
+minus the memory in use before it.  On a CPU it is the resident set (Linux), in a process of its own for each
+side, and on a GPU what is allocated.
 
 Forward solves are by Broyden's method with full memory.  So are the backward solves beside torchdeq, which
-has no GMRES; beside silva they are by GMRES, its default, with equal VJPs.  Silva's "phantom" is Eq. (16),
-"neumann" Eq. (17).
+has no GMRES.  Beside silva they are by GMRES, its default, with equal VJPs.  Silva's "phantom" is Eq. (16),
+its "neumann" is Eq. (17).
 
 "backward solve" is the linear system (I - J^T) w = g of implicit differentiation alone, J = df/dh at our h*
 and g = h*, with VJPs of one graph of f.  The residual is ||g + J^T w - w|| / ||g||, over the batch.
-    equal VJPs      silva's GMRES takes two VJPs per iteration and one more, ours one and one more: silva has
-                    half as many iterations for the same work
+    equal VJPs      silva's GMRES takes two VJPs per iteration, and ours takes one.  Both take one more VJP in
+                    a solve.  So silva has half as many iterations for the same work
     until 1e-4      silva's stops when the batch has this residual, ours when every sample has it
     ours alone      "ours" is our Broyden and "the other" our GMRES, with as many VJPs
 
-Behaviour: each question is asked of every side in a process of its own, since one of them may not return.
+Behaviour: each question runs for every side in a process of its own, since one of them may not return.
 """
 import argparse
 import importlib.metadata

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# What to measure on a GPU, the most valuable first; every figure becomes a line of the table OUT/results.md.
+# Runs the measurements for a GPU, the most valuable first.  Every figure becomes a line of OUT/results.md.
 #
-#     tests/gpu_list.sh OUT [DATA]      # DATA: the images of mdeq_cifar.py, as its --data; Table 1 needs them
+#     tests/gpu_list.sh OUT [DATA]      # DATA: images for the rows of Table 1, as --data of mdeq_cifar.py
 #
-# Call it again with the same OUT to go on: what log.txt calls finished is left out (to repeat it, delete that
-# line), and a training continues from its checkpoint.  No failure ends the list.  Variables:
-#     LIMIT=540          seconds of the whole call, after which it has stopped itself
-#     ITEMS="bench row6" these alone, in this order: row 6 takes all the time that is left
-#     ROW_FLAGS=...      of the rows of Table 1, instead of --cuda-graph; --compile may change between two calls
-#     DATA2=FOLDER       row 6, when it is done, is evaluated on these images, too; with train/ and test/, as DATA
-#     COMMIT=...         its name, where there is no git; PYTHON=python3
-#     DRY=1              tiny sizes, and no flag that needs a GPU; SHOW=1: only prints the commands
+# To go on, call it again with the same OUT.  It skips the items that log.txt calls finished (to repeat one, delete
+# its line), and continues a training from its checkpoint.  No failure ends the list.  Variables:
+#     LIMIT=540          the whole call ends before this many seconds have passed
+#     ITEMS="bench row6" runs only these, in this order (row 6 takes all the time that is left)
+#     ROW_FLAGS=...      flags for the rows of Table 1, instead of --cuda-graph (--compile may differ in a later call)
+#     DATA2=FOLDER       when row 6 is done, evaluates it on these images, too (in train/ and test/, as in DATA)
+#     COMMIT=...         the commit's name, if there is no git
+#     PYTHON=python3     the interpreter
+#     DRY=1              takes tiny sizes, and no flag that needs a GPU
+#     SHOW=1             only prints the commands
 set -u
 [ $# -ge 1 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
 OUT=$(realpath -m "$1") DATA=${2:+$(realpath -m "$2")} DATA2=${DATA2:+$(realpath -m "$DATA2")}
