@@ -215,7 +215,7 @@ def load_images(args, process):
         train_set, eval_set = toy_images(args.train_size or 2000, 1), toy_images(args.test_size or 1000, 2)
     elif "train" in there or there and not any(name.startswith("cifar-10-") for name in there):
         train_set, eval_set = (decoded(*f, process) for f in image_folders(root, process, "train", "test"))
-    elif not root.is_dir() and args.data != "data/cifar-10":
+    elif not root.is_dir() and root != Path("data/cifar-10"):
         die(f"--data {root}: there is no such folder; make it if CIFAR-10 is to be downloaded into it")
     else:
         from torchvision.datasets import CIFAR10

@@ -109,7 +109,7 @@ class TwoBranches(nn.Module):
 class Equilibrium(nn.Module):
     """F of an MDEQ of our scripts, with plain weights and the injection of noise images.
 
-    The scripts compute g v / ||v|| of weight_norm once per forward pass, which nobody else's solver does.
+    Plain, since weight_norm would compute its weights at every call of F.  The scripts do so once per step.
     """
 
     def __init__(self, script, *size):

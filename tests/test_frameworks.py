@@ -376,7 +376,7 @@ def test_diagnostics_need_derivatives():
         torch.testing.assert_close(*found)
 
 
-# --- layers that need a recipe: assets/porting.md, "Layers of other kinds" ------------------------------------------------------
+# --- layers that need a recipe: assets/porting.md, "Layers of other kinds" ---------------------------------
 
 @pytest.mark.parametrize("solver", [fixed_point, anderson, broyden])
 def test_padding_with_and_without_the_mask(solver):

@@ -266,8 +266,8 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("tol", [0, 1e-4])
 @pytest.mark.parametrize("solver, most, late", [(fixed_point, 26, 29), (anderson, 38, 41), (broyden, 41, 44)])
 def test_an_iteration_launches_few_kernels_beside_f(solver, most, late, tol):
-    """A small step is as long as they are many.  At tol = 0, after the first look for samples that f couples,
-    the host no longer knows of none."""
+    """The number of kernels decides the time of a small step.  At tol = 0 it grows after the first look for
+    samples that f couples, because from there on the host does not know what was found."""
     marks = []
 
     def f(h):

@@ -326,7 +326,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(tm
     ("--local-size -1", "--local-size"), ("--lam 0", "--lam"), ("--lam nan", "--lam"), ("--lam best", "--lam"),
     ("--grad implicit --lam auto", "--lam auto"), ("--k 0", "--k"), ("--tol -1", "--tol"), ("--dropout 1", "--dropout"),
     ("--dropatt nan", "--dropatt"), ("--max-iter -1", "--max-iter"), ("--max-iter 0 --grad npg", "--max-iter 0"),
-    ("--max-iter 0 --jr 1", "--max-iter 0"), ("--max-iter 0 --jr-increment 2", "--max-iter 0"), ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
+    ("--max-iter 0 --jr 1", "--max-iter 0"), ("--max-iter 0 --jr-increment 2", "--max-iter 0"),
+    ("--jitter 4", "--jitter 4"), ("--jr nan", "--jr"),
     ("--jr-freq 0", "--jr-freq"), ("--steps 0", "--steps"), ("--lr inf", "--lr"), ("--clip -1", "--clip"),
     ("--accumulate 3", "--batch-size 4"), ("--seed 9223372036854775808", "--seed"), ("--jr-increment -1", "--jr-incr"),
     ("--grad bptt", "--solver fixed-point"), ("--backward-solver newton", "--backward-solver"),
@@ -351,7 +352,8 @@ def test_a_window_that_is_named_may_be_shorter_than_the_memory():
 
 
 @pytest.mark.parametrize("split, content, named", [
-    ("valid", b"", "valid.txt: it is empty"), ("train", b"", "train.txt: it is empty"), ("test", b"w1 zebra \n", "'zebra'"),
+    ("valid", b"", "valid.txt: it is empty"), ("train", b"", "train.txt: it is empty"),
+    ("test", b"w1 zebra \n", "'zebra'"),
     ("train", b"w1 w2 \n \xff\xfe broken \n", "not UTF-8"),
     ("train", "w1 w2 \n".encode("utf-16-le"), "NUL bytes"), ("valid", None, "wiki.valid.tokens")])
 def test_broken_texts_are_named(split, content, named, capsys, tmp_path):
